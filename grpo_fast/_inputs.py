@@ -1,0 +1,99 @@
+"""Array-likes → checked one-dimensional arrays that the kernels can read, and errors that name what is wrong.
+
+Values are looked at here only after a kernel has found that something is wrong with them.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[Any]
+
+_FLOAT64 = np.dtype(np.float64)
+_FLOAT32 = np.dtype(np.float32)
+_SEARCH = 1 << 16  # elements looked at together when a bad one is searched
+
+
+class _Alias:
+    """The memory of a read-only array without that flag: for Numba a read-only array is another type, hence another
+    kernel to compile, and kernels write to no input."""
+
+    def __init__(self, array: Array) -> None:
+        self._array = array
+        address, _ = array.__array_interface__["data"]
+        self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
+
+
+def same_shape(arguments: Mapping[str, ArrayLike]) -> tuple[list[Array], tuple[int, ...]]:
+    """The arguments as one-dimensional arrays of one dtype, float64 or float32, and the shape they all have.
+
+    C-contiguous arrays of that dtype are not copied. Other dtypes are promoted by NumPy's rules, integers to float64.
+
+    Raises
+    ------
+    TypeError
+        An argument is not an array of real numbers.
+    ValueError
+        The shapes differ, or there is nothing in them.
+    """
+    arrays = list(arguments.values())
+    first = arrays[0]
+    if type(first) is np.ndarray and (first.dtype is _FLOAT64 or first.dtype is _FLOAT32):
+        shape = first.shape
+        for a in arrays:  # nearly every call: nothing to convert
+            if type(a) is not np.ndarray or a.dtype is not first.dtype or a.shape != shape or not a.flags.carray:
+                break
+        else:
+            if first.size:
+                return arrays if first.ndim == 1 else [a.reshape(-1) for a in arrays], shape  # type: ignore[return-value, union-attr]
+
+    converted = {name: _real(name, value) for name, value in arguments.items()}
+    shapes = {name: a.shape for name, a in converted.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"{', '.join(shapes)} must have the same shape, got {', '.join(map(str, shapes.values()))}")
+    shape = next(iter(shapes.values()))
+    if 0 in shape:
+        raise ValueError(f"{', '.join(shapes)} must hold at least one sample, got shape {shape}")
+    dtype = _FLOAT32 if np.result_type(*converted.values()) in (_FLOAT32, np.float16) else _FLOAT64
+    return [_flat(a, dtype) for a in converted.values()], shape
+
+
+def _real(name: str, value: ArrayLike) -> Array:
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be a plain array: take a masked array's .compressed() or .filled() first")
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise TypeError(f"{name} must be an array of real numbers, got a ragged or mixed sequence") from error
+    if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
+        raise TypeError(f"{name} must hold real numbers of at most 64 bits, got dtype {array.dtype}")
+    return array
+
+
+def _flat(array: Array, dtype: np.dtype[Any]) -> Array:
+    array = np.require(array, dtype, ["C", "A"]).reshape(-1)
+    if type(array) is not np.ndarray:  # a subclass such as memmap
+        array = array.view(np.ndarray)
+    return array if array.flags.writeable else np.asarray(_Alias(array))
+
+
+def refuse_sample(
+    bad: Callable[..., Mapping[str, NDArray[np.bool_]]], arrays: list[Array], shape: tuple[int, ...]
+) -> NoReturn:
+    """Raise the ValueError for the first sample of which ``bad(*arrays)`` has something to say.
+
+    ``bad`` maps each possible message, with ``{i}`` for the index, to where it holds; the first that holds is told.
+    """
+    with np.errstate(all="ignore"):
+        for start in range(0, arrays[0].size, _SEARCH):
+            found = bad(*(a[start : start + _SEARCH] for a in arrays))
+            anywhere = np.logical_or.reduce(list(found.values()))
+            if anywhere.any():
+                at = int(anywhere.argmax())
+                index = np.unravel_index(start + at, shape)
+                i = ", ".join(map(str, index))
+                message = next(m for m, where in found.items() if where[at])
+                raise ValueError(message.format(i=i, values=[a[start + at].item() for a in arrays]))
+    raise AssertionError("a kernel found an illegal sample that the checks here do not know")

@@ -1,0 +1,166 @@
+"""The elementary functions of the kernels, on vectors: those of which LLVM has no packed version.
+
+One text serves float64 and float32; only the layout of the bits and the polynomials differ. All rest on one idea:
+divide out a power of two, x = 2ᵏ(1 + f), and compute f − log(1 + f), the part that must not cancel, from f alone:
+
+    s = f/(2 + f),   log(1 + f) = 2·artanh(s) = 2s + s³·P(s²)   and   f − 2s = f·s,
+    so that   f − log(1 + f) = s·(f − s²·P(s²)).
+"""
+
+import math
+from typing import Any, NamedTuple
+
+from numba.core import types
+from numba.extending import overload
+
+from .simd import bits, constant, fma, from_bits, full_like, inlined, where
+
+LN2 = math.log(2.0)
+
+
+class Layout(NamedTuple):
+    """A floating-point format, as bit patterns (int) and numbers (float)."""
+
+    mantissa: int  # bits of the fraction
+    one: int  # pattern of 1.0, which is exponent bias << mantissa
+    half: int  # half the distance between the patterns of x and 2x
+    exponent: int  # mask of sign and exponent
+    root_half: int  # pattern of √½
+    integers: float  # 2^mantissa: or-ing a small n into its pattern gives 2^mantissa + n
+    bias: float
+    ln2_high: float  # ln 2 with so many trailing zeros that k·ln2_high is exact; the rest is ln2_low (fdlibm)
+    ln2_low: float
+    smallest_normal: float
+    largest: float
+    usual: float  # numbers above it have reciprocals and products with room to spare
+    lift: float  # a power of two that brings any positive number above `usual`
+
+
+FLOAT64 = Layout(
+    mantissa=52,
+    one=1023 << 52,
+    half=1 << 51,
+    exponent=0xFFF << 52,
+    root_half=0x3FE6A09E667F3BCD,
+    integers=2.0**52,
+    bias=1023.0,
+    ln2_high=6.93147180369123816490e-01,
+    ln2_low=1.90821492927058770002e-10,
+    smallest_normal=2.0**-1022,
+    largest=(2 - 2.0**-52) * 2.0**1023,
+    usual=2.0**-384,
+    lift=2.0**700,
+)
+FLOAT32 = Layout(
+    mantissa=23,
+    one=127 << 23,
+    half=1 << 22,
+    exponent=0x1FF << 23,
+    root_half=0x3F3504F3,
+    integers=2.0**23,
+    bias=127.0,
+    ln2_high=6.9313812256e-01,
+    ln2_low=9.0580006145e-06,
+    smallest_normal=2.0**-126,
+    largest=(2 - 2.0**-23) * 2.0**127,
+    usual=2.0**-60,
+    lift=2.0**90,
+)
+
+
+def layout(x):
+    """The format of a vector's elements, known when the kernel is compiled."""
+
+
+@overload(layout, jit_options={"forceinline": True})
+def _layout(x):
+    chosen = FLOAT64 if x.element is types.float64 else FLOAT32
+    return lambda x: chosen
+
+
+def tail(z):
+    """P(z) = (2·artanh(s) − 2s)/s³ with z = s², minimax for 0 ≤ z ≤ 0.0403, which is 2/3 ≤ 1 + f ≤ 3/2 and more."""
+
+
+@overload(tail, jit_options={"forceinline": True})
+def _tail(z):
+    if z.element is types.float64:
+
+        def polynomial(z):  # error 2.7e-17; pairs first, so that the chain is short
+            z2 = z * z
+            p01 = fma(z, constant(z, 0.40000000000008257), constant(z, 0.6666666666666666))
+            p23 = fma(z, constant(z, 0.22222223072008154), constant(z, 0.2857142856713345))
+            p45 = fma(z, constant(z, 0.1538894153727015), constant(z, 0.18181735775129906))
+            p67 = fma(z, constant(z, 0.13620102241745666), constant(z, 0.1320826234903773))
+            return fma(z2, fma(z2, fma(z2, p67, p45), p23), p01)
+
+    else:
+
+        def polynomial(z):  # error 5.0e-7
+            p12 = fma(z, constant(z, 0.2996712545763), constant(z, 0.39978671664189847))
+            return fma(z, p12, constant(z, 0.6666671453077146))
+
+    return polynomial
+
+
+@inlined
+def exponent_of(power):
+    """k as a float, for the bit pattern of 2ᵏ (AVX2 has no packed conversion from 64-bit integers)."""
+    x = from_bits(power)
+    form = layout(x)
+    integers = constant(x, form.integers)
+    return from_bits(power >> form.mantissa | bits(integers)) - constant(x, form.integers + form.bias)
+
+
+@inlined
+def log(x):
+    """Natural logarithm of a positive normal number."""
+    form = layout(x)
+    power = (bits(x) - (form.root_half - form.one)) & form.exponent  # 2ᵏ with √½ ≤ x/2ᵏ < √2
+    f = from_bits(bits(x) - power + form.one) - 1.0
+    s = f / (f + 2.0)
+    z = s * s
+    excess = s * fma(-z, tail(z), f)
+    k = exponent_of(power)
+    return fma(k, form.ln2_high, f - fma(k, -form.ln2_low, excess))
+
+
+class ReducedRatio(NamedTuple):
+    """r = 2ᵏ(1 + f) with 2/3 ≤ 1 + f ≤ 3/2: the bit pattern of 2ᵏ, f, and s = f/(2 + f)."""
+
+    power: Any
+    f: Any
+    s: Any
+
+
+@inlined
+def reduce_ratio(rho, old, ref):
+    """r = ref/(ρ·old), reduced; f is good to 2 ulp even where r is within an ulp of 1."""
+    form = layout(ref)
+    # The bit pattern of a positive float is nearly its logarithm: the difference of two, rounded to a whole number
+    # of exponents, is k.
+    power = (bits(ref) - bits(rho * old) + (form.half + form.one)) & form.exponent
+    scaled = rho * from_bits(power)
+    q = scaled * old
+    difference = fma(-scaled, old, ref)  # of exact operands, and rounded once
+    return ReducedRatio(power, difference / q, difference / (q + ref))
+
+
+@inlined
+def k3(r):
+    """r − 1 − log r = (2ᵏ − 1 − k·ln 2) + (2ᵏ − 1)·f + (f − log(1 + f)); when k is 0, so are the first two."""
+    one_less = from_bits(r.power) - constant(r.f, 1.0)
+    rest = fma(one_less, r.f, fma(exponent_of(r.power), constant(r.f, -LN2), one_less))
+    z = r.s * r.s
+    return fma(r.s, fma(-z, tail(z), r.f), rest)
+
+
+@inlined
+def split(x):
+    """m and 2ᵉ with x = m·2ᵉ, 1 ≤ m < 2, for any positive x; 2ᵉ as a difference of bit patterns, which may wrap."""
+    form = layout(x)
+    tiny = x < form.smallest_normal
+    pattern = bits(where(tiny, x * form.lift, x))
+    lifted = bits(where(tiny, full_like(x, form.lift), full_like(x, 1.0)))
+    m = from_bits(pattern & (form.half * 2 - 1) | form.one)
+    return m, pattern - bits(m) - lifted + form.one

@@ -1,0 +1,86 @@
+"""Sums of float64 numbers without any rounding, in any order: added as integers in units of 2⁻¹⁰⁷⁴.
+
+In a kernel the integer is spread over 64-bit limbs that overlap by half (as in Radford Neal's xsum, "Fast exact
+summation using small and large superaccumulators", 2015), so that adding a number touches three limbs and carries
+wait until the end. In Python it is one `int`.
+"""
+
+from typing import NamedTuple
+
+import numba
+import numpy as np
+
+from .simd import bits
+
+#: Limbs of 32 bits in use: 2098 bits for the largest float64 in units of the least one, 64 for carries and sign; then
+#: one for what no integer can hold.
+LIMBS = 68
+_SPECIAL = LIMBS
+ROW = LIMBS + 1
+_UNIT = 1 << 1074
+
+
+@numba.njit(forceinline=True)
+def add(row, x):
+    """Add x to the limbs ``row``, an int64 array of length `ROW`; safe for 2³⁰ numbers before `carry`."""
+    pattern = np.int64(bits(x))
+    exponent = (pattern >> 52) & 0x7FF
+    if exponent == 0x7FF:  # 1, 2 and 4 stand for +inf, −inf and NaN
+        row[_SPECIAL] |= 4 if x != x else (1 if x > 0.0 else 2)
+        return
+    fraction = pattern & 0xFFFFFFFFFFFFF
+    if exponent > 0:
+        fraction |= 1 << 52
+        exponent -= 1
+    limb = exponent >> 5
+    shift = exponent & 31
+    low = (fraction & 0xFFFFFFFF) << shift
+    high = (fraction >> 32) << shift
+    sign = -1 if pattern < 0 else 1
+    row[limb] += sign * (low & 0xFFFFFFFF)
+    row[limb + 1] += sign * ((low >> 32) + (high & 0xFFFFFFFF))
+    row[limb + 2] += sign * (high >> 32)
+
+
+@numba.njit(forceinline=True)
+def carry(rows):
+    """Bring the limbs of each row into 0 … 2³² − 1, two's complement, so that `Exact.of_row` can read them."""
+    for row in rows:
+        above = np.int64(0)
+        for i in range(LIMBS):
+            above += row[i]
+            row[i] = above & 0xFFFFFFFF
+            above >>= 32
+
+
+class Exact(NamedTuple):
+    """A sum of float64 numbers, exact: ``units``·2⁻¹⁰⁷⁴, and which infinities and NaN were among them."""
+
+    units: int = 0
+    special: int = 0
+
+    @classmethod
+    def of_row(cls, row: np.ndarray) -> "Exact":
+        """The sum in a row of limbs after `carry`."""
+        digits = row[:LIMBS].astype("<u4").tobytes()
+        return cls(int.from_bytes(digits, "little", signed=True), int(row[_SPECIAL]))
+
+    @classmethod
+    def of_float(cls, x: float) -> "Exact":
+        """The sum of the one number x."""
+        if x - x != 0.0:
+            return cls(0, 4 if x != x else (1 if x > 0.0 else 2))
+        numerator, denominator = x.as_integer_ratio()
+        return cls(numerator * (_UNIT // denominator), 0)
+
+    def __add__(self, other: "Exact") -> "Exact":  # type: ignore[override]
+        return Exact(self.units + other.units, self.special | other.special)
+
+    def __float__(self) -> float:
+        """The sum rounded once, to the nearest float64."""
+        if self.special:
+            return {1: float("inf"), 2: float("-inf")}.get(self.special, float("nan"))
+        try:
+            return self.units / _UNIT
+        except OverflowError:
+            return float("inf") if self.units > 0 else float("-inf")

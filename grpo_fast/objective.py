@@ -1,0 +1,235 @@
+"""The objective from probabilities: `grpo_objective`, every diagnostic with it, and the grid over ε and β."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import _parallel
+from . import objective_kernels as kernels
+from ._inputs import refuse_sample, same_shape
+from .exact import Exact
+from .stats import Stats, Sweep, objective_of
+from .terms import K3, Clip, number
+
+#: Below this many samples the threads cost more than they bring: waking them takes about 10 µs.
+_WORTH_SHARING = 16 * kernels.BLOCK
+
+
+def grpo_objective(
+    rhos: ArrayLike,
+    A: ArrayLike,
+    pi_theta_old: ArrayLike,
+    pi_theta_ref: ArrayLike,
+    epsilon: float = 0.2,
+    beta: float = 0.01,
+) -> float:
+    """The GRPO objective over N samples, in one pass over memory.
+
+    ::
+
+        π_θ = ρ·π_old,   r = π_ref/π_θ
+        L   = mean( min(ρA, clip(ρ, 1−ε, 1+ε)·A)  −  β·ρ·(r − log r − 1) )
+
+    Parameters
+    ----------
+    rhos : array-like of any shape
+        ρ = π_θ/π_old, the ratio of each sample; positive.
+    A : array-like, same shape
+        Advantages; finite.
+    pi_theta_old, pi_theta_ref : array-like, same shape
+        Probabilities under the policy that sampled and under the reference; positive. They need not be normalised.
+        With ``beta=0`` they are neither read nor checked, and may be None.
+    epsilon : float, in [0, 1)
+        ε, how far ρ may leave 1 before a sample stops counting.
+    beta : float, in [0, inf)
+        β, the weight of the KL term.
+
+    Returns
+    -------
+    float
+        L. The same bits for any number of threads, on any CPU.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Shapes differ, nothing is in them, an option is outside its interval, or a sample is outside the domain (the
+        message has the first index): ρ, ρ·π_old and r must be normal numbers of the computing dtype, r at most an
+        eighth of the largest; π_old and π_ref positive and finite; A finite.
+
+    Notes
+    -----
+    float64 and float32 are computed natively; other dtypes are promoted by NumPy's rules, and mixed ones to the wider.
+    C-contiguous float64 or float32 arrays, `numpy.memmap` among them, are not copied.
+
+    The KL term is the importance-weighted k3 estimator, unbiased in value and gradient (DeepSeek-V3.2,
+    arXiv:2512.02556, Eq. 7; TRL's ``use_bias_correction_kl``), computed without cancellation. The rest is DeepSeekMath,
+    arXiv:2402.03300, Eq. 3 and 4, with one sample for each token.
+
+    Examples
+    --------
+    >>> from grpo_fast import grpo_objective
+    >>> round(grpo_objective([1.2, 0.8, 1.1], [1.0, 1.0, 1.0], [0.9, 1.1, 1.0], [1.0, 0.5, 1.5]), 5)
+    1.03277
+    """
+    clip, beta = Clip(epsilon), K3(beta).beta
+    arrays, shape = _samples(rhos, A, pi_theta_old, pi_theta_ref, beta != 0)
+    n = arrays[0].size
+    low, high = 1.0 - clip.epsilon, 1.0 + clip.epsilon_high
+    if n <= kernels.BLOCK:
+        surrogate, kl, legal = kernels.objective_block(*arrays, low, high)
+    else:
+        rows, counts, _ = _run(kernels.totals, kernels.totals_parallel, (*arrays, low, high, None), n)
+        surrogate, kl, legal = _float(rows[kernels.SURROGATE]), _float(rows[kernels.KL]), counts[2] == 0
+    if not legal:
+        _refuse(arrays, shape)
+    return objective_of(surrogate / n, kl / n, beta)
+
+
+def grpo_stats(
+    rhos: ArrayLike,
+    A: ArrayLike,
+    pi_theta_old: ArrayLike,
+    pi_theta_ref: ArrayLike,
+    epsilon: float = 0.2,
+    beta: float = 0.01,
+) -> Stats:
+    """The objective and every diagnostic, in the same pass.
+
+    Parameters, errors and sources are those of `grpo_objective`; but all arrays are read, whatever β is.
+
+    Returns
+    -------
+    Stats
+        Its ``objective`` is that of `grpo_objective`, to the bit. The results of shards add to that of the whole
+        exactly if the shards are cut at multiples of ``grpo_fast.BLOCK`` samples, and to rounding otherwise.
+    """
+    clip, kl = Clip(epsilon), K3(beta)
+    arrays, shape = _samples(rhos, A, pi_theta_old, pi_theta_ref, True)
+    bounds = 1.0 - clip.epsilon, 1.0 + clip.epsilon_high
+    args = (*arrays, *bounds, True)
+    rows, counts, extremes = _run(kernels.totals, kernels.totals_parallel, args, arrays[0].size)
+    if counts[2]:
+        _refuse(arrays, shape)
+    sums = [Exact.of_row(row) for row in rows]
+    return Stats(
+        options=(clip, kl),
+        tokens=arrays[0].size,
+        surrogate_sum=sums[kernels.SURROGATE],
+        kl_sum=sums[kernels.KL],
+        drift_sum=sums[kernels.DRIFT],
+        drift_squared_sum=sums[kernels.DRIFT_SQUARED],
+        log_ratio_sum=sums[kernels.LOG_RATIO],
+        clipped_low=int(counts[0]),
+        clipped_high=int(counts[1]),
+        ratio_min=float(extremes[0]),
+        ratio_max=float(extremes[1]),
+    )
+
+
+def grpo_sweep(
+    rhos: ArrayLike,
+    A: ArrayLike,
+    pi_theta_old: ArrayLike,
+    pi_theta_ref: ArrayLike,
+    epsilons: ArrayLike,
+    betas: ArrayLike,
+) -> Sweep:
+    """The objective for every pair of ε and β from one read of the data.
+
+    Parameters
+    ----------
+    rhos, A, pi_theta_old, pi_theta_ref : array-like
+        As in `grpo_objective`; the last two are neither read nor checked if all β are 0.
+    epsilons, betas : (E,), (B,) array-like, or a single number
+        Only the ε cost anything; β is algebra on two sums.
+
+    Returns
+    -------
+    Sweep
+        Its ``objective[e, b]`` is ``grpo_objective(…, epsilon=epsilons[e], beta=betas[b])``, to the bit.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `grpo_objective`.
+    """
+    grid = (
+        tuple(Clip(epsilon).epsilon for epsilon in _numbers("epsilons", epsilons)),
+        tuple(K3(beta).beta for beta in _numbers("betas", betas)),
+    )
+    arrays, shape = _samples(rhos, A, pi_theta_old, pi_theta_ref, any(grid[1]))
+    steps = np.array(grid[0])
+    n = arrays[0].size
+    rows, counts = _run(kernels.sweep, kernels.sweep_parallel, (*arrays, 1.0 - steps, 1.0 + steps), n)
+    if counts[-1, 0]:
+        _refuse(arrays, shape)
+    sums = np.empty(len(rows), object)
+    sums[:] = [Exact.of_row(row) for row in rows]
+    return Sweep(grid=grid, tokens=n, surrogate_sums=sums[:-1], kl_sum=sums[-1], clipped=counts[:-1])
+
+
+def _samples(
+    rhos: ArrayLike, A: ArrayLike, pi_theta_old: ArrayLike, pi_theta_ref: ArrayLike, with_kl: bool
+) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """The four arrays for a kernel, with None for probabilities that are not needed, and their common shape."""
+    if not with_kl:
+        arrays, shape = same_shape({"rhos": rhos, "A": A})
+        return (*arrays, None, None), shape
+    arguments = {"rhos": rhos, "A": A, "pi_theta_old": pi_theta_old, "pi_theta_ref": pi_theta_ref}
+    arrays, shape = same_shape(arguments)
+    return tuple(arrays), shape
+
+
+def _numbers(name: str, values: ArrayLike) -> list[float]:
+    array = np.atleast_1d(np.asarray(values))
+    if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iuf":
+        raise ValueError(f"{name} must be a number or a one-dimensional array of numbers, got {values!r}")
+    return list(array.tolist())
+
+
+def _run(serial: Any, parallel: Any, args: tuple[Any, ...], n: int) -> Any:
+    return _parallel.run(serial, parallel, args, n, _WORTH_SHARING)
+
+
+def _float(row: NDArray[np.int64]) -> float:
+    return float(Exact.of_row(row))
+
+
+def _refuse(arrays: tuple[Any, ...], shape: tuple[int, ...]) -> NoReturn:
+    refuse_sample(_illegal, [a for a in arrays if a is not None], shape)
+
+
+def _illegal(rho: Any, a: Any, old: Any = None, ref: Any = None) -> Mapping[str, NDArray[np.bool_]]:
+    """What can be wrong with a sample, told in this order; the same limits as `objective_kernels._load_carefully`."""
+    form = np.finfo(rho.dtype)
+    wider = "" if rho.dtype == np.float64 else "pass float64, or "
+    advice = f"{wider}use grpo_loss on log-probabilities"
+    tiny = f"a normal {rho.dtype} (at least {form.tiny:.3g})"
+
+    def positive(x: Any) -> Any:
+        return (x > 0) & (x <= form.max)
+
+    reasons = {
+        "rhos must be positive and finite, got rhos[{i}] = {values[0]!r}": ~positive(rho),
+        "A must be finite, got A[{i}] = {values[1]!r}": ~np.isfinite(a),
+    }
+    if old is not None:
+        reasons |= {
+            "pi_theta_old must be positive and finite, got pi_theta_old[{i}] = {values[2]!r}": ~positive(old),
+            "pi_theta_ref must be positive and finite, got pi_theta_ref[{i}] = {values[3]!r}": ~positive(ref),
+        }
+    reasons[f"rhos must be {tiny}, got rhos[{{i}}] = {{values[0]!r}}: {advice}"] = rho < form.tiny
+    if old is not None:
+        pi = rho * old
+        r = ref / pi
+        reasons |= {
+            f"rhos·pi_theta_old must be {tiny} and finite, got index {{i}} of {{values}}: {advice}": ~(
+                (pi >= form.tiny) & (pi <= form.max)
+            ),
+            f"pi_theta_ref/(rhos·pi_theta_old) must be {tiny} and at most {form.max / 8:.3g}, "
+            f"got index {{i}} of {{values}}: {advice}": ~((r >= form.tiny) & (r <= form.max / 8)),
+        }
+    return reasons

@@ -1,0 +1,456 @@
+"""The kernels of `objective`: probabilities in, sums out, in one pass over memory.
+
+A block of `BLOCK` samples is summed into the lanes of a few vectors, always in the same order, and the sums of the
+blocks are added exactly: the result depends neither on the number of threads nor on the CPU. Within a block, `RUN`
+vectors at a time go through a few short loops that hand each other their values in a scratch array, which stays in the
+L1 cache; each loop is short enough for its values to stay in registers and for its iterations to overlap (one fused
+loop took 2.25 ns a sample on AVX2, these take 1.65). From the inside out:
+
+    _load, _load_carefully      one vector of samples; wherever the first does not do, the second
+    _prepare                    memory → ρ, A, and r = π_ref/π_θ reduced → scratch
+    _surrogate_sum, _kl_sum …   scratch → what a run adds to the sums
+    sum_block, sweep_block      block → float64 sums
+    totals, sweep, *_parallel   blocks → exact sums, on one thread or on all; what `objective` calls
+
+Numba's disk cache keeps these kernels until this file changes, whatever happens to the code that they inline. Hence the
+digest of those files; tests/test_cache.py fails when it is old, and says what to write.
+"""
+
+from typing import NamedTuple
+
+import numba
+import numpy as np
+
+from . import exact
+from .elementary import LN2, ReducedRatio, k3, layout, log, reduce_ratio, split
+from .simd import (
+    align_stack,
+    bits,
+    every,
+    fma,
+    from_bits,
+    full,
+    full_like,
+    inlined,
+    lane_max,
+    lane_min,
+    lane_sum,
+    lanes,
+    load,
+    load_first,
+    prefetch,
+    signed,
+    store,
+    tally,
+    where,
+    wide,
+    wide_product,
+)
+
+INLINED = ""
+
+BLOCK = 4096  # samples whose sums are rounded; between blocks nothing is
+AHEAD = 32  # vectors: how far ahead of its use memory is asked for, so that the loops do not wait in turn
+RUN = 16  # vectors; in float32 also how many terms are added before they go into float64
+
+_compiled = numba.njit(cache=True, nogil=True, error_model="numpy")
+_compiled_parallel = numba.njit(cache=True, nogil=True, error_model="numpy", parallel=True)
+
+# Rows of the scratch array, each RUN vectors long.
+_RHO, _ADVANTAGE, _POWER, _F, _S, _PRESENT, _ROWS = range(7)
+# Rows of the exact sums.
+SURROGATE, KL, DRIFT, DRIFT_SQUARED, LOG_RATIO = range(5)
+
+
+class BlockSums(NamedTuple):
+    """The sums of one block over its samples."""
+
+    surrogate: float
+    kl: float
+    drift: float  # ρ − 1: small numbers, and 0 for a lane without a sample
+    drift_squared: float
+    log_ratio: float
+    clipped_low: int
+    clipped_high: int
+    ratio_min: float
+    ratio_max: float
+    legal: bool  # whether all samples are in the domain
+
+
+@inlined
+def _put(scratch, row, v, vector):
+    store(scratch, (row * RUN + v) * lanes(scratch), vector)
+
+
+@inlined
+def _get(scratch, row, v):
+    return load(scratch, (row * RUN + v) * lanes(scratch))
+
+
+# --- memory → scratch -------------------------------------------------------------------------------------------------
+@inlined
+def _load(ratio, advantage, old, ref, i):
+    """One vector of samples: ρ, A, and ρ, π_old, π_ref, assumed to be far from the limits of the format."""
+    rho = load(ratio, i)
+    if old is None:
+        one = full(ratio, 1.0)
+        return rho, load(advantage, i), rho, one, one
+    return rho, load(advantage, i), rho, load(old, i), load(ref, i)
+
+
+@inlined
+def _load_carefully(ratio, advantage, old, ref, i, stop):
+    """One vector of which samples may be missing, or anywhere in the domain, or outside it.
+
+    Returns ρ, A; three numbers near 1 with the same r as ρ, π_old and π_ref; and whether all samples are legal.
+    A missing sample is ρ = 1, A = 0, r = 1, which adds nothing to any sum.
+    """
+    n = min(stop - i, lanes(ratio))
+    rho = load_first(ratio, i, n, 1.0)
+    a = load_first(advantage, i, n, 0.0)
+    form = layout(rho)
+    legal = (rho >= form.smallest_normal) & (rho <= form.largest) & (a >= -form.largest) & (a <= form.largest)
+    one = full(ratio, 1.0)
+    if old is None:
+        return rho, a, one, one, one, every(legal)
+    pi_old = load_first(old, i, n, 1.0)
+    pi_ref = load_first(ref, i, n, 1.0)
+    pi = rho * pi_old
+    r = pi_ref / pi
+    legal = legal & (pi_old > 0.0) & (pi_ref > 0.0) & (pi >= form.smallest_normal) & (pi <= form.largest)
+    legal = legal & (r >= form.smallest_normal) & (r <= 0.125 * form.largest)
+    rho_m, rho_e = split(where(legal, rho, one))
+    old_m, old_e = split(where(legal, pi_old, one))
+    ref_m, ref_e = split(where(legal, pi_ref, one))
+    return rho, a, rho_m, old_m, from_bits(bits(ref_m) + ref_e - rho_e - old_e), every(legal)
+
+
+@inlined
+def _prepare(ratio, advantage, old, ref, start, stop, careful, diagnostics, scratch):
+    """Fill the scratch array with up to RUN vectors of samples from ``start`` on.
+
+    Returns the smallest and the largest of the numbers that must be far from the limits of the format for the result
+    to be right, one in each lane, and whether the samples that were looked at one by one are legal. What overflows
+    or is NaN need not be looked for: it shows in the sums.
+    """
+    least = full(ratio, 1.0)
+    most = least
+    legal = True
+    step = lanes(ratio)
+    for v in range(min(RUN, (stop - start + step - 1) // step)):
+        i = start + v * step
+        if careful or i + step > stop:
+            rho, a, x, y, z, fine = _load_carefully(ratio, advantage, old, ref, i, stop)
+            present = load_first(ratio, i, min(stop - i, step), ratio[i])
+            legal = legal and fine
+        else:
+            rho, a, x, y, z = _load(ratio, advantage, old, ref, i)
+            present = rho
+            prefetch(ratio, i + AHEAD * step)
+            prefetch(advantage, i + AHEAD * step)
+            if old is not None:
+                prefetch(old, i + AHEAD * step)
+                prefetch(ref, i + AHEAD * step)
+        _put(scratch, _RHO, v, rho)
+        _put(scratch, _ADVANTAGE, v, a)
+        if diagnostics is not None:
+            _put(scratch, _PRESENT, v, present)
+        least = where(rho < least, rho, least)
+        if old is not None:
+            r = reduce_ratio(x, y, z)
+            _put(scratch, _POWER, v, from_bits(r.power))
+            _put(scratch, _F, v, r.f)
+            _put(scratch, _S, v, r.s)
+            lower = where(z < x * y, z, x * y)
+            lower = where(from_bits(r.power) < lower, from_bits(r.power), lower)
+            least = where(lower < least, lower, least)
+            most = where(z > most, z, most)
+    return least, most, legal
+
+
+# --- scratch → sums ---------------------------------------------------------------------------------------------------
+@inlined
+def _surrogate_sum(scratch, vectors, low, high):
+    """Σ min(ρA, clip(ρ, low, high)·A), where only that bound can matter which the sign of A picks."""
+    total = full_like(low, 0.0)
+    for v in range(vectors):
+        rho = _get(scratch, _RHO, v)
+        a = _get(scratch, _ADVANTAGE, v)
+        unclipped = rho * a
+        bounded = where(signed(a), low, high) * a
+        total += where(unclipped < bounded, unclipped, bounded)
+    return total
+
+
+@inlined
+def _kl_sum(scratch, vectors):
+    """Σ ρ·(r − 1 − log r)."""
+    total = full(scratch, 0.0)
+    for v in range(vectors):
+        r = ReducedRatio(bits(_get(scratch, _POWER, v)), _get(scratch, _F, v), _get(scratch, _S, v))
+        total = fma(_get(scratch, _RHO, v), k3(r), total)
+    return total
+
+
+@inlined
+def _count_clipped(scratch, vectors, low, high, clipped_low, clipped_high):
+    """Add the samples with ρ < low and A < 0, and those with ρ > high and A > 0, to two vectors of counts."""
+    for v in range(vectors):
+        rho = _get(scratch, _RHO, v)
+        a = _get(scratch, _ADVANTAGE, v)
+        clipped_low = tally(clipped_low, (rho < low) & (a < 0.0))
+        clipped_high = tally(clipped_high, (rho > high) & (a > 0.0))
+    return clipped_low, clipped_high
+
+
+# --- one block --------------------------------------------------------------------------------------------------------
+@inlined
+def _attempt_block(ratio, advantage, old, ref, start, stop, low, high, diagnostics, scratch, careful):
+    """The sums of a block, and whether they can be trusted although some samples were not looked at carefully."""
+    zero = full(ratio, 0.0)
+    form = layout(zero)
+    low = full_like(zero, low)
+    high = full_like(zero, high)
+    step = lanes(ratio)
+    surrogate = wide(zero)
+    kl = wide(zero)
+    drift = wide(zero)
+    drift_squared = wide(zero)
+    product = wide(zero) + 1.0
+    exponents = bits(zero)
+    clipped_low = bits(zero)
+    clipped_high = bits(zero)
+    ratio_min = full_like(zero, ratio[start])
+    ratio_max = ratio_min
+    least = full_like(zero, 1.0)
+    most = least
+    legal = True
+    for run in range(start, stop, RUN * step):
+        vectors = min(RUN, (stop - run + step - 1) // step)
+        lower, upper, fine = _prepare(ratio, advantage, old, ref, run, stop, careful, diagnostics, scratch)
+        least = where(lower < least, lower, least)
+        most = where(upper > most, upper, most)
+        legal = legal and fine
+        surrogate += wide(_surrogate_sum(scratch, vectors, low, high))
+        if old is not None:
+            kl += wide(_kl_sum(scratch, vectors))
+        if diagnostics is not None:
+            clipped_low, clipped_high = _count_clipped(scratch, vectors, low, high, clipped_low, clipped_high)
+            linear = zero
+            square = zero
+            for v in range(vectors):
+                rho = _get(scratch, _RHO, v)
+                present = _get(scratch, _PRESENT, v)
+                ratio_min = where(present < ratio_min, present, ratio_min)
+                ratio_max = where(present > ratio_max, present, ratio_max)
+                linear += rho - 1.0
+                square = fma(rho - 1.0, rho - 1.0, square)
+                # Σ log ρ is the logarithm of a product: of the fractions, below 2⁵¹² in a block, and of powers of two.
+                product *= wide_product(from_bits(bits(rho) & (form.half * 2 - 1) | form.one))
+                exponents += bits(rho) >> form.mantissa
+            drift += wide(linear)
+            drift_squared += wide(square)
+    log_ratio = 0.0
+    if diagnostics is not None:
+        padded = (stop - start + step - 1) // step * step
+        log_ratio = lane_sum(log(product)) + (np.int64(lane_sum(exponents)) - padded * form.bias) * LN2
+    sums = BlockSums(
+        lane_sum(surrogate),
+        lane_sum(kl),
+        lane_sum(drift),
+        lane_sum(drift_squared),
+        log_ratio,
+        np.int64(lane_sum(clipped_low)),
+        np.int64(lane_sum(clipped_high)),
+        np.float64(lane_min(ratio_min)),
+        np.float64(lane_max(ratio_max)),
+        legal,
+    )
+    usual = lane_min(least) > form.usual and lane_max(most) < 1.0 / form.usual
+    return sums, careful or (usual and np.isfinite(sums.surrogate + sums.kl))
+
+
+@_compiled
+def sum_block(ratio, advantage, old, ref, start, stop, low, high, diagnostics, scratch):
+    """The sums of one block: in the fast way, and once more in the careful way if that may have gone wrong."""
+    align_stack()
+    sums, trusted = _attempt_block(
+        ratio, advantage, old, ref, start, stop, low, high, diagnostics, scratch, False
+    )
+    if not trusted:
+        sums, trusted = _attempt_block(
+            ratio, advantage, old, ref, start, stop, low, high, diagnostics, scratch, True
+        )
+    return sums
+
+
+@inlined
+def _attempt_sweep_block(
+    ratio, advantage, old, ref, start, stop, lows, highs, surrogates, clipped, scratch, careful
+):
+    """As `_attempt_block` for many pairs of bounds; Σ surrogate of each goes into 8 lanes of ``surrogates``."""
+    zero = full(ratio, 0.0)
+    step = lanes(ratio)
+    kl = wide(zero)
+    least = full_like(zero, 1.0)
+    most = least
+    legal = True
+    surrogates[:] = 0.0
+    clipped[:] = 0
+    for run in range(start, stop, RUN * step):
+        vectors = min(RUN, (stop - run + step - 1) // step)
+        lower, upper, fine = _prepare(ratio, advantage, old, ref, run, stop, careful, None, scratch)
+        least = where(lower < least, lower, least)
+        most = where(upper > most, upper, most)
+        legal = legal and fine
+        if old is not None:
+            kl += wide(_kl_sum(scratch, vectors))
+        for e in range(len(lows)):
+            low = full_like(zero, lows[e])
+            high = full_like(zero, highs[e])
+            at = e * lanes(surrogates)
+            store(surrogates, at, load(surrogates, at) + wide(_surrogate_sum(scratch, vectors, low, high)))
+            below, above = _count_clipped(scratch, vectors, low, high, bits(zero), bits(zero))
+            clipped[e, 0] += np.int64(lane_sum(below))
+            clipped[e, 1] += np.int64(lane_sum(above))
+    form = layout(zero)
+    usual = lane_min(least) > form.usual and lane_max(most) < 1.0 / form.usual
+    kl_sum = lane_sum(kl)
+    return kl_sum, legal, careful or (usual and np.isfinite(kl_sum + surrogates.sum()))
+
+
+@_compiled
+def sweep_block(ratio, advantage, old, ref, start, stop, lows, highs, surrogates, clipped, scratch):
+    """Σ KL of one block and whether it is legal; the sums for each pair of bounds go into the last arrays but one."""
+    align_stack()
+    kl, legal, trusted = _attempt_sweep_block(
+        ratio, advantage, old, ref, start, stop, lows, highs, surrogates, clipped, scratch, False
+    )
+    if not trusted:
+        kl, legal, trusted = _attempt_sweep_block(
+            ratio, advantage, old, ref, start, stop, lows, highs, surrogates, clipped, scratch, True
+        )
+    return kl, legal
+
+
+# --- all blocks -------------------------------------------------------------------------------------------------------
+@inlined
+def _scratch_like(array):
+    return np.empty(_ROWS * RUN * lanes(array), array.dtype)
+
+
+@_compiled
+def objective_block(ratio, advantage, old, ref, low, high):
+    """(Σ surrogate, Σ kl, legal) of at most BLOCK samples."""
+    sums = sum_block(ratio, advantage, old, ref, 0, len(ratio), low, high, None, _scratch_like(ratio))
+    return sums.surrogate, sums.kl, sums.legal
+
+
+@_compiled
+def _add_blocks(ratio, advantage, old, ref, low, high, diagnostics, first, last, rows, counts, extremes):
+    """Add the sums of blocks first … last − 1."""
+    scratch = _scratch_like(ratio)
+    for block in range(first, last):
+        start = block * BLOCK
+        stop = min(start + BLOCK, len(ratio))
+        sums = sum_block(ratio, advantage, old, ref, start, stop, low, high, diagnostics, scratch)
+        exact.add(rows[SURROGATE], sums.surrogate)
+        exact.add(rows[KL], sums.kl)
+        counts[2] += not sums.legal
+        if diagnostics is not None:
+            exact.add(rows[DRIFT], sums.drift)
+            exact.add(rows[DRIFT_SQUARED], sums.drift_squared)
+            exact.add(rows[LOG_RATIO], sums.log_ratio)
+            counts[0] += sums.clipped_low
+            counts[1] += sums.clipped_high
+            extremes[0] = min(extremes[0], sums.ratio_min)
+            extremes[1] = max(extremes[1], sums.ratio_max)
+
+
+@_compiled
+def totals(ratio, advantage, old, ref, low, high, diagnostics, tasks):
+    """The exact sums of all samples, on one thread (``tasks`` is for the twin below).
+
+    Returns rows of limbs, carried, by the names above; [clipped low, clipped high, blocks with an illegal sample];
+    [least, largest ρ]. Without ``diagnostics`` only the first two rows and the count of illegal blocks are filled.
+    """
+    rows = np.zeros((5, exact.ROW), np.int64)
+    counts = np.zeros(3, np.int64)
+    extremes = np.full(2, np.float64(ratio[0]))
+    blocks = (len(ratio) + BLOCK - 1) // BLOCK
+    _add_blocks(ratio, advantage, old, ref, low, high, diagnostics, 0, blocks, rows, counts, extremes)
+    exact.carry(rows)
+    return rows, counts, extremes
+
+
+@_compiled_parallel
+def totals_parallel(ratio, advantage, old, ref, low, high, diagnostics, tasks):
+    """The same as `totals`, to the bit, on ``tasks`` threads."""
+    rows = np.zeros((tasks, 5, exact.ROW), np.int64)
+    counts = np.zeros((tasks, 3), np.int64)
+    extremes = np.full((tasks, 2), np.float64(ratio[0]))
+    blocks = (len(ratio) + BLOCK - 1) // BLOCK
+    for t in numba.prange(tasks):
+        first = t * blocks // tasks
+        last = (t + 1) * blocks // tasks
+        _add_blocks(
+            ratio, advantage, old, ref, low, high, diagnostics, first, last, rows[t], counts[t], extremes[t]
+        )
+    for t in range(1, tasks):
+        rows[0] += rows[t]
+        counts[0] += counts[t]
+        extremes[0, 0] = min(extremes[0, 0], extremes[t, 0])
+        extremes[0, 1] = max(extremes[0, 1], extremes[t, 1])
+    exact.carry(rows[0])
+    return rows[0], counts[0], extremes[0]
+
+
+@_compiled
+def _add_sweep_blocks(ratio, advantage, old, ref, lows, highs, first, last, rows, counts):
+    """Add the sums of blocks first … last − 1; the last row is for the KL and for the count of illegal blocks."""
+    scratch = _scratch_like(ratio)
+    surrogates = np.empty(len(lows) * 8)
+    clipped = np.empty((len(lows), 2), np.int64)
+    for block in range(first, last):
+        start = block * BLOCK
+        stop = min(start + BLOCK, len(ratio))
+        kl, legal = sweep_block(
+            ratio, advantage, old, ref, start, stop, lows, highs, surrogates, clipped, scratch
+        )
+        for e in range(len(lows)):
+            exact.add(rows[e], lane_sum(load(surrogates, 8 * e)))
+        exact.add(rows[-1], kl)
+        counts[:-1] += clipped
+        counts[-1, 0] += not legal
+
+
+@_compiled
+def sweep(ratio, advantage, old, ref, lows, highs, tasks):
+    """The exact sums for every pair of bounds, on one thread.
+
+    Returns rows of limbs, carried: Σ surrogate for each pair, then Σ kl; and counts: clipped low and high for each
+    pair, then blocks with an illegal sample.
+    """
+    rows = np.zeros((len(lows) + 1, exact.ROW), np.int64)
+    counts = np.zeros((len(lows) + 1, 2), np.int64)
+    blocks = (len(ratio) + BLOCK - 1) // BLOCK
+    _add_sweep_blocks(ratio, advantage, old, ref, lows, highs, 0, blocks, rows, counts)
+    exact.carry(rows)
+    return rows, counts
+
+
+@_compiled_parallel
+def sweep_parallel(ratio, advantage, old, ref, lows, highs, tasks):
+    """The same as `sweep`, to the bit, on ``tasks`` threads."""
+    rows = np.zeros((tasks, len(lows) + 1, exact.ROW), np.int64)
+    counts = np.zeros((tasks, len(lows) + 1, 2), np.int64)
+    blocks = (len(ratio) + BLOCK - 1) // BLOCK
+    for t in numba.prange(tasks):
+        first = t * blocks // tasks
+        last = (t + 1) * blocks // tasks
+        _add_sweep_blocks(ratio, advantage, old, ref, lows, highs, first, last, rows[t], counts[t])
+    for t in range(1, tasks):
+        rows[0] += rows[t]
+        counts[0] += counts[t]
+    exact.carry(rows[0])
+    return rows[0], counts[0]

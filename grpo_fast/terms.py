@@ -1,0 +1,274 @@
+"""The options of the objective as values: ``Clip``, ``CISPO``, ``SAPO`` (policy term) and ``K1``, ``K2``, ``K3`` (KL).
+
+An option is a NamedTuple whose fields are floats or bools: Numba reads it as it is and compiles one kernel for each
+class, while the numbers stay run-time values. Every way to make one (call, ``_replace``, copy, unpickle) goes through
+its constructor, so a kernel never meets an invalid option, nor a None or an int that would make it another type.
+
+Notation, per token: ρ = π_θ/π_old (for a whole sequence at sequence level), A the advantage, l = log π_θ − log π_ref.
+"""
+
+import math
+from collections.abc import Callable
+from numbers import Real
+from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
+
+import numpy as np
+
+
+# --- scalars, checked; other modules use these, too -------------------------------------------------------------------
+def number(name: str, value: object, allowed: str, is_allowed: Callable[[float], bool]) -> float:
+    """``value`` as a float, or an error that says what is allowed; NaN fails every comparison, hence every check."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number {allowed}, got {value!r}")
+    try:
+        result = float(value)
+    except OverflowError:  # an int beyond float64
+        result = math.nan
+    if not is_allowed(result):
+        raise ValueError(f"{name} must be a number {allowed}, got {value!r}")
+    return result
+
+
+def positive(name: str, value: object) -> float:
+    """``value`` as a float above 0, finite."""
+    return number(name, value, "in (0, inf)", lambda x: 0 < x < math.inf)
+
+
+def not_negative(name: str, value: object) -> float:
+    """``value`` as a float from 0, finite."""
+    return number(name, value, "in [0, inf)", lambda x: 0 <= x < math.inf)
+
+
+def flag(name: str, value: object) -> bool:
+    """``value`` as a bool, which a 0 or 1 is not."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+# --- what all options share -------------------------------------------------------------------------------------------
+class _Option(tuple[float, ...]):
+    """Make a NamedTuple compare as a value of its own class, and let no field by the constructor."""
+
+    __slots__ = ()
+
+    # `_replace` calls it, too; the NamedTuple's own goes around `__new__`. Any: mypy knows that one by odd arguments.
+    _make: ClassVar[Any] = classmethod(lambda cls, fields: cls(*fields))
+
+    def __eq__(self, other: object) -> bool:  # K1(0.1) and K2(0.1) hold the same numbers and mean different terms
+        return type(self) is type(other) and super().__eq__(other)
+
+    def __ne__(self, other: object) -> bool:  # a tuple's own would be found otherwise
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash((type(self), super().__hash__()))
+
+
+# --- the policy term s(ρ, A) ------------------------------------------------------------------------------------------
+class Clip(_Option, NamedTuple("Clip", [("epsilon", float), ("epsilon_high", float), ("delta", float)])):
+    """PPO's clipped surrogate, as GRPO uses it; with δ also bounded where A < 0 (dual clip, two-sided clip).
+
+    ::
+
+        s         = min( min(ρ, δ)·A,  clip(ρ, 1−ε, 1+ε_high)·A )
+        ∂s/∂log ρ = ρ·A  where the first operand is ≤ the second and ρ ≤ δ,  else 0
+
+    Parameters
+    ----------
+    epsilon : float, in [0, 1)
+        ε: how far ρ may fall below 1 before a token with A < 0 stops counting.
+        TRL ``epsilon``; verl ``clip_ratio_low`` (or ``clip_ratio``).
+    epsilon_high : float, in [0, inf), optional
+        ε_high: how far ρ may rise above 1 before a token with A > 0 stops counting; as ε unless given.
+        TRL ``epsilon_high``; verl ``clip_ratio_high``. DAPO's "clip-higher" is 0.28.
+    delta : float, above 1 + ε_high, optional
+        δ: bound on ρ for tokens with A < 0; none (infinity) unless given.
+        TRL ``delta``; verl ``clip_ratio_c``, which is 3.0 there unless changed.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A parameter is not a number, or is outside its interval.
+
+    References
+    ----------
+    PPO, arXiv:1707.06347, Eq. 7. GRPO (DeepSeekMath), arXiv:2402.03300, Eq. 3. ε_high: DAPO, arXiv:2503.14476,
+    section 3.1. δ: dual-clip PPO, arXiv:1912.09729; INTELLECT-2, arXiv:2505.07291.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, epsilon: float = 0.2, epsilon_high: float | None = None, delta: float | None = None) -> Self:
+        epsilon = number("epsilon", epsilon, "in [0, 1)", lambda x: 0 <= x < 1)
+        high = epsilon if epsilon_high is None else not_negative("epsilon_high", epsilon_high)
+        above = f"above 1 + epsilon_high = {1 + high}"
+        bound = math.inf if delta is None else number("delta", delta, above, lambda x: x > 1 + high)
+        return super().__new__(cls, epsilon, high, bound)
+
+
+class CISPO(_Option, NamedTuple("CISPO", [("ratio_max", float), ("ratio_min", float)])):
+    """The policy gradient weighted with a clipped ratio: no token loses its gradient.
+
+    ::
+
+        s           = w·A·log π_θ,   w = clip(ρ, ratio_min, ratio_max) held constant
+        ∂s/∂log π_θ = w·A
+
+    Parameters
+    ----------
+    ratio_max : float, in (0, inf]
+        Upper bound of the weight itself, not its distance from 1.
+        TRL ``epsilon_high`` with ``loss_type="cispo"``; verl 1 + ``clip_ratio_high`` with ``loss_mode="cispo"``.
+    ratio_min : float, in [0, ratio_max]
+        Lower bound of the weight. TRL has none; verl 1 − ``clip_ratio_low``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A parameter is not a number, or is outside its interval.
+
+    References
+    ----------
+    MiniMax-M1, arXiv:2506.13585, Eq. 4 and 5. ``ratio_max`` = 5 without a lower bound: ScaleRL, arXiv:2510.13786.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, ratio_max: float = 5.0, ratio_min: float = 0.0) -> Self:
+        high = number("ratio_max", ratio_max, "in (0, inf]", lambda x: x > 0)
+        low = number("ratio_min", ratio_min, f"in [0, ratio_max = {high}]", lambda x: 0 <= x <= high)
+        return super().__new__(cls, high, low)
+
+
+class SAPO(_Option, NamedTuple("SAPO", [("tau_pos", float), ("tau_neg", float)])):
+    """A sigmoid gate around ρ = 1 in place of the clip: the gradient fades out instead of being cut.
+
+    ::
+
+        s         = (4/τ)·σ(τ(ρ − 1))·A,   τ = tau_pos where A > 0, else tau_neg
+        ∂s/∂log ρ = 4σ(1 − σ)·ρ·A
+
+    Parameters
+    ----------
+    tau_pos : float, in (0, inf)
+        Temperature of tokens with A > 0. TRL ``sapo_temperature_pos``; verl ``tau_pos`` with ``loss_mode="sapo"``.
+    tau_neg : float, in (0, inf)
+        Temperature of the others. TRL ``sapo_temperature_neg``; verl ``tau_neg``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A parameter is not a number, or is outside its interval.
+
+    References
+    ----------
+    SAPO, arXiv:2511.20347, Eq. 5 and 6.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Self:
+        return super().__new__(cls, positive("tau_pos", tau_pos), positive("tau_neg", tau_neg))
+
+
+# --- the KL term k(l) -------------------------------------------------------------------------------------------------
+class _KL(_Option, NamedTuple("_KL", [("beta", float), ("importance_weighted", bool)])):
+    """What the three estimators of KL(π_θ ‖ π_ref) share; l = log π_θ − log π_ref (Schulman 2020, `kl-approx`_).
+
+    .. _kl-approx: http://joschu.net/blog/kl-approx.html
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, beta: float, importance_weighted: bool = True) -> Self:
+        return super().__new__(cls, not_negative("beta", beta), flag("importance_weighted", importance_weighted))
+
+
+class K1(_KL):
+    """The plain estimator: unbiased in value, of either sign, high variance.
+
+    ::
+
+        k1      = l                 penalty: −β·k1, or −β·ρ·k1 when importance-weighted
+        ∂k1/∂l  = 1                 ∂(ρ·k1)/∂l = ρ(1 + l)
+
+    Parameters
+    ----------
+    beta : float, in [0, inf)
+        β. TRL ``beta`` (which has no k1); verl ``kl_loss_coef`` with ``kl_loss_type="k1"`` (or ``"kl"``).
+    importance_weighted : bool
+        Whether ρ multiplies k1: unbiased under samples from π_old. Its gradient, unlike that of k1 alone, is the KL's.
+
+    Raises
+    ------
+    TypeError, ValueError
+        ``beta`` is not a number in its interval, or ``importance_weighted`` not a bool.
+
+    References
+    ----------
+    Schulman, "Approximating KL divergence", 2020, http://joschu.net/blog/kl-approx.html.
+    """
+
+    __slots__ = ()
+
+
+class K2(_KL):
+    """The squared estimator: biased in value, and its gradient alone is, on-policy, that of the KL.
+
+    ::
+
+        k2      = l²/2              penalty: −β·k2, or −β·ρ·k2 when importance-weighted
+        ∂k2/∂l  = l                 ∂(ρ·k2)/∂l = ρ(l + l²/2)
+
+    Parameters
+    ----------
+    beta : float, in [0, inf)
+        β. TRL ``beta`` (which has no k2); verl ``kl_loss_coef`` with ``kl_loss_type="k2"`` (or ``"mse"``).
+    importance_weighted : bool
+        Whether ρ multiplies k2.
+
+    Raises
+    ------
+    TypeError, ValueError
+        ``beta`` is not a number in its interval, or ``importance_weighted`` not a bool.
+
+    References
+    ----------
+    Schulman, "Approximating KL divergence", 2020, http://joschu.net/blog/kl-approx.html.
+    """
+
+    __slots__ = ()
+
+
+class K3(_KL):
+    """GRPO's estimator: unbiased in value, never negative, low variance.
+
+    ::
+
+        k3      = e^(−l) + l − 1    penalty: −β·k3, or −β·ρ·k3 when importance-weighted
+        ∂k3/∂l  = 1 − e^(−l)        ∂(ρ·k3)/∂l = ρ·l
+
+    Parameters
+    ----------
+    beta : float, in [0, inf)
+        β. TRL ``beta``; verl ``kl_loss_coef`` with ``kl_loss_type="low_var_kl"`` (or ``"k3"``).
+    importance_weighted : bool
+        Whether ρ multiplies k3, which makes value and gradient unbiased under samples from π_old.
+        TRL ``use_bias_correction_kl``, which is False there unless changed.
+
+    Raises
+    ------
+    TypeError, ValueError
+        ``beta`` is not a number in its interval, or ``importance_weighted`` not a bool.
+
+    References
+    ----------
+    GRPO (DeepSeekMath), arXiv:2402.03300, Eq. 4. Weighted: DeepSeek-V3.2, arXiv:2512.02556, Eq. 7.
+    """
+
+    __slots__ = ()
+
+
+Surrogate: TypeAlias = Clip | CISPO | SAPO
+KL: TypeAlias = K1 | K2 | K3
