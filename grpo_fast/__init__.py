@@ -1,4 +1,4 @@
-"""The GRPO objective, its gradient and its diagnostics on the CPU, in one pass over memory; the same bits everywhere."""
+"""The GRPO objective and its diagnostics on the CPU, in one pass over memory; the same bits everywhere."""
 
 from . import reference
 from .objective import grpo_objective, grpo_stats, grpo_sweep

@@ -5,7 +5,7 @@ summation using small and large superaccumulators", 2015), so that adding a numb
 wait until the end. In Python it is one `int`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -21,7 +21,7 @@ _UNIT = 1 << 1074
 
 
 @numba.njit(forceinline=True)
-def add(row, x):
+def add(row: Any, x: float) -> None:
     """Add x to the limbs ``row``, an int64 array of length `ROW`; safe for 2³⁰ numbers before `carry`."""
     pattern = np.int64(bits(x))
     exponent = (pattern >> 52) & 0x7FF
@@ -43,7 +43,7 @@ def add(row, x):
 
 
 @numba.njit(forceinline=True)
-def carry(rows):
+def carry(rows: Any) -> None:
     """Bring the limbs of each row into 0 … 2³² − 1, two's complement, so that `Exact.of_row` can read them."""
     for row in rows:
         above = np.int64(0)

@@ -1,6 +1,5 @@
 """The objective from probabilities: `grpo_objective`, every diagnostic with it, and the grid over ε and β."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -12,7 +11,7 @@ from . import objective_kernels as kernels
 from ._inputs import refuse_sample, same_shape
 from .exact import Exact
 from .stats import Stats, Sweep, objective_of
-from .terms import K3, Clip, number
+from .terms import K3, Clip
 
 #: Below this many samples the threads cost more than they bring: waking them takes about 10 µs.
 _WORTH_SHARING = 16 * kernels.BLOCK
@@ -176,11 +175,9 @@ def _samples(
 ) -> tuple[tuple[Any, ...], tuple[int, ...]]:
     """The four arrays for a kernel, with None for probabilities that are not needed, and their common shape."""
     if not with_kl:
-        arrays, shape = same_shape({"rhos": rhos, "A": A})
+        arrays, shape = same_shape(("rhos", "A"), (rhos, A))
         return (*arrays, None, None), shape
-    arguments = {"rhos": rhos, "A": A, "pi_theta_old": pi_theta_old, "pi_theta_ref": pi_theta_ref}
-    arrays, shape = same_shape(arguments)
-    return tuple(arrays), shape
+    return same_shape(("rhos", "A", "pi_theta_old", "pi_theta_ref"), (rhos, A, pi_theta_old, pi_theta_ref))
 
 
 def _numbers(name: str, values: ArrayLike) -> list[float]:

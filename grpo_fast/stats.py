@@ -1,4 +1,4 @@
-"""What a kernel's sums say: `Stats`, every diagnostic for one choice of options, and `Sweep`, the objective over a grid.
+"""What a kernel's sums say: `Stats`, every diagnostic for one choice of options; `Sweep`, the objective over a grid.
 
 Both hold exact sums and nothing rounded: adding the results of shards, in any order and any grouping, gives the result
 of the whole to the last bit.
@@ -155,7 +155,7 @@ class Stats(_Additive):
         }
 
     def __str__(self) -> str:
-        return "\n".join(f"{key:<24} {value:.9g}" for key, value in self.as_dict().items())
+        return "\n".join(f"{key:<24} {value:.9g}" for key, value in self.as_dict().items() if not math.isnan(value))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,8 @@ import numpy as np
 # --- scalars, checked; other modules use these, too -------------------------------------------------------------------
 def number(name: str, value: object, allowed: str, is_allowed: Callable[[float], bool]) -> float:
     """``value`` as a float, or an error that says what is allowed; NaN fails every comparison, hence every check."""
+    if type(value) is float and is_allowed(value):  # nearly always; spares the slow isinstance below
+        return value
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number {allowed}, got {value!r}")
     try:
@@ -102,8 +104,9 @@ class Clip(_Option, NamedTuple("Clip", [("epsilon", float), ("epsilon_high", flo
     def __new__(cls, epsilon: float = 0.2, epsilon_high: float | None = None, delta: float | None = None) -> Self:
         epsilon = number("epsilon", epsilon, "in [0, 1)", lambda x: 0 <= x < 1)
         high = epsilon if epsilon_high is None else not_negative("epsilon_high", epsilon_high)
-        above = f"above 1 + epsilon_high = {1 + high}"
-        bound = math.inf if delta is None else number("delta", delta, above, lambda x: x > 1 + high)
+        bound = math.inf
+        if delta is not None:
+            bound = number("delta", delta, f"above 1 + epsilon_high = {1 + high}", lambda x: x > 1 + high)
         return super().__new__(cls, epsilon, high, bound)
 
 

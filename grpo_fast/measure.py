@@ -1,0 +1,74 @@
+"""Time functions side by side, and the roof they are measured against: reading the same arrays and nothing else."""
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _parallel
+from .simd import full, lane_sum, lanes, load
+
+
+@numba.njit(cache=True, nogil=True)
+def _read(a: Any, b: Any, c: Any, d: Any, start: int, stop: int) -> Any:
+    """The sum of all elements: one load and one addition for each vector, nothing a kernel could do without."""
+    w = full(a, 0.0)
+    x = w
+    y = w
+    z = w
+    for i in range(start, stop - lanes(a) + 1, lanes(a)):
+        w += load(a, i)
+        x += load(b, i)
+        y += load(c, i)
+        z += load(d, i)
+    return lane_sum(w + x + y + z)
+
+
+@numba.njit(cache=True, nogil=True)
+def _read_serial(a: Any, b: Any, c: Any, d: Any, tasks: int) -> Any:
+    return _read(a, b, c, d, 0, len(a))
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def _read_parallel(a: Any, b: Any, c: Any, d: Any, tasks: int) -> Any:
+    sums = np.zeros(tasks)
+    for t in numba.prange(tasks):
+        sums[t] = _read(a, b, c, d, t * len(a) // tasks, (t + 1) * len(a) // tasks)
+    return sums.sum()
+
+
+def read(a: NDArray[Any], b: NDArray[Any], c: NDArray[Any], d: NDArray[Any]) -> float:
+    """Read four arrays of one dtype and length, on all threads when they are large: the read-only roof."""
+    return float(_parallel.run(_read_serial, _read_parallel, (a, b, c, d), a.size, 1 << 16))
+
+
+def side_by_side(functions: Mapping[str, Callable[[], Any]], seconds: float = 3.0) -> dict[str, list[float]]:
+    """Seconds of one call of each function, over interleaved rounds: what disturbs one round disturbs all in it alike.
+
+    Each is called once before, which is not counted. Calls too short to time are repeated within a round. At least
+    three rounds, then as many as fit into about ``seconds``.
+    """
+    repeats = {}
+    for name, call in functions.items():
+        call()
+        begin = time.perf_counter()
+        call()
+        repeats[name] = max(1, round(2e-4 / (time.perf_counter() - begin)))
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < seconds or min(map(len, times.values())) < 3:
+        for name, call in functions.items():
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                call()
+            times[name].append((time.perf_counter() - start) / repeats[name])
+    return times
+
+
+def ratio(times: Mapping[str, list[float]], numerator: str, denominator: str) -> float:
+    """The median over the rounds of one function's time over another's."""
+    return median(a / b for a, b in zip(times[numerator], times[denominator], strict=True))
