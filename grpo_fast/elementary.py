@@ -16,6 +16,7 @@ from numba.extending import overload
 from .simd import bits, constant, fma, from_bits, full_like, inlined, where
 
 LN2 = math.log(2.0)
+ROOT2 = math.sqrt(2.0)
 
 
 class Layout(NamedTuple):
@@ -105,11 +106,10 @@ def _tail(z):
 
 @inlined
 def exponent_of(power):
-    """k as a float, for the bit pattern of 2ᵏ (AVX2 has no packed conversion from 64-bit integers)."""
-    x = from_bits(power)
-    form = layout(x)
-    integers = constant(x, form.integers)
-    return from_bits(power >> form.mantissa | bits(integers)) - constant(x, form.integers + form.bias)
+    """k for 2ᵏ (AVX2 has no packed conversion from 64-bit integers)."""
+    form = layout(power)
+    integers = constant(power, form.integers)
+    return from_bits(bits(power) >> form.mantissa | bits(integers)) - constant(power, form.integers + form.bias)
 
 
 @inlined
@@ -121,12 +121,12 @@ def log(x):
     s = f / (f + 2.0)
     z = s * s
     excess = s * fma(-z, tail(z), f)
-    k = exponent_of(power)
+    k = exponent_of(from_bits(power))
     return fma(k, form.ln2_high, f - fma(k, -form.ln2_low, excess))
 
 
 class ReducedRatio(NamedTuple):
-    """r = 2ᵏ(1 + f) with 2/3 ≤ 1 + f ≤ 3/2: the bit pattern of 2ᵏ, f, and s = f/(2 + f)."""
+    """r = 2ᵏ(1 + f) with 2/3 ≤ 1 + f ≤ 3/2: 2ᵏ, f, and s = f/(2 + f)."""
 
     power: Any
     f: Any
@@ -137,10 +137,13 @@ class ReducedRatio(NamedTuple):
 def reduce_ratio(rho, old, ref):
     """r = ref/(ρ·old), reduced; f is good to 2 ulp even where r is within an ulp of 1."""
     form = layout(ref)
+    product = rho * old
     # The bit pattern of a positive float is nearly its logarithm: the difference of two, rounded to a whole number
-    # of exponents, is k.
-    power = (bits(ref) - bits(rho * old) + (form.half + form.one)) & form.exponent
-    scaled = rho * from_bits(power)
+    # of exponents, is k. Nearly: that starts k = 1 at 4/3, where `k3` would lose 10 ulp; √2 is where it loses 6.
+    power = from_bits((bits(ref) - bits(product) + (form.half + form.one)) & form.exponent)
+    limit = where(ref < product * constant(ref, ROOT2), full_like(ref, 1.0), full_like(ref, math.inf))
+    power = where(power < limit, power, limit)
+    scaled = rho * power
     q = scaled * old
     difference = fma(-scaled, old, ref)  # of exact operands, and rounded once
     return ReducedRatio(power, difference / q, difference / (q + ref))
@@ -149,8 +152,13 @@ def reduce_ratio(rho, old, ref):
 @inlined
 def k3(r):
     """r − 1 − log r = (2ᵏ − 1 − k·ln 2) + (2ᵏ − 1)·f + (f − log(1 + f)); when k is 0, so are the first two."""
-    one_less = from_bits(r.power) - constant(r.f, 1.0)
-    rest = fma(one_less, r.f, fma(exponent_of(r.power), constant(r.f, -LN2), one_less))
+    form = layout(r.f)
+    k = exponent_of(r.power)
+    one_less = r.power - constant(r.f, 1.0)
+    # For k = 1 these cancel to a fifth of ln 2, whose own rounding would be 7 ulp of that: the sum with its high part
+    # is exact, and the low part is added to the small result.
+    rest = fma(one_less, r.f, fma(k, constant(r.f, -form.ln2_high), one_less))
+    rest = fma(k, constant(r.f, -form.ln2_low), rest)
     z = r.s * r.s
     return fma(r.s, fma(-z, tail(z), r.f), rest)
 

@@ -159,11 +159,11 @@ def _prepare(ratio, advantage, old, ref, start, stop, careful, diagnostics, scra
         least = where(rho < least, rho, least)
         if old is not None:
             r = reduce_ratio(x, y, z)
-            _put(scratch, _POWER, v, from_bits(r.power))
+            _put(scratch, _POWER, v, r.power)
             _put(scratch, _F, v, r.f)
             _put(scratch, _S, v, r.s)
             lower = where(z < x * y, z, x * y)
-            lower = where(from_bits(r.power) < lower, from_bits(r.power), lower)
+            lower = where(r.power < lower, r.power, lower)
             least = where(lower < least, lower, least)
             most = where(z > most, z, most)
     return least, most, legal
@@ -187,7 +187,7 @@ def _kl_sum(scratch, vectors):
     """Σ ρ·(r − 1 − log r)."""
     total = full(scratch, 0.0)
     for v in range(vectors):
-        r = ReducedRatio(bits(_get(scratch, _POWER, v)), _get(scratch, _F, v), _get(scratch, _S, v))
+        r = ReducedRatio(_get(scratch, _POWER, v), _get(scratch, _F, v), _get(scratch, _S, v))
         total = fma(_get(scratch, _RHO, v), k3(r), total)
     return total
 
