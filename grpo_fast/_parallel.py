@@ -7,8 +7,8 @@ a time, and none in a forked child; who comes second runs on the thread it has.
 
 import os
 import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numba
 
@@ -25,13 +25,16 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def run(serial: Callable[..., Any], parallel: Callable[..., Any], args: Sequence[Any], items: int, worth: int) -> Any:
-    """Call ``parallel(*args, tasks)``, or ``serial(*args, 1)`` if there are fewer than ``worth`` items to share out."""
-    if items >= worth and not _forked and _region.acquire(blocking=False):
-        try:
-            tasks = numba.get_num_threads()
-            if tasks > 1:
-                return parallel(*args, tasks)
-        finally:
-            _region.release()
-    return serial(*args, 1)
+@contextmanager
+def tasks(items: int, worth: int) -> Iterator[int]:
+    """Into how many tasks to cut the work of the ``with`` block; more than one means that it may be parallel.
+
+    It is one for fewer than ``worth`` items, which are not worth waking the threads for.
+    """
+    if items < worth or _forked or not _region.acquire(blocking=False):
+        yield 1
+        return
+    try:
+        yield numba.get_num_threads()
+    finally:
+        _region.release()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-from .simd import bits
+from .simd import bits, compiled
 
 #: Limbs of 32 bits in use: 2098 bits for the largest float64 in units of the least one, 64 for carries and sign; then
 #: one for what no integer can hold.
@@ -22,7 +22,7 @@ _UNIT = 1 << 1074
 
 @numba.njit(forceinline=True)
 def add(row: Any, x: float) -> None:
-    """Add x to the limbs ``row``, an int64 array of length `ROW`; safe for 2³⁰ numbers before `carry`."""
+    """Add x to the limbs ``row``, an int64 array of length `ROW`; safe for 2³⁰ numbers before `merge`."""
     pattern = np.int64(bits(x))
     exponent = (pattern >> 52) & 0x7FF
     if exponent == 0x7FF:  # 1, 2 and 4 stand for +inf, −inf and NaN
@@ -42,15 +42,21 @@ def add(row: Any, x: float) -> None:
     row[limb + 2] += sign * (high >> 32)
 
 
-@numba.njit(forceinline=True)
-def carry(rows: Any) -> None:
-    """Bring the limbs of each row into 0 … 2³² − 1, two's complement, so that `Exact.of_row` can read them."""
-    for row in rows:
+@compiled
+def merge(rows: Any) -> None:
+    """Add ``rows[1:]`` to ``rows[0]``, then bring its limbs into 0 … 2³² − 1, two's complement, for `Exact.of_row`.
+
+    ``rows`` is (tasks, sums, ROW).
+    """
+    for sum_ in range(rows.shape[1]):
         above = np.int64(0)
-        for i in range(LIMBS):
-            above += row[i]
-            row[i] = above & 0xFFFFFFFF
+        for limb in range(LIMBS):
+            for task in range(len(rows)):
+                above += rows[task, sum_, limb]
+            rows[0, sum_, limb] = above & 0xFFFFFFFF
             above >>= 32
+        for task in range(1, len(rows)):
+            rows[0, sum_, _SPECIAL] |= rows[task, sum_, _SPECIAL]
 
 
 class Exact(NamedTuple):
@@ -61,7 +67,7 @@ class Exact(NamedTuple):
 
     @classmethod
     def of_row(cls, row: np.ndarray) -> "Exact":
-        """The sum in a row of limbs after `carry`."""
+        """The sum in a row of limbs after `merge`."""
         digits = row[:LIMBS].astype("<u4").tobytes()
         return cls(int.from_bytes(digits, "little", signed=True), int(row[_SPECIAL]))
 

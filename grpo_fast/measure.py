@@ -10,10 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _parallel
-from .simd import full, lane_sum, lanes, load
+from .simd import compiled, full, lane_sum, lanes, load
+
+INLINED = "51ec068b7959da2b"  # digest of simd.py, see objective_kernels.py
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _read(a: Any, b: Any, c: Any, d: Any, start: int, stop: int) -> Any:
     """The sum of all elements: one load and one addition for each vector, nothing a kernel could do without."""
     w = full(a, 0.0)
@@ -28,22 +30,21 @@ def _read(a: Any, b: Any, c: Any, d: Any, start: int, stop: int) -> Any:
     return lane_sum(w + x + y + z)
 
 
-@numba.njit(cache=True, nogil=True)
-def _read_serial(a: Any, b: Any, c: Any, d: Any, tasks: int) -> Any:
-    return _read(a, b, c, d, 0, len(a))
-
-
-@numba.njit(cache=True, nogil=True, parallel=True)
-def _read_parallel(a: Any, b: Any, c: Any, d: Any, tasks: int) -> Any:
-    sums = np.zeros(tasks)
+@compiled(parallel=True)
+def _read_parallel(a: Any, b: Any, c: Any, d: Any, sums: Any) -> None:
+    tasks = len(sums)
     for t in numba.prange(tasks):
         sums[t] = _read(a, b, c, d, t * len(a) // tasks, (t + 1) * len(a) // tasks)
-    return sums.sum()
 
 
 def read(a: NDArray[Any], b: NDArray[Any], c: NDArray[Any], d: NDArray[Any]) -> float:
     """Read four arrays of one dtype and length, on all threads when they are large: the read-only roof."""
-    return float(_parallel.run(_read_serial, _read_parallel, (a, b, c, d), a.size, 1 << 16))
+    with _parallel.tasks(a.size, 1 << 16) as tasks:
+        if tasks == 1:
+            return float(_read(a, b, c, d, 0, a.size))
+        sums = np.zeros(tasks)
+        _read_parallel(a, b, c, d, sums)
+        return float(sums.sum())
 
 
 def side_by_side(functions: Mapping[str, Callable[[], Any]], seconds: float = 3.0) -> dict[str, list[float]]:

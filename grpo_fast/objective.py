@@ -6,9 +6,9 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import _parallel
+from . import _parallel, exact
 from . import objective_kernels as kernels
-from ._inputs import refuse_sample, same_shape
+from ._inputs import Array, refuse_sample, same_shape
 from .exact import Exact
 from .stats import Stats, Sweep, objective_of
 from .terms import K3, Clip
@@ -80,8 +80,9 @@ def grpo_objective(
     if n <= kernels.BLOCK:
         surrogate, kl, legal = kernels.objective_block(*arrays, low, high)
     else:
-        rows, counts, _ = _run(kernels.totals, kernels.totals_parallel, (*arrays, low, high, None), n)
-        surrogate, kl, legal = _float(rows[kernels.SURROGATE]), _float(rows[kernels.KL]), counts[2] == 0
+        rows, counts, _ = _totals(arrays, low, high, None)
+        surrogate, kl = (float(Exact.of_row(rows[i])) for i in (kernels.SURROGATE, kernels.KL))
+        legal = not counts[:, 2].any()
     if not legal:
         _refuse(arrays, shape)
     return objective_of(surrogate / n, kl / n, beta)
@@ -107,10 +108,9 @@ def grpo_stats(
     """
     clip, kl = Clip(epsilon), K3(beta)
     arrays, shape = _samples(rhos, A, pi_theta_old, pi_theta_ref, True)
-    bounds = 1.0 - clip.epsilon, 1.0 + clip.epsilon_high
-    args = (*arrays, *bounds, True)
-    rows, counts, extremes = _run(kernels.totals, kernels.totals_parallel, args, arrays[0].size)
-    if counts[2]:
+    rows, counts, extremes = _totals(arrays, 1.0 - clip.epsilon, 1.0 + clip.epsilon_high, True)
+    clipped_low, clipped_high, illegal = counts.sum(axis=0).tolist()
+    if illegal:
         _refuse(arrays, shape)
     sums = [Exact.of_row(row) for row in rows]
     return Stats(
@@ -121,10 +121,10 @@ def grpo_stats(
         drift_sum=sums[kernels.DRIFT],
         drift_squared_sum=sums[kernels.DRIFT_SQUARED],
         log_ratio_sum=sums[kernels.LOG_RATIO],
-        clipped_low=int(counts[0]),
-        clipped_high=int(counts[1]),
-        ratio_min=float(extremes[0]),
-        ratio_max=float(extremes[1]),
+        clipped_low=clipped_low,
+        clipped_high=clipped_high,
+        ratio_min=float(extremes[:, 0].min()),
+        ratio_max=float(extremes[:, 1].max()),
     )
 
 
@@ -162,12 +162,25 @@ def grpo_sweep(
     arrays, shape = _samples(rhos, A, pi_theta_old, pi_theta_ref, any(grid[1]))
     steps = np.array(grid[0])
     n = arrays[0].size
-    rows, counts = _run(kernels.sweep, kernels.sweep_parallel, (*arrays, 1.0 - steps, 1.0 + steps), n)
-    if counts[-1, 0]:
+    with _parallel.tasks(n, _WORTH_SHARING) as tasks:
+        rows = np.zeros((tasks, steps.size + 1, exact.ROW), np.int64)
+        counts = np.zeros((tasks, steps.size + 1, 2), np.int64)
+        driver = kernels.sweep_parallel if tasks > 1 else kernels.sweep
+        driver(*arrays, 1.0 - steps, 1.0 + steps, rows, counts)
+    exact.merge(rows)
+    *clipped, (illegal, _) = counts.sum(axis=0).tolist()
+    if illegal:
         _refuse(arrays, shape)
-    sums = np.empty(len(rows), object)
-    sums[:] = [Exact.of_row(row) for row in rows]
-    return Sweep(grid=grid, tokens=n, surrogate_sums=sums[:-1], kl_sum=sums[-1], clipped=counts[:-1])
+    clipped_low, clipped_high = zip(*clipped, strict=True)
+    *surrogate_sums, kl_sum = (Exact.of_row(row) for row in rows[0])
+    return Sweep(
+        grid=grid,
+        tokens=n,
+        surrogate_sums=tuple(surrogate_sums),
+        kl_sum=kl_sum,
+        clipped_low=clipped_low,
+        clipped_high=clipped_high,
+    )
 
 
 def _samples(
@@ -181,18 +194,25 @@ def _samples(
 
 
 def _numbers(name: str, values: ArrayLike) -> list[float]:
-    array = np.atleast_1d(np.asarray(values))
+    try:
+        array = np.atleast_1d(np.asarray(values))
+    except ValueError:  # ragged
+        array = np.array([])
     if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iuf":
         raise ValueError(f"{name} must be a number or a one-dimensional array of numbers, got {values!r}")
     return list(array.tolist())
 
 
-def _run(serial: Any, parallel: Any, args: tuple[Any, ...], n: int) -> Any:
-    return _parallel.run(serial, parallel, args, n, _WORTH_SHARING)
-
-
-def _float(row: NDArray[np.int64]) -> float:
-    return float(Exact.of_row(row))
+def _totals(arrays: tuple[Any, ...], low: float, high: float, diagnostics: bool | None) -> tuple[Array, Array, Array]:
+    """What `kernels.totals` adds up: the rows of limbs, merged; counts and extremes, still one row for each task."""
+    with _parallel.tasks(arrays[0].size, _WORTH_SHARING) as tasks:
+        rows = np.zeros((tasks, 5, exact.ROW), np.int64)
+        counts = np.zeros((tasks, 3), np.int64)
+        extremes = np.full((tasks, 2), (np.inf, -np.inf))
+        driver = kernels.totals_parallel if tasks > 1 else kernels.totals
+        driver(*arrays, low, high, diagnostics, rows, counts, extremes)
+    exact.merge(rows)
+    return rows[0], counts, extremes
 
 
 def _refuse(arrays: tuple[Any, ...], shape: tuple[int, ...]) -> NoReturn:

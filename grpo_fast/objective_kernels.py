@@ -26,6 +26,7 @@ from .elementary import LN2, ReducedRatio, k3, layout, log, reduce_ratio, split
 from .simd import (
     align_stack,
     bits,
+    compiled,
     every,
     fma,
     from_bits,
@@ -47,14 +48,11 @@ from .simd import (
     wide_product,
 )
 
-INLINED = ""
+INLINED = "8a831ea1b9291919"
 
 BLOCK = 4096  # samples whose sums are rounded; between blocks nothing is
 AHEAD = 32  # vectors: how far ahead of its use memory is asked for, so that the loops do not wait in turn
 RUN = 16  # vectors; in float32 also how many terms are added before they go into float64
-
-_compiled = numba.njit(cache=True, nogil=True, error_model="numpy")
-_compiled_parallel = numba.njit(cache=True, nogil=True, error_model="numpy", parallel=True)
 
 # Rows of the scratch array, each RUN vectors long.
 _RHO, _ADVANTAGE, _POWER, _F, _S, _PRESENT, _ROWS = range(7)
@@ -166,6 +164,8 @@ def _prepare(ratio, advantage, old, ref, start, stop, careful, diagnostics, scra
             lower = where(r.power < lower, r.power, lower)
             least = where(lower < least, lower, least)
             most = where(z > most, z, most)
+        else:
+            most = where(rho > most, rho, most)
     return least, most, legal
 
 
@@ -270,14 +270,18 @@ def _attempt_block(ratio, advantage, old, ref, start, stop, low, high, diagnosti
     return sums, careful or (usual and np.isfinite(sums.surrogate + sums.kl))
 
 
-@_compiled
+@compiled
 def sum_block(ratio, advantage, old, ref, start, stop, low, high, diagnostics, scratch):
     """The sums of one block: in the fast way, and once more in the careful way if that may have gone wrong."""
     align_stack()
-    sums, trusted = _attempt_block(ratio, advantage, old, ref, start, stop, low, high, diagnostics, scratch, False)
-    if not trusted:
-        sums, trusted = _attempt_block(ratio, advantage, old, ref, start, stop, low, high, diagnostics, scratch, True)
-    return sums
+    careful = False
+    while True:  # at most twice; a loop, so that the code is there once
+        sums, trusted = _attempt_block(
+            ratio, advantage, old, ref, start, stop, low, high, diagnostics, scratch, careful
+        )
+        if trusted:
+            return sums
+        careful = True
 
 
 @inlined
@@ -351,18 +355,18 @@ def _attempt_sweep_block(ratio, advantage, old, ref, start, stop, lows, highs, s
     return kl_sum, plus, legal, careful or (usual and np.isfinite(kl_sum + surrogates.sum()))
 
 
-@_compiled
+@compiled
 def sweep_block(ratio, advantage, old, ref, start, stop, lows, highs, surrogates, tallies, scratch):
     """Σ KL of one block, how many A are not negative, and whether it is legal; the rest is left in the arrays."""
     align_stack()
-    kl, plus, legal, trusted = _attempt_sweep_block(
-        ratio, advantage, old, ref, start, stop, lows, highs, surrogates, tallies, scratch, False
-    )
-    if not trusted:
+    careful = False
+    while True:
         kl, plus, legal, trusted = _attempt_sweep_block(
-            ratio, advantage, old, ref, start, stop, lows, highs, surrogates, tallies, scratch, True
+            ratio, advantage, old, ref, start, stop, lows, highs, surrogates, tallies, scratch, careful
         )
-    return kl, plus, legal
+        if trusted:
+            return kl, plus, legal
+        careful = True
 
 
 # --- all blocks -------------------------------------------------------------------------------------------------------
@@ -371,14 +375,14 @@ def _scratch_like(array):
     return np.empty(_ROWS * RUN * lanes(array), array.dtype)
 
 
-@_compiled
+@compiled
 def objective_block(ratio, advantage, old, ref, low, high):
     """(Σ surrogate, Σ kl, legal) of at most BLOCK samples."""
     sums = sum_block(ratio, advantage, old, ref, 0, len(ratio), low, high, None, _scratch_like(ratio))
     return sums.surrogate, sums.kl, sums.legal
 
 
-@_compiled
+@compiled
 def _add_blocks(ratio, advantage, old, ref, low, high, diagnostics, first, last, rows, counts, extremes):
     """Add the sums of blocks first … last − 1."""
     scratch = _scratch_like(ratio)
@@ -399,43 +403,30 @@ def _add_blocks(ratio, advantage, old, ref, low, high, diagnostics, first, last,
             extremes[1] = max(extremes[1], sums.ratio_max)
 
 
-@_compiled
-def totals(ratio, advantage, old, ref, low, high, diagnostics, tasks):
-    """The exact sums of all samples, on one thread (``tasks`` is for the twin below).
+@compiled
+def totals(ratio, advantage, old, ref, low, high, diagnostics, rows, counts, extremes):
+    """Add the sums of all samples to the last three arrays; the first axis is for tasks that share the blocks.
 
-    Returns rows of limbs, carried, by the names above; [clipped low, clipped high, blocks with an illegal sample];
-    [least, largest ρ]. Without ``diagnostics`` only the first two rows and the count of illegal blocks are filled.
+    ``rows`` (tasks, 5, exact.ROW): the sums named above; ``counts`` (tasks, 3): clipped low, clipped high, blocks with
+    an illegal sample; ``extremes`` (tasks, 2): least and largest ρ. Without ``diagnostics`` only the first two rows and
+    the last count are touched. This is the serial driver, the next one runs the tasks on threads.
     """
-    rows = np.zeros((5, exact.ROW), np.int64)
-    counts = np.zeros(3, np.int64)
-    extremes = np.full(2, np.float64(ratio[0]))
-    blocks = (len(ratio) + BLOCK - 1) // BLOCK
-    _add_blocks(ratio, advantage, old, ref, low, high, diagnostics, 0, blocks, rows, counts, extremes)
-    exact.carry(rows)
-    return rows, counts, extremes
-
-
-@_compiled_parallel
-def totals_parallel(ratio, advantage, old, ref, low, high, diagnostics, tasks):
-    """The same as `totals`, to the bit, on ``tasks`` threads."""
-    rows = np.zeros((tasks, 5, exact.ROW), np.int64)
-    counts = np.zeros((tasks, 3), np.int64)
-    extremes = np.full((tasks, 2), np.float64(ratio[0]))
-    blocks = (len(ratio) + BLOCK - 1) // BLOCK
-    for t in numba.prange(tasks):
-        first = t * blocks // tasks
-        last = (t + 1) * blocks // tasks
+    tasks, blocks = len(rows), (len(ratio) + BLOCK - 1) // BLOCK
+    for t in range(tasks):
+        first, last = t * blocks // tasks, (t + 1) * blocks // tasks
         _add_blocks(ratio, advantage, old, ref, low, high, diagnostics, first, last, rows[t], counts[t], extremes[t])
-    for t in range(1, tasks):
-        rows[0] += rows[t]
-        counts[0] += counts[t]
-        extremes[0, 0] = min(extremes[0, 0], extremes[t, 0])
-        extremes[0, 1] = max(extremes[0, 1], extremes[t, 1])
-    exact.carry(rows[0])
-    return rows[0], counts[0], extremes[0]
 
 
-@_compiled
+@compiled(parallel=True)
+def totals_parallel(ratio, advantage, old, ref, low, high, diagnostics, rows, counts, extremes):
+    """As `totals`, to the bit."""
+    tasks, blocks = len(rows), (len(ratio) + BLOCK - 1) // BLOCK
+    for t in numba.prange(tasks):
+        first, last = t * blocks // tasks, (t + 1) * blocks // tasks
+        _add_blocks(ratio, advantage, old, ref, low, high, diagnostics, first, last, rows[t], counts[t], extremes[t])
+
+
+@compiled
 def _add_sweep_blocks(ratio, advantage, old, ref, lows, highs, first, last, rows, counts):
     """Add the sums of blocks first … last − 1; the last row is for the KL and for the count of illegal blocks."""
     scratch = _scratch_like(ratio)
@@ -455,33 +446,23 @@ def _add_sweep_blocks(ratio, advantage, old, ref, lows, highs, first, last, rows
         counts[-1, 0] += not legal
 
 
-@_compiled
-def sweep(ratio, advantage, old, ref, lows, highs, tasks):
-    """The exact sums for every pair of bounds, on one thread.
+@compiled
+def sweep(ratio, advantage, old, ref, lows, highs, rows, counts):
+    """Add the sums of all samples for every pair of bounds to the last two arrays; the first axis is for tasks.
 
-    Returns rows of limbs, carried: Σ surrogate for each pair, then Σ kl; and counts: clipped low and high for each
-    pair, then blocks with an illegal sample.
+    ``rows`` (tasks, E + 1, exact.ROW): Σ surrogate for each pair, then Σ kl; ``counts`` (tasks, E + 1, 2): clipped low
+    and high for each pair, then blocks with an illegal sample.
     """
-    rows = np.zeros((len(lows) + 1, exact.ROW), np.int64)
-    counts = np.zeros((len(lows) + 1, 2), np.int64)
-    blocks = (len(ratio) + BLOCK - 1) // BLOCK
-    _add_sweep_blocks(ratio, advantage, old, ref, lows, highs, 0, blocks, rows, counts)
-    exact.carry(rows)
-    return rows, counts
-
-
-@_compiled_parallel
-def sweep_parallel(ratio, advantage, old, ref, lows, highs, tasks):
-    """The same as `sweep`, to the bit, on ``tasks`` threads."""
-    rows = np.zeros((tasks, len(lows) + 1, exact.ROW), np.int64)
-    counts = np.zeros((tasks, len(lows) + 1, 2), np.int64)
-    blocks = (len(ratio) + BLOCK - 1) // BLOCK
-    for t in numba.prange(tasks):
-        first = t * blocks // tasks
-        last = (t + 1) * blocks // tasks
+    tasks, blocks = len(rows), (len(ratio) + BLOCK - 1) // BLOCK
+    for t in range(tasks):
+        first, last = t * blocks // tasks, (t + 1) * blocks // tasks
         _add_sweep_blocks(ratio, advantage, old, ref, lows, highs, first, last, rows[t], counts[t])
-    for t in range(1, tasks):
-        rows[0] += rows[t]
-        counts[0] += counts[t]
-    exact.carry(rows[0])
-    return rows[0], counts[0]
+
+
+@compiled(parallel=True)
+def sweep_parallel(ratio, advantage, old, ref, lows, highs, rows, counts):
+    """As `sweep`, to the bit."""
+    tasks, blocks = len(rows), (len(ratio) + BLOCK - 1) // BLOCK
+    for t in numba.prange(tasks):
+        first, last = t * blocks // tasks, (t + 1) * blocks // tasks
+        _add_sweep_blocks(ratio, advantage, old, ref, lows, highs, first, last, rows[t], counts[t])

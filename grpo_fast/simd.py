@@ -9,7 +9,9 @@ takes the vector's element type); memory access; lane-wise functions; reductions
 fixed order.
 """
 
+import functools
 import operator
+from typing import Any
 
 import numba
 from llvmlite import ir
@@ -428,3 +430,17 @@ def align_stack(typingctx):
 
 #: The decorator of every function that is part of an inner loop: always inlined by LLVM, never cached on its own.
 inlined = numba.njit(forceinline=True, error_model="numpy")
+
+
+def compiled(function: Any = None, *, parallel: bool = False) -> Any:
+    """The decorator of every function that is called from Python or too large to inline: compiled once per machine.
+
+    Where there is no place for a disk cache it is compiled once per process.
+    """
+    if function is None:
+        return functools.partial(compiled, parallel=parallel)
+    options = {"nogil": True, "error_model": "numpy", "parallel": parallel}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # "no locator available": no directory that can be written
+        return numba.njit(**options)(function)

@@ -48,6 +48,10 @@ def _same(a: Any, _: Any) -> Any:
     return a
 
 
+def _each(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x + y for x, y in zip(a, b, strict=True))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stats(_Additive):
     """The objective and its diagnostics over N tokens (samples), from exact sums.
@@ -66,7 +70,7 @@ class Stats(_Additive):
     ratio_mean, ratio_min, ratio_max : float
         Of ρ = π_θ/π_old.
     ess : float
-        Effective sample size as a fraction of N, (Σρ)²/(N·Σρ²), in (0, 1].
+        Effective sample size as a fraction of N, (Σρ)²/(N·Σρ²), in (0, 1]; NaN where a ρ² overflows.
     approx_kl : float
         Mean of log π_old − log π_θ, nats: the k1 estimate of KL(π_old ‖ π_θ). Good to 2⁻⁵² absolute.
     tokens : int
@@ -125,7 +129,7 @@ class Stats(_Additive):
     @property
     def ess(self) -> float:
         drift = self._mean(self.drift_sum)
-        return (1.0 + drift) ** 2 / (1.0 + 2.0 * drift + self._mean(self.drift_squared_sum))
+        return (1.0 + drift) * (1.0 + drift) / (1.0 + 2.0 * drift + self._mean(self.drift_squared_sum))
 
     @property
     def approx_kl(self) -> float:
@@ -176,9 +180,10 @@ class Sweep(_Additive):
 
     grid: tuple[tuple[float, ...], tuple[float, ...]] = _added_by(_same)
     tokens: int
-    surrogate_sums: NDArray[Any]  # (E,) of Exact
+    surrogate_sums: tuple[Exact, ...] = _added_by(_each)
     kl_sum: Exact
-    clipped: NDArray[np.int64]  # (E, 2): low, high
+    clipped_low: tuple[int, ...] = _added_by(_each)
+    clipped_high: tuple[int, ...] = _added_by(_each)
 
     @property
     def epsilons(self) -> NDArray[np.float64]:
@@ -199,8 +204,8 @@ class Sweep(_Additive):
 
     @property
     def clip_ratio_low(self) -> NDArray[np.float64]:
-        return self.clipped[:, 0] / self.tokens
+        return np.array(self.clipped_low) / self.tokens
 
     @property
     def clip_ratio_high(self) -> NDArray[np.float64]:
-        return self.clipped[:, 1] / self.tokens
+        return np.array(self.clipped_high) / self.tokens

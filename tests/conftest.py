@@ -1,4 +1,4 @@
-"""What several test files share: ordinary samples, the lengths at which something changes, Python in its own process."""
+"""What test files share: ordinary samples, the lengths at which something changes, Python in a process of its own."""
 
 import os
 import subprocess

@@ -1,0 +1,168 @@
+"""Adding is exact: the results of shards, in any order and grouping, are the result of the whole to the last bit."""
+
+import itertools
+import math
+import pickle
+from dataclasses import fields
+from fractions import Fraction
+from functools import reduce
+
+import numba
+import numpy as np
+import pytest
+from conftest import DTYPES, samples
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from grpo_fast import BLOCK, Stats, exact, grpo_objective, grpo_stats, grpo_sweep, reference
+from grpo_fast.exact import ROW, Exact
+from grpo_fast.terms import K2
+
+N = 5 * BLOCK + 77
+
+
+def small_sweep(*arrays):
+    return grpo_sweep(*arrays, [0.1, 0.3], [0, 0.04])
+
+
+def same(a, b):
+    """Whether all fields of two Stats or Sweeps are equal, arrays element by element."""
+    return type(a) is type(b) and all(
+        np.array_equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a) if f.name not in ("options", "grid")
+    )
+
+
+# --- Stats and Sweep --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("call", [grpo_stats, small_sweep])
+@given(cuts=st.sets(st.integers(1, 5)), order=st.randoms(use_true_random=False))
+@settings(max_examples=20)
+def test_shards_cut_at_blocks_add_to_the_whole(call, dtype, cuts, order):
+    arrays = samples(N, dtype)
+    edges = [0, *(BLOCK * cut for cut in sorted(cuts)), N]
+    shards = [call(*(x[i:j] for x in arrays)) for i, j in itertools.pairwise(edges)]
+    order.shuffle(shards)
+    while len(shards) > 1:  # add any two neighbours: any grouping
+        i = order.randrange(len(shards) - 1)
+        shards[i : i + 2] = [shards[i] + shards[i + 1]]
+    whole = call(*arrays)
+    assert same(shards[0], whole)
+    assert np.array_equal(shards[0].objective, whole.objective)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shards_cut_anywhere_add_to_rounding(dtype):
+    arrays = samples(1000, dtype)
+    total = sum(grpo_stats(*(x[i : i + 77] for x in arrays)) for i in range(0, 1000, 77))
+    # Two sums of the same terms, each as good as float32's sums of 16 or as float64's of 1000/8 + 8.
+    terms = np.abs(arrays[0] * arrays[1]).mean() + total.kl
+    rounding = 17 * 2**-24 if dtype is np.float32 else 133 * 2**-53
+    assert total.tokens == 1000
+    assert abs(total.objective - grpo_objective(*arrays)) <= 2 * rounding * terms
+
+
+def test_sum_starts_from_nothing():
+    stats, sweep = grpo_stats(*samples(10)), small_sweep(*samples(10))
+    assert same(sum([stats]), stats)
+    assert same(sum([stats, stats]), stats + stats)
+    assert same(sum([sweep, sweep]), sweep + sweep)
+    assert (stats + stats).objective == stats.objective
+
+
+def test_extremes_and_counts_are_those_of_all():
+    low, high = grpo_stats([0.1], [-1.0], [1.0], [1.0]), grpo_stats([9.0, 9.0], [1.0, 0.0], [1.0, 1.0], [1.0, 1.0])
+    total = low + high
+    assert (total.tokens, total.ratio_min, total.ratio_max) == (3, 0.1, 9.0)
+    assert (total.clip_ratio_low, total.clip_ratio_high, total.clip_ratio_region) == (1 / 3, 1 / 3, 2 / 3)
+
+
+def test_different_options_do_not_add():
+    arrays = samples(10)
+    stats = grpo_stats(*arrays)
+    for other in (grpo_stats(*arrays, epsilon=0.3), grpo_stats(*arrays, beta=0.02)):
+        with pytest.raises(ValueError, match=r"Stats of different options cannot be added: .*Clip.* and .*Clip"):
+            stats + other
+    k2 = Stats(**{f.name: getattr(stats, f.name) for f in fields(stats)} | {"options": (stats.options[0], K2(0.01))})
+    with pytest.raises(ValueError, match="different options"):
+        stats + k2
+    with pytest.raises(ValueError, match="Sweep of different grid"):
+        grpo_sweep(*arrays, [0.1], [0.1]) + grpo_sweep(*arrays, [0.2], [0.1])
+
+
+@pytest.mark.parametrize("other", [1, 1.5, None, "stats", [0]])
+def test_only_its_own_kind_adds(other):
+    stats = grpo_stats(*samples(10))
+    for add in (lambda: stats + other, lambda: other + stats, lambda: stats + grpo_sweep(*samples(10), 0.1, 0.1)):
+        with pytest.raises(TypeError):
+            add()
+
+
+def test_pickles_and_compares():
+    for result in (grpo_stats(*samples(100)), small_sweep(*samples(100))):
+        again = pickle.loads(pickle.dumps(result))
+        assert again == result
+        assert same(again, result)
+        assert same(again + again, result + result)
+        assert again + again != result
+
+
+def test_shards_of_an_enormous_run_lose_nothing():
+    # A float64 sum of these would lose the small one altogether.
+    large, small = grpo_stats([1.0], [2.0**80], [1.0], [1.0]), grpo_stats([1.0], [2.0**-80], [1.0], [1.0])
+    negative = grpo_stats([1.0], [-(2.0**80)], [1.0], [1.0])
+    assert (large + small + negative).objective == 2.0**-80 / 3
+    assert reference.grpo_objective([1, 1, 1], [2.0**80, 2.0**-80, -(2.0**80)], [1, 1, 1], [1, 1, 1]) == 0
+
+
+# --- the exact sum ----------------------------------------------------------------------------------------------------
+@numba.njit
+def add_up(numbers, row):
+    for x in numbers:
+        exact.add(row, x)
+
+
+def exact_sum(numbers, tasks=3):
+    """The sum as kernels find it: each task adds to limbs of its own, which are then merged."""
+    rows = np.zeros((tasks, 2, ROW), np.int64)
+    for task in range(tasks):
+        add_up(np.array(numbers[task::tasks], np.float64), rows[task, 1])
+    exact.merge(rows)
+    assert not rows[0, 0].any()
+    return Exact.of_row(rows[0, 1])
+
+
+HUGE, TINY = 1.7976931348623157e308, 5e-324
+
+
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False)))
+@example([HUGE] * 3 + [TINY] + [-HUGE] * 3)
+@example([-HUGE] * 9)
+@example([HUGE] * 9)
+@example([1.0, 2.0**-53, TINY])  # just above half way
+@example([-TINY, -TINY, 3 * TINY])
+def test_a_sum_is_that_of_the_fractions_rounded_once(numbers):
+    total = exact_sum(numbers)
+    assert Fraction(total.units, 1 << 1074) == sum(map(Fraction, numbers))
+    assert total == reduce(Exact.__add__, map(Exact.of_float, numbers), Exact())
+    try:
+        assert float(total) == float(sum(map(Fraction, numbers)))
+    except OverflowError:  # of the fraction
+        assert float(total) == (math.inf if total.units > 0 else -math.inf)
+
+
+@given(st.lists(st.floats(), max_size=5), st.lists(st.sampled_from([math.inf, -math.inf, math.nan]), min_size=1))
+def test_infinities_and_nan_sum_as_in_ieee(finite, special):
+    numbers = [x for x in finite if math.isfinite(x)] + special
+    expected = math.nan if math.inf in special and -math.inf in special else sum(special)
+    for total in (exact_sum(numbers), reduce(Exact.__add__, map(Exact.of_float, numbers))):
+        assert np.array_equal(float(total), expected, equal_nan=True)
+
+
+def test_limbs_hold_many_of_the_largest():
+    # What a limb takes in before the merge grows with the count; after a merge it can go on.
+    numbers = np.full(1 << 20, HUGE)
+    rows = np.zeros((1, 1, ROW), np.int64)
+    for _ in range(2):
+        add_up(numbers, rows[0, 0])
+        exact.merge(rows)
+    assert Fraction(Exact.of_row(rows[0, 0]).units, 1 << 1074) == (1 << 21) * Fraction(HUGE)

@@ -1,0 +1,18 @@
+"""No stale machine code: a file whose functions Numba caches changes with the files that they inline."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from grpo_fast import measure, objective_kernels
+
+INLINED_FILES = {objective_kernels: ("elementary.py", "exact.py", "simd.py"), measure: ("simd.py",)}
+
+
+@pytest.mark.parametrize("module", INLINED_FILES, ids=lambda module: module.__name__)
+def test_the_digest_is_that_of_the_inlined_files(module):
+    folder = Path(module.__file__).parent
+    text = b"".join((folder / name).read_bytes() for name in INLINED_FILES[module])
+    digest = hashlib.sha256(text).hexdigest()[:16]
+    assert digest == module.INLINED, f'write INLINED = "{digest}" in {module.__file__}'

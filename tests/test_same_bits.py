@@ -1,0 +1,134 @@
+"""The same bits: any number of threads, any driver, any CPU, compiled now or before, wherever the arrays lie."""
+
+import platform
+from pathlib import Path
+
+import numba
+import numpy as np
+import pytest
+from conftest import DTYPES, python, samples
+
+from grpo_fast import BLOCK, _parallel, grpo_objective, grpo_stats, grpo_sweep
+from grpo_fast.objective import _WORTH_SHARING
+
+MANY = _WORTH_SHARING + 5 * BLOCK + 13
+
+
+def results(*arrays):
+    """All that there is, for comparison with ==."""
+    stats, sweep = grpo_stats(*arrays), grpo_sweep(*arrays, [0.1, 0.2], [0, 0.1])
+    return grpo_objective(*arrays), grpo_objective(*arrays, beta=0), stats, sweep
+
+
+def same(a, b):
+    return a == b
+
+
+# --- threads and drivers ----------------------------------------------------------------------------------------------
+@pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="one CPU only")
+def test_one_thread_or_two():
+    arrays = samples(MANY)
+    before = numba.get_num_threads()
+    try:
+        numba.set_num_threads(1)
+        alone = results(*arrays)
+        numba.set_num_threads(2)
+        assert same(results(*arrays), alone)
+    finally:
+        numba.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tasks", [1, 2, 3, 7, 40])
+def test_serial_or_cut_into_tasks(dtype, tasks, monkeypatch):
+    arrays = samples(MANY, dtype)
+    monkeypatch.setattr(numba, "get_num_threads", lambda: 1)
+    expected = results(*arrays)
+    monkeypatch.setattr(numba, "get_num_threads", lambda: tasks)
+    assert same(results(*arrays), expected)
+
+
+def test_while_someone_else_is_in_a_parallel_region():
+    arrays = samples(MANY)
+    alone = results(*arrays)
+    with _parallel._region:
+        assert same(results(*arrays), alone)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [3, 70, BLOCK + 77, MANY])
+@pytest.mark.parametrize("offset", [0, 1, 7, 8, 60, 64])  # bytes; not always whole elements
+def test_wherever_the_arrays_start(dtype, n, offset):
+    arrays = samples(n, dtype)
+    moved = []
+    for k, x in enumerate(arrays):
+        start = offset * (k + 1)
+        memory = np.zeros(x.nbytes + start, np.uint8)
+        memory[start:] = x.view(np.uint8)
+        moved.append(memory[start:].view(dtype))
+    assert grpo_stats(*moved) == grpo_stats(*arrays)
+    assert grpo_objective(*moved) == grpo_objective(*arrays)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["r", "r+", "c"])
+def test_memory_or_file(dtype, mode, tmp_path):
+    arrays = samples(MANY, dtype)
+    mapped = []
+    for k, x in enumerate(arrays):
+        x.tofile(tmp_path / str(k))
+        mapped.append(np.memmap(tmp_path / str(k), dtype, mode))
+    assert grpo_stats(*mapped) == grpo_stats(*arrays)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("at", [0, 5, 100, BLOCK - 1])
+def test_a_sample_at_the_limits_does_not_change_the_others(dtype, at):
+    # Its block is computed in the careful way. What it adds is lost in rounding, as is what it stands in for.
+    rho, a, old, ref = arrays = samples(2 * BLOCK, dtype)
+    rho[at], a[at], old[at], ref[at] = 1, 0, 1, 1
+    before = grpo_objective(*arrays), grpo_stats(*arrays).surrogate_sum, grpo_stats(*arrays).kl_sum
+    rho[at] = np.finfo(dtype).tiny
+    ref[at] = rho[at]
+    assert (grpo_objective(*arrays), grpo_stats(*arrays).surrogate_sum, grpo_stats(*arrays).kl_sum) == before
+    ref[at] *= 2
+    assert grpo_objective(*arrays) == before[0]
+
+
+# --- CPUs -------------------------------------------------------------------------------------------------------------
+SCRIPT = """
+import hashlib
+import numpy as np
+from conftest import BLOCK, samples
+from grpo_fast import grpo_stats
+
+for dtype in {dtypes}:
+    rho, a, old, ref = samples(2 * BLOCK + 13, dtype)
+    ref[:100] = (rho * old)[:100]  # r within an ulp of 1
+    rho[-9], old[-9], ref[-9] = 1e-30, 1e-5, 1e-10  # and not at all
+    stats = grpo_stats(rho, a, old, ref)
+    print(stats.objective.hex(), hashlib.sha256(repr(stats).encode()).hexdigest())
+"""
+NEEDS = {"generic": [], "haswell": ["avx2", "fma", "bmi2"], "skylake-avx512": ["avx512f", "avx512dq", "avx512vl"]}
+
+
+def missing(features):
+    """The features that this CPU lacks, as Linux lists them."""
+    cpuinfo = Path("/proc/cpuinfo")
+    have = cpuinfo.read_text().split() if cpuinfo.exists() else []
+    return [f for f in features if f not in have]
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names of x86-64 CPUs")
+@pytest.mark.parametrize(("cpu", "dtypes"), [("generic", "f8 f4"), ("haswell", "f8"), ("skylake-avx512", "f8 f4")])
+def test_any_cpu_compiled_now_or_before(cpu, dtypes, tmp_path):
+    if missing(NEEDS[cpu]):
+        pytest.skip(f"this CPU cannot run the code of {cpu}: it has no {', '.join(missing(NEEDS[cpu]))}")
+    script = SCRIPT.format(dtypes=dtypes.split())
+    here = python(script)
+    # No features beyond those of the name; and a cache of its own, in which nothing old can be.
+    there = {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
+    assert python(script, **there) == here
+    assert len(list(tmp_path.rglob("*.nbc"))) > 0
+    assert python(script, **there) == here  # from the cache
