@@ -5,6 +5,7 @@ summation using small and large superaccumulators", 2015), so that adding a numb
 wait until the end. In Python it is one `int`.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import numba
@@ -57,6 +58,14 @@ def merge(rows: Any) -> None:
             above >>= 32
         for task in range(1, len(rows)):
             rows[0, sum_, _SPECIAL] |= rows[task, sum_, _SPECIAL]
+
+
+def rounded_sum(values: list[float]) -> float:
+    """The sum of a few numbers, rounded once: what `Exact` would say."""
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):  # on the way to a finite sum, or ∞ − ∞
+        return float(sum(map(Exact.of_float, values), Exact()))
 
 
 class Exact(NamedTuple):

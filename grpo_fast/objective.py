@@ -1,6 +1,7 @@
 """The objective from probabilities: `grpo_objective`, every diagnostic with it, and the grid over ε and β."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, NoReturn
 
 import numpy as np
@@ -9,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import _parallel, exact
 from . import objective_kernels as kernels
 from ._inputs import Array, refuse_sample, same_shape
-from .exact import Exact
+from .exact import Exact, rounded_sum
 from .stats import Stats, Sweep, objective_of
 from .terms import K3, Clip
 
@@ -73,19 +74,23 @@ def grpo_objective(
     >>> round(grpo_objective([1.2, 0.8, 1.1], [1.0, 1.0, 1.0], [0.9, 1.1, 1.0], [1.0, 0.5, 1.5]), 5)
     1.03277
     """
-    clip, beta = Clip(epsilon), K3(beta).beta
-    arrays, shape = _samples(rhos, A, pi_theta_old, pi_theta_ref, beta != 0)
+    clip, penalty = _options(epsilon, beta)
+    arrays, shape = _samples(rhos, A, pi_theta_old, pi_theta_ref, penalty.beta != 0)
     n = arrays[0].size
     low, high = 1.0 - clip.epsilon, 1.0 + clip.epsilon_high
     if n <= kernels.BLOCK:
         surrogate, kl, legal = kernels.objective_block(*arrays, low, high)
+    elif n < _WORTH_SHARING:
+        sums = np.empty((-(-n // kernels.BLOCK), 2))
+        legal = kernels.objective_blocks(*arrays, low, high, sums)
+        surrogate, kl = (rounded_sum(column) for column in sums.T.tolist())
     else:
         rows, counts, _ = _totals(arrays, low, high, None)
         surrogate, kl = (float(Exact.of_row(rows[i])) for i in (kernels.SURROGATE, kernels.KL))
         legal = not counts[:, 2].any()
     if not legal:
         _refuse(arrays, shape)
-    return objective_of(surrogate / n, kl / n, beta)
+    return objective_of(surrogate / n, kl / n, penalty.beta)
 
 
 def grpo_stats(
@@ -106,7 +111,7 @@ def grpo_stats(
         Its ``objective`` is that of `grpo_objective`, to the bit. The results of shards add to that of the whole
         exactly if the shards are cut at multiples of ``grpo_fast.BLOCK`` samples, and to rounding otherwise.
     """
-    clip, kl = Clip(epsilon), K3(beta)
+    clip, kl = _options(epsilon, beta)
     arrays, shape = _samples(rhos, A, pi_theta_old, pi_theta_ref, True)
     rows, counts, extremes = _totals(arrays, 1.0 - clip.epsilon, 1.0 + clip.epsilon_high, True)
     clipped_low, clipped_high, illegal = counts.sum(axis=0).tolist()
@@ -181,6 +186,17 @@ def grpo_sweep(
         clipped_low=clipped_low,
         clipped_high=clipped_high,
     )
+
+
+_made = lru_cache(maxsize=256, typed=True)(lambda epsilon, beta: (Clip(epsilon), K3(beta)))
+
+
+def _options(epsilon: float, beta: float) -> tuple[Clip, K3]:
+    """Both options, checked; from a cache, since making them would be a third of a small call."""
+    try:
+        return _made(epsilon, beta)
+    except TypeError:  # not hashable, hence not a number, or just not a number
+        return Clip(epsilon), K3(beta)
 
 
 def _samples(

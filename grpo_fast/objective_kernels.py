@@ -48,7 +48,7 @@ from .simd import (
     wide_product,
 )
 
-INLINED = "8a831ea1b9291919"
+INLINED = "34deae4d23a33127"
 
 BLOCK = 4096  # samples whose sums are rounded; between blocks nothing is
 AHEAD = 32  # vectors: how far ahead of its use memory is asked for, so that the loops do not wait in turn
@@ -377,9 +377,27 @@ def _scratch_like(array):
 
 @compiled
 def objective_block(ratio, advantage, old, ref, low, high):
-    """(Σ surrogate, Σ kl, legal) of at most BLOCK samples."""
+    """(Σ surrogate, Σ kl, whether all samples are legal) of at most BLOCK samples: the shortest way there is."""
     sums = sum_block(ratio, advantage, old, ref, 0, len(ratio), low, high, None, _scratch_like(ratio))
     return sums.surrogate, sums.kl, sums.legal
+
+
+@compiled
+def objective_blocks(ratio, advantage, old, ref, low, high, sums):
+    """Put Σ surrogate and Σ kl of each block into ``sums`` (blocks, 2); whether all samples are legal.
+
+    For so few samples that a call costs more than they do: no limbs to fill and carry.
+    """
+    scratch = _scratch_like(ratio)
+    legal = True
+    for block in range(len(sums)):
+        start = block * BLOCK
+        stop = min(start + BLOCK, len(ratio))
+        block_sums = sum_block(ratio, advantage, old, ref, start, stop, low, high, None, scratch)
+        sums[block, 0] = block_sums.surrogate
+        sums[block, 1] = block_sums.kl
+        legal = legal and block_sums.legal
+    return legal
 
 
 @compiled
