@@ -93,7 +93,7 @@ def refuse_sample(
             if anywhere.any():
                 at = int(anywhere.argmax())
                 index = np.unravel_index(start + at, shape)
-                i = ", ".join(map(str, index))
+                i = ", ".join(map(str, index)) or "()"  # as NumPy writes the index of a 0-d array
                 message = next(m for m, where in found.items() if where[at])
                 raise ValueError(message.format(i=i, values=[a[start + at].item() for a in arrays]))
     raise AssertionError("a kernel found an illegal sample that the checks here do not know")

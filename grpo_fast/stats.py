@@ -72,7 +72,7 @@ class Stats(_Additive):
     ess : float
         Effective sample size as a fraction of N, (Σρ)²/(N·Σρ²), in (0, 1]; NaN where a ρ² overflows.
     approx_kl : float
-        Mean of log π_old − log π_θ, nats: the k1 estimate of KL(π_old ‖ π_θ). Good to 2⁻⁵² absolute.
+        Mean of log π_old − log π_θ, nats: the k1 estimate of KL(π_old ‖ π_θ). Good to 2⁻⁵²·(1 + mean |log ρ|).
     tokens : int
         N.
     sequences : float
@@ -170,7 +170,8 @@ class Sweep(_Additive):
     ----------
     epsilons, betas : (E,), (B,) float64 arrays
     objective : (E, B) float64 array
-        Row e, column b is ``grpo_objective(…, epsilon=epsilons[e], beta=betas[b])``, to the bit.
+        Row e, column b is ``grpo_objective(…, epsilon=epsilons[e], beta=betas[b])``, to the bit if all arrays are of
+        one dtype. (Of mixed ones ``beta=0`` leaves two out, which may leave a narrower dtype to compute in.)
     clip_ratio_low, clip_ratio_high : (E,) float64 arrays
         As in `Stats`.
     kl : float
