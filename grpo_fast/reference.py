@@ -1,10 +1,37 @@
-"""The objective in plain NumPy, in the notation of the paper.
+"""The mathematics in plain NumPy: what the kernels are tested against, written to be checked against the papers by eye.
 
-What the kernels are tested against, what the benchmarks call "NumPy", and what you can compare with in one line.
+First ``grpo_objective``, over probabilities: also what the benchmarks call "NumPy", and what you can compare with in
+one line. Then ``grpo_loss``, which forgets what is masked and then reads like the formula; below it one function for
+each idea, in the order of use: the ratio, the policy term, the KL term, the aggregation, the diagnostics; last, how
+tokens are cut into sequences and checked. Nothing here is shared with the kernels but the options.
+
+Notation, per unmasked token t of sequence i: ρ = π_θ/π_old, A the advantage, l = log π_θ − log π_ref, s the policy
+term, w the rollout weight, k the KL estimate (times ρ when importance-weighted), n_i the unmasked tokens of sequence i,
+c_i its aggregation weight, B the number of sequences::
+
+    objective = Σ_i c_i·Σ_t (w·s − β·k),    loss = −objective
+
+Where an ``exp`` overflows, ρ or k is ∞, and 0·∞ is 0 (``times``) as 0·x is for every finite x. What follows from it:
+
+* ``Clip``, ρ = ∞. A > 0: s = (1 + ε_high)·A, gradient 0. A = 0: both 0. A < 0: s = δ·A and gradient 0 with a δ,
+  s = −∞ and gradient −∞ without.
+* ``CISPO``: w·A is finite, whatever ρ is. ``SAPO``, ρ = ∞: s = (4/τ)·A; gradient 0, as σ′ falls faster than ρ grows.
+* ρ·k with one factor 0 and the other ∞ is 0, and so are ρ·∂k and β·k: a token that the ratio has switched off costs
+  nothing. Different infinities are not settled: ∞ − ∞ stays NaN.
 """
 
+import math
+from typing import Literal, NamedTuple, TypeAlias, TypeVar
+
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
+
+from .terms import CISPO, K1, K2, K3, KL, SAPO, Clip, Surrogate, positive
+
+Floats: TypeAlias = NDArray[np.floating]
+Level: TypeAlias = Literal["token", "sequence"]
+Aggregation: TypeAlias = Literal["token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum"]
+Chosen = TypeVar("Chosen", bound=str)
 
 
 def grpo_objective(
@@ -24,3 +51,295 @@ def grpo_objective(
     surrogate = np.minimum(ρ * A, np.clip(ρ, 1 - epsilon, 1 + epsilon) * A)
     kl = ρ * (r - np.log(r) - 1)
     return float(np.mean(surrogate - beta * kl))
+
+
+class LossReference(NamedTuple):
+    """What ``grpo_loss`` returns: the loss, ∂loss/∂logps (or None) in the shape of ``logps``, and every diagnostic."""
+
+    loss: float
+    grad: Floats | None
+    stats: dict[str, float]
+
+
+@np.errstate(all="ignore")  # the header says what an overflow becomes
+def grpo_loss(
+    logps: ArrayLike,
+    old_logps: ArrayLike | None,
+    advantages: ArrayLike,
+    ref_logps: ArrayLike | None = None,
+    *,
+    mask: ArrayLike | None = None,
+    cu_seqlens: ArrayLike | None = None,
+    surrogate: Surrogate = Clip(epsilon=0.2),  # noqa: B008 - an immutable value
+    kl: KL | None = None,
+    importance_sampling_level: Level = "token",
+    rollout_is_weights: ArrayLike | None = None,
+    aggregation: Aggregation = "seq-mean-token-mean",
+    normalizer: float | None = None,
+    grad: bool = False,
+) -> LossReference:
+    """The GRPO-family loss, its gradient and its diagnostics.
+
+    ::
+
+        loss         = −Σ_i c_i·Σ_t (w·s − β·k)
+        ∂loss/∂logp  = −c_i·( D[w·∂s/∂log ρ − β·∂k/∂log ρ] + w·∂s/∂logp − β·∂k/∂logp )
+
+    where D is ∂log ρ/∂logp: the identity at token level, the mean over the sequence at sequence level.
+
+    Parameters
+    ----------
+    logps : (B, T) padded, or (N,) packed with ``cu_seqlens`` (S + 1,), or (N,) plain: one sequence
+        log π_θ. float32 computes in float32, everything else in float64; sums are float64.
+    old_logps, ref_logps : like ``logps``, or None
+        log π_old, None being on-policy: ρ = 1 with the gradient of ρ; log π_ref, read when there is a ``kl``.
+    advantages, rollout_is_weights : like ``logps``, or one per sequence
+        A and w; w scales the policy term only. What could be either is one per token.
+    mask : like ``logps``, bools or 0/1
+        What the other arrays hold where it is 0 is never looked at.
+    surrogate, kl : options from ``terms``
+        s and k.
+    importance_sampling_level : "token" or "sequence"
+        ρ of each token, or for all its tokens the geometric mean over the sequence (GSPO, arXiv:2507.18071, Eq. 7).
+    aggregation, normalizer
+        c_i, see ``aggregation_weights``.
+    grad : bool
+        Whether to compute the gradient.
+
+    Returns
+    -------
+    LossReference
+        ``stats`` are means over unmasked tokens at both levels, by the names of ``grpo_fast.Stats``; NaN where one does
+        not apply. An all-masked batch has loss and gradient 0.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Shapes that do not fit, an unknown option. Values are not checked: an unmasked NaN gives NaN.
+    """
+    logps = np.asarray(logps)
+    logps = logps if logps.dtype == np.float32 else logps.astype(np.float64)
+    tokens = _Tokens.of(logps, mask, cu_seqlens)
+    level = _one_of("importance_sampling_level", importance_sampling_level, ("token", "sequence"))
+
+    logp = tokens.each("logps", logps)
+    old = logp if old_logps is None else tokens.each("old_logps", old_logps)
+    A = tokens.each("advantages", advantages, or_one_per_sequence=True)
+    w = np.ones_like(logp)
+    if rollout_is_weights is not None:
+        w = tokens.each("rollout_is_weights", rollout_is_weights, or_one_per_sequence=True)
+    rho = np.exp(shared(logp - old, tokens, level))
+
+    s, s_through_ratio, s_direct = (times(w, part) for part in surrogate_term(surrogate, rho, A, logp))
+    k = k_through_ratio = k_direct = np.zeros_like(logp)
+    beta = 0.0
+    if kl is not None:
+        ref = tokens.each("ref_logps", ref_logps)
+        k, k_through_ratio, k_direct = kl_term(kl, rho, logp - ref, level)
+        beta = kl.beta
+
+    c = aggregation_weights(aggregation, tokens.counts, normalizer)
+    objective = float(np.sum(c * tokens.sums(s - times(beta, k))))
+    gradient = None
+    if grad:
+        through_ratio = shared(s_through_ratio - times(beta, k_through_ratio), tokens, level)
+        direct = s_direct - times(beta, k_direct)
+        gradient = np.zeros_like(logps)
+        gradient[tokens.keep] = -tokens.spread(c.astype(logp.dtype)) * (through_ratio + direct)
+
+    stats = diagnostics(surrogate, rho, A)
+    stats["kl"] = math.nan if kl is None else _mean(k)
+    stats["approx_kl"] = _mean(old - logp)
+    stats["surrogate"] = _mean(s)
+    stats |= {"tokens": logp.size, "sequences": c.size, "objective": objective, "loss": 0.0 - objective}
+    return LossReference(stats["loss"], gradient, stats)
+
+
+def times(a: Floats | float, b: Floats) -> Floats:
+    """a·b with 0·∞ = 0."""
+    return np.where((a == 0) | (b == 0), 0, a * b)
+
+
+def shared(x: Floats, tokens: "_Tokens", level: Level) -> Floats:
+    """``x`` itself at token level; at sequence level its mean over the sequence, at each of its tokens.
+
+    Makes log ρ from log π_θ − log π_old, and, being its own transpose, carries ∂/∂log ρ back to the log-probabilities.
+    """
+    if level == "token":
+        return x
+    return tokens.spread((tokens.sums(x) / np.maximum(tokens.counts, 1)).astype(x.dtype))
+
+
+def surrogate_term(surrogate: Surrogate, rho: Floats, A: Floats, logp: Floats) -> tuple[Floats, Floats, Floats]:
+    """The policy term s, ∂s/∂log ρ, and the part of ∂s/∂logp that does not pass through ρ; sources: ``terms``.
+
+    Bounds are Python floats, summed in float64; NumPy rounds them once, to the dtype of ρ.
+    """
+    zero = np.zeros_like(rho)
+    match surrogate:
+        case Clip(epsilon, epsilon_high, delta):
+            unclipped = times(np.minimum(rho, delta), A)
+            clipped = np.clip(rho, 1 - epsilon, 1 + epsilon_high) * A
+            unbound = (unclipped <= clipped) & (rho <= delta)  # where min(ρ, δ) is ρ
+            return np.minimum(unclipped, clipped), np.where(unbound, unclipped, 0), zero
+        case CISPO(ratio_max, ratio_min):
+            weight = times(np.clip(rho, ratio_min, ratio_max), A)
+            return times(weight, logp), zero, weight
+        case SAPO(tau_pos, tau_neg):
+            tau = np.where(A > 0, tau_pos, tau_neg).astype(rho.dtype)
+            x = tau * (rho - 1)
+            slope = 4 * sigmoid(x) * sigmoid(-x)  # σ(−x) is 1 − σ(x) without the cancellation
+            return times(4 / tau * sigmoid(x), A), times(slope, times(rho, A)), zero
+    raise TypeError(f"surrogate must be a Clip, CISPO or SAPO, got {surrogate!r}")
+
+
+def sigmoid(x: Floats) -> Floats:
+    """σ(x) = 1/(1 + e^(−x))."""
+    result: Floats = 1 / (1 + np.exp(-x))
+    return result
+
+
+def kl_term(kl: KL, rho: Floats, l: Floats, level: Level) -> tuple[Floats, Floats, Floats]:  # noqa: E741 - the papers'
+    """The KL term as penalised, without β: its value, and its derivative through log ρ and beside it.
+
+    At token level both derivatives meet in one token, and their sum is written down instead of summed: of e^(−l) in
+    k3 and −e^(−l) in its slope nothing is left.
+    """
+    match kl:
+        case K1():
+            k, slope, k_plus_slope = l, np.ones_like(l), 1 + l
+        case K2():
+            k, slope, k_plus_slope = l * l / 2, l, l * (1 + l / 2)
+        case K3():
+            k, slope, k_plus_slope = k3(l), -np.expm1(-l), l
+        case _:
+            raise TypeError(f"kl must be a K1, K2, K3 or None, got {kl!r}")
+    zero = np.zeros_like(l)
+    if not kl.importance_weighted:
+        return k, zero, slope
+    if level == "token":
+        return times(rho, k), zero, times(rho, k_plus_slope)
+    return times(rho, k), times(rho, k), times(rho, slope)
+
+
+def k3(l: Floats) -> Floats:  # noqa: E741
+    """k3 = e^(−l) + l − 1 within 3 ulp (the worst seen: 2.6), never negative.
+
+    With d = −l this is e^d − 1 − d. Beyond |d| = 1, ``expm1(d) − d`` loses two bits at most. Within, where it would
+    lose all of them, Taylor: d²/2·(1 + d/3·(1 + d/4·(… (1 + d/20)))), whose rest is below 2⁻⁶⁰ of the sum.
+    """
+    d = -l
+    series = np.ones_like(d)
+    for n in range(20, 2, -1):
+        series = 1 + d / n * series
+    return np.where(np.abs(d) < 1, d * d / 2 * series, np.expm1(d) - d)
+
+
+def aggregation_weights(aggregation: Aggregation, counts: NDArray[np.intp], normalizer: float | None) -> Floats:
+    """The weight c_i of each token of sequence i, float64 (S,); n_i = max(counts_i, 1), B = S, Σn at least 1.
+
+    =====================  =========  =======================  =================================================
+    aggregation            c_i        replaced by normalizer   also known as
+    =====================  =========  =======================  =================================================
+    "token-mean"           1/Σn       Σn                       verl; TRL "bnpo", "dapo" (arXiv:2503.14476)
+    "token-sum"            1          1                        verl; Dr. GRPO (arXiv:2503.20783) with B·max_length
+    "seq-mean-token-mean"  1/(B·n_i)  B                        TRL "grpo" (arXiv:2402.03300, Eq. 3)
+    "seq-mean-token-sum"   1/B        B                        verl
+    =====================  =========  =======================  =================================================
+    """
+    denominators = {
+        "token-mean": max(int(counts.sum()), 1),
+        "token-sum": 1,
+        "seq-mean-token-mean": counts.size,
+        "seq-mean-token-sum": counts.size,
+    }
+    counted = denominators[_one_of("aggregation", aggregation, tuple(denominators))]
+    denominator = counted if normalizer is None else positive("normalizer", normalizer)
+    within = np.maximum(counts, 1) if aggregation == "seq-mean-token-mean" else np.ones_like(counts)
+    return 1 / (denominator * within)
+
+
+def diagnostics(surrogate: Surrogate, rho: Floats, A: Floats) -> dict[str, float]:
+    """Which part of the tokens is clipped, and the spread of ρ; names as TRL logs them, NaN where none applies.
+
+    The effective sample size, ess = (Σρ)²/(N·Σρ²), is 1 when all ratios are equal and 1/N when one has it all.
+    """
+    names = ("clip_ratio_low", "clip_ratio_high", "clip_ratio_region", "clip_ratio_delta", "cispo_clip_ratio")
+    stats = dict.fromkeys(names, math.nan)
+    match surrogate:
+        case Clip(epsilon, epsilon_high, delta):
+            low, high = (rho < 1 - epsilon) & (A < 0), (rho > 1 + epsilon_high) & (A > 0)
+            stats["clip_ratio_low"] = _mean(low)
+            stats["clip_ratio_high"] = _mean(high)
+            stats["clip_ratio_region"] = _mean(low | high)
+            stats["clip_ratio_delta"] = _mean((rho > delta) & (A < 0))
+        case CISPO(ratio_max, _):
+            stats["cispo_clip_ratio"] = _mean((rho > ratio_max) & (A > 0))
+    rho = rho.astype(np.float64)
+    stats["ratio_mean"] = _mean(rho)
+    stats["ratio_min"] = float(rho.min()) if rho.size else math.nan
+    stats["ratio_max"] = float(rho.max()) if rho.size else math.nan
+    stats["ess"] = float(np.sum(rho) ** 2 / (rho.size * np.sum(rho * rho)))
+    return stats
+
+
+def _mean(x: Floats | NDArray[np.bool_]) -> float:
+    """The mean in float64; of nothing, NaN."""
+    return float(np.sum(x, dtype=np.float64) / np.float64(x.size))
+
+
+class _Tokens(NamedTuple):
+    """The unmasked tokens of a batch, as one flat array in which sequence i owns the next ``counts[i]`` elements."""
+
+    keep: NDArray[np.bool_]  # in the shape of the caller's arrays
+    counts: NDArray[np.intp]  # (S,)
+    dtype: np.dtype[np.floating]
+
+    @classmethod
+    def of(cls, logps: Floats, mask: ArrayLike | None, cu_seqlens: ArrayLike | None) -> "_Tokens":
+        if logps.ndim not in (1, 2) or logps.size == 0:
+            raise ValueError(f"logps must be (B, T) or (N,) and not empty, got shape {logps.shape}")
+        if cu_seqlens is None:
+            rows = len(logps) if logps.ndim == 2 else 1
+            bounds = np.arange(rows + 1) * (logps.size // rows)
+        else:
+            bounds = np.asarray(cu_seqlens)
+            if logps.ndim != 1 or bounds.ndim != 1 or bounds.dtype.kind not in "iu":
+                raise ValueError(f"cu_seqlens must be 1-D ints beside 1-D logps, got {bounds.dtype} {bounds.shape}")
+            if bounds.size < 2 or bounds[0] != 0 or bounds[-1] != logps.size or (bounds[1:] < bounds[:-1]).any():
+                raise ValueError(f"cu_seqlens must rise from 0 to {logps.size}, the size of logps, got {bounds}")
+        keep = np.ones(logps.shape, bool) if mask is None else np.asarray(mask)
+        if keep.shape != logps.shape:
+            raise ValueError(f"mask must have shape {logps.shape} as logps, got {keep.shape}")
+        if not np.isin(keep, (0, 1)).all():
+            raise ValueError(f"mask must hold bools or 0/1, got {keep[~np.isin(keep, (0, 1))][0]!r}")
+        keep = keep.astype(bool)
+        return cls(keep, np.diff(np.append(0, np.cumsum(keep))[bounds]), logps.dtype)
+
+    def each(self, name: str, values: ArrayLike | None, or_one_per_sequence: bool = False) -> Floats:
+        """``values`` of the unmasked tokens."""
+        if values is None:
+            raise ValueError(f"{name} must be given with these options, got None")
+        values = np.atleast_1d(values)
+        if values.shape == self.keep.shape:
+            return values[self.keep].astype(self.dtype)
+        if or_one_per_sequence and values.shape == self.counts.shape:
+            return self.spread(values.astype(self.dtype))
+        or_else = f" or {self.counts.shape}, one per sequence" if or_one_per_sequence else ""
+        raise ValueError(f"{name} must have shape {self.keep.shape} as logps{or_else}, got {values.shape}")
+
+    def spread(self, x: Floats) -> Floats:
+        """One value per sequence, at each of its tokens."""
+        return np.repeat(x, self.counts)
+
+    def sums(self, x: Floats) -> Floats:
+        """The float64 sum of each sequence."""
+        starts = np.cumsum(self.counts) - self.counts
+        # reduceat wants every start inside the array, hence the 0, and does not know empty sequences, hence the where
+        return np.where(self.counts > 0, np.add.reduceat(np.append(x, 0.0), starts), 0.0)
+
+
+def _one_of(name: str, value: Chosen, allowed: tuple[str, ...]) -> Chosen:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
