@@ -48,10 +48,10 @@ from .simd import (
     wide_product,
 )
 
-INLINED = "34deae4d23a33127"
+INLINED = "13ecb84df9796f3c"
 
 BLOCK = 4096  # samples whose sums are rounded; between blocks nothing is
-AHEAD = 32  # vectors: how far ahead of its use memory is asked for, so that the loops do not wait in turn
+AHEAD = 32  # vectors: how far ahead of its use memory is asked for
 RUN = 16  # vectors; in float32 also how many terms are added before they go into float64
 
 # Rows of the scratch array, each RUN vectors long.

@@ -395,12 +395,6 @@ def lane_max(typingctx, floats):
 
 
 @intrinsic
-def lane_or(typingctx, integers):
-    """The bitwise or of all lanes."""
-    return integers.element(integers), lambda context, builder, sig, args: _fold(builder, args[0], builder.or_)
-
-
-@intrinsic
 def every(typingctx, mask):
     """Whether all lanes of a mask are true."""
 

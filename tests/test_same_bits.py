@@ -20,10 +20,6 @@ def results(*arrays):
     return grpo_objective(*arrays), grpo_objective(*arrays, beta=0), stats, sweep
 
 
-def same(a, b):
-    return a == b
-
-
 # --- threads and drivers ----------------------------------------------------------------------------------------------
 @pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="one CPU only")
 def test_one_thread_or_two():
@@ -33,7 +29,7 @@ def test_one_thread_or_two():
         numba.set_num_threads(1)
         alone = results(*arrays)
         numba.set_num_threads(2)
-        assert same(results(*arrays), alone)
+        assert results(*arrays) == alone
     finally:
         numba.set_num_threads(before)
 
@@ -45,14 +41,14 @@ def test_serial_or_cut_into_tasks(dtype, tasks, monkeypatch):
     monkeypatch.setattr(numba, "get_num_threads", lambda: 1)
     expected = results(*arrays)
     monkeypatch.setattr(numba, "get_num_threads", lambda: tasks)
-    assert same(results(*arrays), expected)
+    assert results(*arrays) == expected
 
 
 def test_while_someone_else_is_in_a_parallel_region():
     arrays = samples(MANY)
     alone = results(*arrays)
     with _parallel._region:
-        assert same(results(*arrays), alone)
+        assert results(*arrays) == alone
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
