@@ -2,9 +2,28 @@
 
 from . import reference
 from .advantages import group_advantages
+from .loss import LossResult, grpo_loss
 from .objective import grpo_objective, grpo_stats, grpo_sweep
-from .objective_kernels import BLOCK
+from .staging import BLOCK
 from .stats import Stats, Sweep
+from .terms import CISPO, K1, K2, K3, SAPO, Clip
 
-__all__ = ["BLOCK", "Stats", "Sweep", "group_advantages", "grpo_objective", "grpo_stats", "grpo_sweep", "reference"]
+__all__ = [
+    "BLOCK",
+    "CISPO",
+    "K1",
+    "K2",
+    "K3",
+    "SAPO",
+    "Clip",
+    "LossResult",
+    "Stats",
+    "Sweep",
+    "group_advantages",
+    "grpo_loss",
+    "grpo_objective",
+    "grpo_stats",
+    "grpo_sweep",
+    "reference",
+]
 __version__ = "0.1.0"

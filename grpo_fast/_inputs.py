@@ -11,8 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[Any]
 
-_FLOAT64 = np.dtype(np.float64)
-_FLOAT32 = np.dtype(np.float32)
+FLOAT64 = np.dtype(np.float64)
+FLOAT32 = np.dtype(np.float32)
 _SEARCH = 1 << 16  # elements looked at together when a bad one is searched
 
 
@@ -43,24 +43,25 @@ def same_shape(names: Sequence[str], values: Sequence[ArrayLike | None]) -> tupl
     arrays: tuple[Any, ...] = tuple(values)
     dtype: Any = getattr(arrays[0], "dtype", None)
     shape: tuple[int, ...] = getattr(arrays[0], "shape", ())
-    if (dtype is _FLOAT64 or dtype is _FLOAT32) and len(shape) == 1 and shape[0]:
+    if (dtype is FLOAT64 or dtype is FLOAT32) and len(shape) == 1 and shape[0]:
         for a in arrays:  # nearly always there is nothing to convert; a loop is twice as fast as all(…)
             if type(a) is not np.ndarray or a.dtype is not dtype or a.shape != shape or not a.flags.carray:
                 break
         else:
             return arrays, shape
-    converted = {name: _real(name, value) for name, value in zip(names, values, strict=True)}
+    converted = {name: real(name, value) for name, value in zip(names, values, strict=True)}
     shapes = {name: a.shape for name, a in converted.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"{', '.join(shapes)} must have the same shape, got {', '.join(map(str, shapes.values()))}")
     shape = next(iter(shapes.values()))
     if 0 in shape:
         raise ValueError(f"{', '.join(shapes)} must hold at least one sample, got shape {shape}")
-    dtype = _FLOAT32 if np.result_type(*converted.values()) in (_FLOAT32, np.float16) else _FLOAT64
-    return tuple(_flat(a, dtype) for a in converted.values()), shape
+    dtype = FLOAT32 if np.result_type(*converted.values()) in (FLOAT32, np.float16) else FLOAT64
+    return tuple(flat(a, dtype) for a in converted.values()), shape
 
 
-def _real(name: str, value: ArrayLike | None) -> Array:
+def real(name: str, value: ArrayLike | None) -> Array:
+    """The named argument as an array of real numbers, or a TypeError."""
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name} must be a plain array: take a masked array's .compressed() or .filled() first")
     try:
@@ -72,17 +73,18 @@ def _real(name: str, value: ArrayLike | None) -> Array:
     return array
 
 
-def _flat(array: Array, dtype: np.dtype[Any]) -> Array:
+def flat(array: Array, dtype: np.dtype[Any]) -> Array:
+    """A one-dimensional array for a kernel; the same memory if that is C-contiguous, aligned and of that dtype."""
     array = np.require(array, dtype, ["C", "A"]).reshape(-1)
     if type(array) is not np.ndarray:  # a subclass such as memmap
         array = array.view(np.ndarray)
     return array if array.flags.writeable else np.asarray(_Alias(array))
 
 
-def refuse_sample(
+def complaint(
     bad: Callable[..., Mapping[str, NDArray[np.bool_]]], arrays: Sequence[Array], shape: tuple[int, ...]
-) -> NoReturn:
-    """Raise the ValueError for the first sample of which ``bad(*arrays)`` has something to say.
+) -> str | None:
+    """What ``bad(*arrays)`` has to say about the first element that it finds bad; None if there is none.
 
     ``bad`` maps each possible message, with ``{i}`` for the index, to where it holds; the first that holds is told.
     """
@@ -95,5 +97,14 @@ def refuse_sample(
                 index = np.unravel_index(start + at, shape)
                 i = ", ".join(map(str, index)) or "()"  # as NumPy writes the index of a 0-d array
                 message = next(m for m, where in found.items() if where[at])
-                raise ValueError(message.format(i=i, values=[a[start + at].item() for a in arrays]))
-    raise AssertionError("a kernel found an illegal sample that the checks here do not know")
+                return message.format(i=i, values=[a[start + at].item() for a in arrays])
+    return None
+
+
+def refuse_sample(
+    bad: Callable[..., Mapping[str, NDArray[np.bool_]]], arrays: Sequence[Array], shape: tuple[int, ...]
+) -> NoReturn:
+    """Raise the ValueError for the first sample of which ``bad`` has something to say, as in `complaint`."""
+    found = complaint(bad, arrays, shape)
+    assert found, "a kernel found an illegal sample that the checks here do not know"
+    raise ValueError(found)

@@ -12,6 +12,9 @@ from contextlib import contextmanager
 
 import numba
 
+#: Fewer tokens or samples are not worth sharing: waking the threads takes about 10 µs.
+WORTH_SHARING = 1 << 16
+
 _region = threading.Lock()
 _forked = False
 
@@ -26,12 +29,9 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextmanager
-def tasks(items: int, worth: int) -> Iterator[int]:
-    """Into how many tasks to cut the work of the ``with`` block; more than one means that it may be parallel.
-
-    It is one for fewer than ``worth`` items, which are not worth waking the threads for.
-    """
-    if items < worth or _forked or not _region.acquire(blocking=False):
+def tasks(items: int) -> Iterator[int]:
+    """Into how many tasks to cut the work of the ``with`` block; more than one means that it may be parallel."""
+    if items < WORTH_SHARING or _forked or not _region.acquire(blocking=False):
         yield 1
         return
     try:

@@ -1,10 +1,17 @@
 """The elementary functions of the kernels, on vectors: those of which LLVM has no packed version.
 
-One text serves float64 and float32; only the layout of the bits and the polynomials differ. All rest on one idea:
-divide out a power of two, x = 2ᵏ(1 + f), and compute f − log(1 + f), the part that must not cancel, from f alone:
+One text serves float64 and float32; only the layout of the bits and the polynomials differ. All rest on one idea: take
+out a power of two, and compute what is left of the result where it must not cancel from a polynomial alone.
+
+Of ratios (log, k3 of a ratio), x = 2ᵏ(1 + f):
 
     s = f/(2 + f),   log(1 + f) = 2·artanh(s) = 2s + s³·P(s²)   and   f − 2s = f·s,
     so that   f − log(1 + f) = s·(f − s²·P(s²)).
+
+Of logarithms (exp, and k3 of a log-ratio, which is eᵈ − 1 − d), d = k·ln 2 + g:
+
+    eᵈ = 2ᵏ(1 + g + p),   p = e^g − 1 − g = g²·P(g),
+    so that   eᵈ − 1 − d = 2ᵏ·p + (2ᵏ − 1)·g + (2ᵏ − 1 − k·ln 2).
 """
 
 import math
@@ -35,6 +42,10 @@ class Layout(NamedTuple):
     largest: float
     usual: float  # numbers above it have reciprocals and products with room to spare
     lift: float  # a power of two that brings any positive number above `usual`
+    rounder: float  # adding it rounds to a whole number, which then stands in the lowest bits of the pattern
+    plain: float  # up to this |d|, eᵈ is far from the limits of the format
+    vanishing: float  # below it, eᵈ is 0
+    overflowing: float  # above it, eᵈ is inf
 
 
 FLOAT64 = Layout(
@@ -51,6 +62,10 @@ FLOAT64 = Layout(
     largest=(2 - 2.0**-52) * 2.0**1023,
     usual=2.0**-384,
     lift=2.0**700,
+    rounder=1.5 * 2.0**52,
+    plain=700.0,
+    vanishing=-746.0,
+    overflowing=710.0,
 )
 FLOAT32 = Layout(
     mantissa=23,
@@ -66,6 +81,10 @@ FLOAT32 = Layout(
     largest=(2 - 2.0**-23) * 2.0**127,
     usual=2.0**-60,
     lift=2.0**90,
+    rounder=1.5 * 2.0**23,
+    plain=80.0,
+    vanishing=-104.0,
+    overflowing=89.0,
 )
 
 
@@ -172,3 +191,112 @@ def split(x):
     lifted = bits(where(tiny, full_like(x, form.lift), full_like(x, 1.0)))
     m = from_bits(pattern & (form.half * 2 - 1) | form.one)
     return m, pattern - bits(m) - lifted + form.one
+
+
+def rest_of_exp(g):
+    """P(g) = (e^g − 1 − g)/g², minimax for |g| ≤ 0.34661, half of ln 2 and a little."""
+
+
+@overload(rest_of_exp, jit_options={"forceinline": True})
+def _rest_of_exp(g):
+    if g.element is types.float64:
+
+        def polynomial(g):  # error 1.4e-18
+            g2 = g * g
+            g4 = g2 * g2
+            p01 = fma(g, constant(g, 0.1666666666666667), constant(g, 0.5))
+            p23 = fma(g, constant(g, 0.008333333333326136), constant(g, 0.04166666666666667))
+            p45 = fma(g, constant(g, 0.00019841269874820627), constant(g, 0.0013888888888883748))
+            p67 = fma(g, constant(g, 2.7557255400206422e-06), constant(g, 2.4801587325547743e-05))
+            p89 = fma(g, constant(g, 2.5105217004720745e-08), constant(g, 2.75572736431103e-07))
+            p8 = fma(g2, constant(g, 2.0914686968086876e-09), p89)
+            return fma(g4, fma(g4, p8, fma(g2, p67, p45)), fma(g2, p23, p01))
+
+    else:
+
+        def polynomial(g):  # error 1.4e-9
+            g2 = g * g
+            p01 = fma(g, constant(g, 0.16666666681623232), constant(g, 0.500000001346581))
+            p23 = fma(g, constant(g, 0.0083333109254809), constant(g, 0.041666464925285904))
+            p45 = fma(g, constant(g, 0.00019890990824673654), constant(g, 0.0013933649996309251))
+            return fma(g2, fma(g2, p45, p23), p01)
+
+    return polynomial
+
+
+class ReducedExponent(NamedTuple):
+    """d = k·ln 2 + g, with |g| ≤ ln 2/2: k; 2ᵏ, unless it is not a normal number; g in two parts; e^g − 1 − g."""
+
+    k: Any
+    power: Any
+    high: Any
+    low: Any
+    p: Any
+
+
+@inlined
+def _power_of_two(k):
+    form = layout(k)
+    return from_bits((bits(k + constant(k, form.rounder)) << form.mantissa) + form.one)
+
+
+@inlined
+def reduce_exponent(d):
+    """The parts of d; for |d| up to `Layout.plain` all of them are far from the limits of the format."""
+    form = layout(d)
+    rounder = constant(d, form.rounder)
+    shifted = fma(d, constant(d, 1 / LN2), rounder)
+    k = shifted - rounder
+    high = fma(k, constant(d, -form.ln2_high), d)  # exact
+    low = k * constant(d, form.ln2_low)
+    g = high - low
+    return ReducedExponent(k, from_bits((bits(shifted) << form.mantissa) + form.one), high, low, g * g * rest_of_exp(g))
+
+
+@inlined
+def exp(d):
+    """eᵈ for |d| up to `Layout.plain`."""
+    e = reduce_exponent(d)
+    return e.power * (1.0 + (e.high - e.low + e.p))
+
+
+@inlined
+def exp_of_any(d):
+    """eᵈ, subnormal, 0 and inf included: 2ᵏ in two steps, neither of which overflows."""
+    form = layout(d)
+    d = where(d < form.vanishing, full_like(d, form.vanishing), d)
+    d = where(d > form.overflowing, full_like(d, form.overflowing), d)
+    e = reduce_exponent(d)
+    shifted = fma(e.k, full_like(d, 0.5), full_like(d, form.rounder))
+    half = shifted - form.rounder
+    return (1.0 + (e.high - e.low + e.p)) * _power_of_two(half) * _power_of_two(e.k - half)
+
+
+class LogRatioK3(NamedTuple):
+    """eᵈ − 1 − d, and eᵈ − 1."""
+
+    k3: Any
+    expm1: Any
+
+
+@inlined
+def k3_of_log(d):
+    """eᵈ − 1 − d and eᵈ − 1 for |d| up to `Layout.plain`; when k is 0, they are p and g + p."""
+    form = layout(d)
+    e = reduce_exponent(d)
+    one_less = e.power - 1.0
+    rest = fma(one_less, e.high, fma(e.k, constant(d, -form.ln2_high), one_less))
+    k3 = fma(e.power, e.p, fma(-e.power, e.low, rest))
+    return LogRatioK3(k3, fma(e.power, e.high - e.low + e.p, one_less))
+
+
+@inlined
+def k3_of_any_log(d):
+    """`k3_of_log` for any d. Beyond 60, of eᵈ and 1 + d one is less than half an ulp of the other."""
+    near = where(d > 60.0, full_like(d, 60.0), where(d < -60.0, full_like(d, -60.0), d))
+    plain = k3_of_log(near)
+    power = exp_of_any(d)
+    return LogRatioK3(
+        where(d > 60.0, power, where(d < -60.0, -1.0 - d, plain.k3)),
+        where(d > 60.0, power, where(d < -60.0, full_like(d, -1.0), plain.expm1)),
+    )

@@ -11,11 +11,9 @@ from . import _parallel, exact
 from . import objective_kernels as kernels
 from ._inputs import Array, refuse_sample, same_shape
 from .exact import Exact, rounded_sum
-from .stats import Stats, Sweep, objective_of
+from .staging import BLOCK
+from .stats import Options, Stats, Sweep, objective_of
 from .terms import K3, Clip
-
-#: Below this many samples the threads cost more than they bring: waking them takes about 10 µs.
-_WORTH_SHARING = 16 * kernels.BLOCK
 
 
 def grpo_objective(
@@ -78,10 +76,10 @@ def grpo_objective(
     arrays, shape = _samples(rhos, A, pi_theta_old, pi_theta_ref, penalty.beta != 0)
     n = arrays[0].size
     low, high = 1.0 - clip.epsilon, 1.0 + clip.epsilon_high
-    if n <= kernels.BLOCK:
+    if n <= BLOCK:
         surrogate, kl, legal = kernels.objective_block(*arrays, low, high)
-    elif n < _WORTH_SHARING:
-        sums = np.empty((-(-n // kernels.BLOCK), 2))
+    elif n < _parallel.WORTH_SHARING:
+        sums = np.empty((-(-n // BLOCK), 2))
         legal = kernels.objective_blocks(*arrays, low, high, sums)
         surrogate, kl = (rounded_sum(column) for column in sums.T.tolist())
     else:
@@ -117,19 +115,13 @@ def grpo_stats(
     clipped_low, clipped_high, illegal = counts.sum(axis=0).tolist()
     if illegal:
         _refuse(arrays, shape)
-    sums = [Exact.of_row(row) for row in rows]
-    return Stats(
-        options=(clip, kl),
+    return Stats.of(
+        Options(clip, kl),
         tokens=arrays[0].size,
-        surrogate_sum=sums[kernels.SURROGATE],
-        kl_sum=sums[kernels.KL],
-        drift_sum=sums[kernels.DRIFT],
-        drift_squared_sum=sums[kernels.DRIFT_SQUARED],
-        log_ratio_sum=sums[kernels.LOG_RATIO],
-        clipped_low=clipped_low,
-        clipped_high=clipped_high,
-        ratio_min=float(extremes[:, 0].min()),
-        ratio_max=float(extremes[:, 1].max()),
+        sequence_count=None,
+        sums=[Exact.of_row(row) for row in rows],
+        clipped=(clipped_low, clipped_high, 0),
+        extremes=extremes,
     )
 
 
@@ -167,7 +159,7 @@ def grpo_sweep(
     arrays, shape = _samples(rhos, A, pi_theta_old, pi_theta_ref, any(grid[1]))
     steps = np.array(grid[0])
     n = arrays[0].size
-    with _parallel.tasks(n, _WORTH_SHARING) as tasks:
+    with _parallel.tasks(n) as tasks:
         rows = np.zeros((tasks, steps.size + 1, exact.ROW), np.int64)
         counts = np.zeros((tasks, steps.size + 1, 2), np.int64)
         driver = kernels.sweep_parallel if tasks > 1 else kernels.sweep
@@ -221,8 +213,8 @@ def _numbers(name: str, values: ArrayLike) -> list[float]:
 
 def _totals(arrays: tuple[Any, ...], low: float, high: float, diagnostics: bool | None) -> tuple[Array, Array, Array]:
     """What `kernels.totals` adds up: the rows of limbs, merged; counts and extremes, still one row for each task."""
-    with _parallel.tasks(arrays[0].size, _WORTH_SHARING) as tasks:
-        rows = np.zeros((tasks, 5, exact.ROW), np.int64)
+    with _parallel.tasks(arrays[0].size) as tasks:
+        rows = np.zeros((tasks, kernels.SUMS, exact.ROW), np.int64)
         counts = np.zeros((tasks, 3), np.int64)
         extremes = np.full((tasks, 2), (np.inf, -np.inf))
         driver = kernels.totals_parallel if tasks > 1 else kernels.totals

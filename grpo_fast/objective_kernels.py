@@ -1,10 +1,8 @@
 """The kernels of `objective`: probabilities in, sums out, in one pass over memory.
 
 A block of `BLOCK` samples is summed into the lanes of a few vectors, always in the same order, and the sums of the
-blocks are added exactly: the result depends neither on the number of threads nor on the CPU. Within a block, `RUN`
-vectors at a time go through a few short loops that hand each other their values in a scratch array, which stays in the
-L1 cache; each loop is short enough for its values to stay in registers and for its iterations to overlap (one fused
-loop took 2.25 ns a sample on AVX2, these take 1.65). From the inside out:
+blocks are added exactly: the result depends neither on the number of threads nor on the CPU. How a block is worked
+through, `staging` says. From the inside out:
 
     _load, _load_carefully      one vector of samples; wherever the first does not do, the second
     _prepare                    memory → ρ, A, and r = π_ref/π_θ reduced → scratch
@@ -39,26 +37,23 @@ from .simd import (
     lanes,
     load,
     load_first,
-    prefetch,
     signed,
     store,
     tally,
     where,
     wide,
     wide_product,
+    wide_squares,
 )
+from .staging import BLOCK, RUN, ask_ahead, get, put, scratch_like
 
-INLINED = "13ecb84df9796f3c"
-
-BLOCK = 4096  # samples whose sums are rounded; between blocks nothing is
-AHEAD = 32  # vectors: how far ahead of its use memory is asked for
-RUN = 16  # vectors; in float32 also how many terms are added before they go into float64
+INLINED = "cc35dc71a911c12b"
 
 # Rows of the scratch array, each RUN vectors long.
 _RHO, _ADVANTAGE, _POWER, _F, _S, _PRESENT, _ROWS = range(7)
 _FOLDED, _SIZE = _F, _S
 # Rows of the exact sums.
-SURROGATE, KL, DRIFT, DRIFT_SQUARED, LOG_RATIO = range(5)
+SURROGATE, KL, RATIO, RATIO_SQUARED, LOG_RATIO, SUMS = range(6)
 
 
 class BlockSums(NamedTuple):
@@ -66,8 +61,8 @@ class BlockSums(NamedTuple):
 
     surrogate: float
     kl: float
-    drift: float  # ρ − 1: small numbers, and 0 for a lane without a sample
-    drift_squared: float
+    ratio: float
+    ratio_squared: float
     log_ratio: float
     clipped_low: int
     clipped_high: int
@@ -76,27 +71,7 @@ class BlockSums(NamedTuple):
     legal: bool  # whether all samples are in the domain
 
 
-@inlined
-def _put(scratch, row, v, vector):
-    store(scratch, (row * RUN + v) * lanes(scratch), vector)
-
-
-@inlined
-def _get(scratch, row, v):
-    return load(scratch, (row * RUN + v) * lanes(scratch))
-
-
 # --- memory → scratch -------------------------------------------------------------------------------------------------
-@inlined
-def _ask_ahead(array, start, v):
-    """Ask for a line that a later run needs.
-
-    The loops of a run share this out: asked for in one of them, lines come in bursts larger than a core can have under
-    way (20 M float64 samples in 40 ms; shared out 36, without any 44).
-    """
-    prefetch(array, start + (v + AHEAD) * lanes(array))
-
-
 @inlined
 def _load(ratio, advantage, old, ref, i):
     """One vector of samples: ρ, A, and ρ, π_old, π_ref, assumed to be far from the limits of the format."""
@@ -155,17 +130,17 @@ def _prepare(ratio, advantage, old, ref, start, stop, careful, diagnostics, scra
         else:
             rho, a, x, y, z = _load(ratio, advantage, old, ref, i)
             present = rho
-            _ask_ahead(ratio, start, v)
-        _put(scratch, _RHO, v, rho)
-        _put(scratch, _ADVANTAGE, v, a)
+            ask_ahead(ratio, start, v)
+        put(scratch, _RHO, v, rho)
+        put(scratch, _ADVANTAGE, v, a)
         if diagnostics is not None:
-            _put(scratch, _PRESENT, v, present)
+            put(scratch, _PRESENT, v, present)
         least = where(rho < least, rho, least)
         if old is not None:
             r = reduce_ratio(x, y, z)
-            _put(scratch, _POWER, v, r.power)
-            _put(scratch, _F, v, r.f)
-            _put(scratch, _S, v, r.s)
+            put(scratch, _POWER, v, r.power)
+            put(scratch, _F, v, r.f)
+            put(scratch, _S, v, r.s)
             lower = where(z < x * y, z, x * y)
             lower = where(r.power < lower, r.power, lower)
             least = where(lower < least, lower, least)
@@ -181,9 +156,9 @@ def _surrogate_sum(scratch, vectors, low, high, advantage, start):
     """Σ min(ρA, clip(ρ, low, high)·A): the sign of A picks the one bound that matters. A NaN in ρ stays one."""
     total = full_like(low, 0.0)
     for v in range(vectors):
-        _ask_ahead(advantage, start, v)
-        rho = _get(scratch, _RHO, v)
-        a = _get(scratch, _ADVANTAGE, v)
+        ask_ahead(advantage, start, v)
+        rho = get(scratch, _RHO, v)
+        a = get(scratch, _ADVANTAGE, v)
         bounded = where(signed(a), where(rho < low, low, rho), where(rho > high, high, rho))
         total = fma(bounded, a, total)
     return total
@@ -194,10 +169,10 @@ def _kl_sum(scratch, vectors, old, ref, start):
     """Σ ρ·(r − 1 − log r)."""
     total = full(scratch, 0.0)
     for v in range(vectors):
-        _ask_ahead(old, start, v)
-        _ask_ahead(ref, start, v)
-        r = ReducedRatio(_get(scratch, _POWER, v), _get(scratch, _F, v), _get(scratch, _S, v))
-        total = fma(_get(scratch, _RHO, v), k3(r), total)
+        ask_ahead(old, start, v)
+        ask_ahead(ref, start, v)
+        r = ReducedRatio(get(scratch, _POWER, v), get(scratch, _F, v), get(scratch, _S, v))
+        total = fma(get(scratch, _RHO, v), k3(r), total)
     return total
 
 
@@ -205,8 +180,8 @@ def _kl_sum(scratch, vectors, old, ref, start):
 def _count_clipped(scratch, vectors, low, high, clipped_low, clipped_high):
     """Add the samples with ρ < low and A < 0, and those with ρ > high and A > 0, to two vectors of counts."""
     for v in range(vectors):
-        rho = _get(scratch, _RHO, v)
-        a = _get(scratch, _ADVANTAGE, v)
+        rho = get(scratch, _RHO, v)
+        a = get(scratch, _ADVANTAGE, v)
         clipped_low = tally(clipped_low, (rho < low) & (a < 0.0))
         clipped_high = tally(clipped_high, (rho > high) & (a > 0.0))
     return clipped_low, clipped_high
@@ -223,8 +198,8 @@ def _attempt_block(ratio, advantage, old, ref, start, stop, low, high, diagnosti
     step = lanes(ratio)
     surrogate = wide(zero)
     kl = wide(zero)
-    drift = wide(zero)
-    drift_squared = wide(zero)
+    ratios = wide(zero)
+    ratios_squared = wide(zero)
     product = wide(zero) + 1.0
     exponents = bits(zero)
     clipped_low = bits(zero)
@@ -245,29 +220,26 @@ def _attempt_block(ratio, advantage, old, ref, start, stop, low, high, diagnosti
             kl += wide(_kl_sum(scratch, vectors, old, ref, run))
         if diagnostics is not None:
             clipped_low, clipped_high = _count_clipped(scratch, vectors, low, high, clipped_low, clipped_high)
-            linear = zero
-            square = zero
             for v in range(vectors):
-                rho = _get(scratch, _RHO, v)
-                present = _get(scratch, _PRESENT, v)
+                rho = get(scratch, _RHO, v)
+                present = get(scratch, _PRESENT, v)
                 ratio_min = where(present < ratio_min, present, ratio_min)
                 ratio_max = where(present > ratio_max, present, ratio_max)
-                linear += rho - 1.0
-                square = fma(rho - 1.0, rho - 1.0, square)
+                ratios += wide(rho)
+                ratios_squared += wide_squares(rho)
                 # Σ log ρ is the logarithm of a product: of the fractions, below 2⁵¹² in a block, and of powers of two.
                 product *= wide_product(from_bits(bits(rho) & (form.half * 2 - 1) | form.one))
                 exponents += bits(rho) >> form.mantissa
-            drift += wide(linear)
-            drift_squared += wide(square)
+    padded = (stop - start + step - 1) // step * step
+    missing = padded - (stop - start)  # as many ρ = 1 were added
     log_ratio = 0.0
     if diagnostics is not None:
-        padded = (stop - start + step - 1) // step * step
         log_ratio = lane_sum(log(product)) + (np.int64(lane_sum(exponents)) - padded * form.bias) * LN2
     sums = BlockSums(
         lane_sum(surrogate),
         lane_sum(kl),
-        lane_sum(drift),
-        lane_sum(drift_squared),
+        lane_sum(ratios) - missing,
+        lane_sum(ratios_squared) - missing,
         log_ratio,
         np.int64(lane_sum(clipped_low)),
         np.int64(lane_sum(clipped_high)),
@@ -302,13 +274,13 @@ def _fold(scratch, vectors, advantage, start):
     """
     plus = bits(full(scratch, 0.0))
     for v in range(vectors):
-        _ask_ahead(advantage, start, v)
-        rho = _get(scratch, _RHO, v)
-        a = _get(scratch, _ADVANTAGE, v)
+        ask_ahead(advantage, start, v)
+        rho = get(scratch, _RHO, v)
+        a = get(scratch, _ADVANTAGE, v)
         folded = where(a < 0.0, -rho, where(a == 0.0, full_like(rho, 1.0), rho))
         plus = tally(plus, folded > 0.0)
-        _put(scratch, _FOLDED, v, folded)
-        _put(scratch, _SIZE, v, where(a < 0.0, -a, a))
+        put(scratch, _FOLDED, v, folded)
+        put(scratch, _SIZE, v, where(a < 0.0, -a, a))
     return plus
 
 
@@ -324,9 +296,9 @@ def _add_bounded(scratch, vectors, low, high, at, surrogates, tallies):
     above = bits(load(tallies, 2 * at * step))
     not_below = bits(load(tallies, (2 * at + 1) * step))
     for v in range(vectors):
-        folded = _get(scratch, _FOLDED, v)
+        folded = get(scratch, _FOLDED, v)
         bound = where(signed(folded), -low, high)
-        total = fma(where(folded > bound, bound, folded), _get(scratch, _SIZE, v), total)
+        total = fma(where(folded > bound, bound, folded), get(scratch, _SIZE, v), total)
         above = tally(above, folded > high)
         not_below = tally(not_below, folded > -low)
     store(tallies, 2 * at * step, from_bits(above))
@@ -380,15 +352,10 @@ def sweep_block(ratio, advantage, old, ref, start, stop, lows, highs, surrogates
 
 
 # --- all blocks -------------------------------------------------------------------------------------------------------
-@inlined
-def _scratch_like(array):
-    return np.empty(_ROWS * RUN * lanes(array), array.dtype)
-
-
 @compiled
 def objective_block(ratio, advantage, old, ref, low, high):
     """(Σ surrogate, Σ kl, whether all samples are legal) of at most BLOCK samples: the shortest way there is."""
-    sums = sum_block(ratio, advantage, old, ref, 0, len(ratio), low, high, None, _scratch_like(ratio))
+    sums = sum_block(ratio, advantage, old, ref, 0, len(ratio), low, high, None, scratch_like(ratio, _ROWS))
     return sums.surrogate, sums.kl, sums.legal
 
 
@@ -398,7 +365,7 @@ def objective_blocks(ratio, advantage, old, ref, low, high, sums):
 
     For so few samples that a call costs more than they do: no limbs to fill and carry.
     """
-    scratch = _scratch_like(ratio)
+    scratch = scratch_like(ratio, _ROWS)
     legal = True
     for block in range(len(sums)):
         start = block * BLOCK
@@ -413,7 +380,7 @@ def objective_blocks(ratio, advantage, old, ref, low, high, sums):
 @compiled
 def _add_blocks(ratio, advantage, old, ref, low, high, diagnostics, first, last, rows, counts, extremes):
     """Add the sums of blocks first … last − 1."""
-    scratch = _scratch_like(ratio)
+    scratch = scratch_like(ratio, _ROWS)
     for block in range(first, last):
         start = block * BLOCK
         stop = min(start + BLOCK, len(ratio))
@@ -422,8 +389,8 @@ def _add_blocks(ratio, advantage, old, ref, low, high, diagnostics, first, last,
         exact.add(rows[KL], sums.kl)
         counts[2] += not sums.legal
         if diagnostics is not None:
-            exact.add(rows[DRIFT], sums.drift)
-            exact.add(rows[DRIFT_SQUARED], sums.drift_squared)
+            exact.add(rows[RATIO], sums.ratio)
+            exact.add(rows[RATIO_SQUARED], sums.ratio_squared)
             exact.add(rows[LOG_RATIO], sums.log_ratio)
             counts[0] += sums.clipped_low
             counts[1] += sums.clipped_high
@@ -435,9 +402,9 @@ def _add_blocks(ratio, advantage, old, ref, low, high, diagnostics, first, last,
 def totals(ratio, advantage, old, ref, low, high, diagnostics, rows, counts, extremes):
     """Add the sums of all samples to the last three arrays; the first axis is for tasks that share the blocks.
 
-    ``rows`` (tasks, 5, exact.ROW): the sums named above; ``counts`` (tasks, 3): clipped low, clipped high, blocks with
-    an illegal sample; ``extremes`` (tasks, 2): least and largest ρ. Without ``diagnostics`` only the first two rows and
-    the last count are touched. This is the serial driver, the next one runs the tasks on threads.
+    ``rows`` (tasks, SUMS, exact.ROW): the sums named above; ``counts`` (tasks, 3): clipped low, clipped high, blocks
+    with an illegal sample; ``extremes`` (tasks, 2): least and largest ρ. Without ``diagnostics`` only the first two
+    rows and the last count are touched. This is the serial driver, the next one runs the tasks on threads.
     """
     tasks, blocks = len(rows), (len(ratio) + BLOCK - 1) // BLOCK
     for t in range(tasks):
@@ -457,7 +424,7 @@ def totals_parallel(ratio, advantage, old, ref, low, high, diagnostics, rows, co
 @compiled
 def _add_sweep_blocks(ratio, advantage, old, ref, lows, highs, first, last, rows, counts):
     """Add the sums of blocks first … last − 1; the last row is for the KL and for the count of illegal blocks."""
-    scratch = _scratch_like(ratio)
+    scratch = scratch_like(ratio, _ROWS)
     surrogates = np.empty(len(lows) * 8)
     tallies = np.empty(len(lows) * 2 * lanes(ratio), ratio.dtype)
     for block in range(first, last):

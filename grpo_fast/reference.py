@@ -21,17 +21,14 @@ Where an ``exp`` overflows, ρ or k is ∞, and 0·∞ is 0 (``times``) as 0·x 
 """
 
 import math
-from typing import Literal, NamedTuple, TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .terms import CISPO, K1, K2, K3, KL, SAPO, Clip, Surrogate, positive
+from .terms import CISPO, K1, K2, K3, KL, SAPO, Aggregation, Clip, Level, Surrogate, one_of, positive
 
 Floats: TypeAlias = NDArray[np.floating]
-Level: TypeAlias = Literal["token", "sequence"]
-Aggregation: TypeAlias = Literal["token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum"]
-Chosen = TypeVar("Chosen", bound=str)
 
 
 def grpo_objective(
@@ -120,7 +117,7 @@ def grpo_loss(
     logps = np.asarray(logps)
     logps = logps if logps.dtype == np.float32 else logps.astype(np.float64)
     tokens = _Tokens.of(logps, mask, cu_seqlens)
-    level = _one_of("importance_sampling_level", importance_sampling_level, ("token", "sequence"))
+    level = one_of("importance_sampling_level", importance_sampling_level, ("token", "sequence"))
 
     logp = tokens.each("logps", logps)
     old = logp if old_logps is None else tokens.each("old_logps", old_logps)
@@ -253,7 +250,7 @@ def aggregation_weights(aggregation: Aggregation, counts: NDArray[np.intp], norm
         "seq-mean-token-mean": counts.size,
         "seq-mean-token-sum": counts.size,
     }
-    counted = denominators[_one_of("aggregation", aggregation, tuple(denominators))]
+    counted = denominators[one_of("aggregation", aggregation, tuple(denominators))]
     denominator = counted if normalizer is None else positive("normalizer", normalizer)
     within = np.maximum(counts, 1) if aggregation == "seq-mean-token-mean" else np.ones_like(counts)
     return 1 / (denominator * within)
@@ -337,9 +334,3 @@ class _Tokens(NamedTuple):
         starts = np.cumsum(self.counts) - self.counts
         # reduceat wants every start inside the array, hence the 0, and does not know empty sequences, hence the where
         return np.where(self.counts > 0, np.add.reduceat(np.append(x, 0.0), starts), 0.0)
-
-
-def _one_of(name: str, value: Chosen, allowed: tuple[str, ...]) -> Chosen:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-    return value

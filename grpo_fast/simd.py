@@ -157,9 +157,9 @@ def _pointer(context, builder, sig, args):
 
 
 def _first(builder, count, lanes):
-    """The mask of the first ``count`` lanes."""
+    """The mask of the first ``count`` lanes; none if it is negative."""
     index = ir.Constant(ir.VectorType(ir.IntType(64), lanes), list(range(lanes)))
-    return builder.icmp_unsigned("<", index, _broadcast(builder, count, index.type))
+    return builder.icmp_signed("<", index, _broadcast(builder, count, index.type))
 
 
 def _call(builder, name, result, args):
@@ -175,10 +175,10 @@ def _suffix(vector):
 
 
 @intrinsic
-def lanes(typingctx, array):
-    """How many elements of a one-dimensional array make one vector."""
-    count = _vector_of(array).lanes
-    return types.intp(array), lambda context, builder, sig, args: context.get_constant(types.intp, count)
+def lanes(typingctx, like):
+    """How many elements of a one-dimensional array make one vector; or how many a vector has."""
+    count = (like if isinstance(like, Vector) else _vector_of(like)).lanes
+    return types.intp(like), lambda context, builder, sig, args: context.get_constant(types.intp, count)
 
 
 @intrinsic
@@ -258,6 +258,65 @@ def store(typingctx, array, start, values):
 
 
 @intrinsic
+def store_first(typingctx, array, start, count, values):
+    """``array[start : start + count]`` = the first lanes of ``values``; nothing beyond is written."""
+    vector = _vector_of(array)
+
+    def codegen(context, builder, sig, args):
+        pointer, align = _pointer(context, builder, sig, args)
+        pointer = builder.bitcast(pointer, vector.llvm.as_pointer())
+        mask = _first(builder, args[2], vector.lanes)
+        name = f"llvm.masked.store.{_suffix(vector)}.p0"
+        _call(builder, name, ir.VoidType(), [args[3], pointer, ir.Constant(ir.IntType(32), align), mask])
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, types.intp, vector), codegen
+
+
+@intrinsic
+def first(typingctx, like, count):
+    """The mask of the first ``count`` lanes of a vector like ``like``."""
+
+    def codegen(context, builder, sig, args):
+        return _first(builder, args[1], like.lanes)
+
+    return like.of(types.boolean)(like, types.intp), codegen
+
+
+@intrinsic
+def load_flags(typingctx, array, start, like):
+    """Which of ``array[start : start + lanes]`` are not 0: bytes, as many as ``like`` has lanes."""
+
+    def codegen(context, builder, sig, args):
+        pointer, _ = _pointer(context, builder, sig, args)
+        llvm = ir.VectorType(ir.IntType(8), like.lanes)
+        values = builder.load(builder.bitcast(pointer, llvm.as_pointer()), align=1)
+        return builder.icmp_unsigned("!=", values, ir.Constant(llvm, None))
+
+    return like.of(types.boolean)(array, types.intp, like), codegen
+
+
+@intrinsic
+def load_first_flags(typingctx, array, start, count, like):
+    """The same of ``array[start : start + count]``, in the first lanes; nothing beyond is read. Slow."""
+
+    def codegen(context, builder, sig, args):
+        pointer, _ = _pointer(context, builder, sig, args)
+        llvm = ir.VectorType(ir.IntType(8), like.lanes)
+        none = ir.Constant(llvm, None)
+        arguments = [
+            builder.bitcast(pointer, llvm.as_pointer()),
+            ir.Constant(ir.IntType(32), 1),
+            _first(builder, args[2], like.lanes),
+            none,
+        ]
+        values = _call(builder, f"llvm.masked.load.v{like.lanes}i8.p0", llvm, arguments)
+        return builder.icmp_unsigned("!=", values, none)
+
+    return like.of(types.boolean)(array, types.intp, types.intp, like), codegen
+
+
+@intrinsic
 def prefetch(typingctx, array, start):
     """Ask for the cache line of ``array[start]``, which may lie beyond the end."""
 
@@ -321,6 +380,13 @@ def from_bits(typingctx, integers):
 
 
 @intrinsic
+def all_bits(typingctx, mask, like):
+    """The mask as unsigned integers as wide as the elements of ``like``: all bits set where it holds, else none."""
+    integers = like.of(like.integer)
+    return integers(mask, like), lambda context, builder, sig, args: builder.sext(args[0], integers.llvm)
+
+
+@intrinsic
 def tally(typingctx, totals, mask):
     """The unsigned integers ``totals``, one more in each lane where ``mask`` holds."""
 
@@ -355,16 +421,15 @@ def _select_fold(symbol):
     return codegen
 
 
-def _in_float64(combine):
-    """Bring 16 float32 lanes to 8 float64 lanes: lane j combined with lane j + 8."""
+def _in_float64(combine, each=lambda builder, x: x):
+    """Bring 16 float32 lanes to 8 float64 lanes: lane j combined with lane j + 8, after something is done to each."""
 
     def typing(typingctx, floats):
         def codegen(context, builder, sig, args):
             if floats == FLOAT64S:
-                return args[0]
-            return getattr(builder, combine)(
-                *(builder.fpext(_half(builder, args[0], start), FLOAT64S.llvm) for start in (0, floats.lanes // 2))
-            )
+                return each(builder, args[0])
+            halves = (_half(builder, args[0], start) for start in (0, floats.lanes // 2))
+            return getattr(builder, combine)(*(each(builder, builder.fpext(x, FLOAT64S.llvm)) for x in halves))
 
         return FLOAT64S(floats), codegen
 
@@ -373,6 +438,7 @@ def _in_float64(combine):
 
 wide = intrinsic(_in_float64("fadd"))
 wide_product = intrinsic(_in_float64("fmul"))
+wide_squares = intrinsic(_in_float64("fadd", lambda builder, x: builder.fmul(x, x)))
 
 
 @intrinsic
@@ -433,7 +499,8 @@ def compiled(function: Any = None, *, parallel: bool = False) -> Any:
     """
     if function is None:
         return functools.partial(compiled, parallel=parallel)
-    options = {"nogil": True, "error_model": "numpy", "parallel": parallel}
+    # forceinline unless told: it would be inherited from an inlined function that calls this one.
+    options = {"nogil": True, "error_model": "numpy", "parallel": parallel, "forceinline": False}
     try:
         return numba.njit(cache=True, **options)(function)
     except RuntimeError:  # "no locator available": no directory that can be written

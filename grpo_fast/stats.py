@@ -5,15 +5,15 @@ of the whole to the last bit.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .exact import Exact
-from .terms import K1, K2, K3, Clip
+from .terms import CISPO, KL, Aggregation, Clip, Level, Surrogate
 
 
 def objective_of(surrogate: float, kl: float, beta: float) -> float:
@@ -48,59 +48,130 @@ def _same(a: Any, _: Any) -> Any:
     return a
 
 
+def _if_known(a: int | None, b: int | None) -> int | None:
+    return None if a is None or b is None else a + b
+
+
 def _each(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(x + y for x, y in zip(a, b, strict=True))
 
 
+class Options(NamedTuple):
+    """What the sums of a `Stats` are sums of; only those of the same options can be added."""
+
+    surrogate: Surrogate
+    kl: KL | None
+    importance_sampling_level: Level = "token"
+    aggregation: Aggregation = "token-mean"
+    normalizer: float | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stats(_Additive):
-    """The objective and its diagnostics over N tokens (samples), from exact sums.
+    """The objective and its diagnostics over N unmasked tokens (or samples), from exact sums.
 
-    ``a + b`` and ``sum(shards)`` are exact and need the same options. Means are over unmasked tokens; what does not
-    apply is NaN.
+    ``a + b`` and ``sum(shards)`` are exact and need the same options; without a ``normalizer`` the denominators add,
+    too, so that the sum is that of the whole batch. All means are over unmasked tokens. What does not apply is NaN.
 
     Attributes
     ----------
     objective, loss : float
-        What was maximised, and its negative, what an optimiser minimises.
+        As aggregated: what was maximised, and its negative, what an optimiser minimises.
     surrogate, kl : float
-        Mean policy term, and mean KL term as penalised, without β; objective = surrogate − β·kl.
+        Mean policy term (with the rollout weight); mean KL term as penalised, without β.
     clip_ratio_low, clip_ratio_high, clip_ratio_region : float
-        Fraction of tokens with ρ < 1−ε and A < 0; with ρ > 1+ε and A > 0; with either. TRL's ``clip_ratio/low_mean`` …
+        Of `Clip`, the fraction of tokens with ρ < 1−ε and A < 0; with ρ > 1+ε_high and A > 0; with either. TRL's
+        ``clip_ratio/low_mean`` …
+    clip_ratio_delta : float
+        Of `Clip`, the fraction with ρ > δ and A < 0; verl's ``pg_clipfrac_lower``.
+    cispo_clip_ratio : float
+        Of `CISPO`, the fraction with ρ > ratio_max and A > 0.
     ratio_mean, ratio_min, ratio_max : float
-        Of ρ = π_θ/π_old.
+        Of ρ = π_θ/π_old; at sequence level, of the sequence's ρ at each of its tokens.
     ess : float
-        Effective sample size as a fraction of N, (Σρ)²/(N·Σρ²), in (0, 1]; NaN where a ρ² overflows.
+        Effective sample size as a fraction of N, (Σρ)²/(N·Σρ²), in (0, 1]; NaN where ρ² overflows float64.
     approx_kl : float
-        Mean of log π_old − log π_θ, nats: the k1 estimate of KL(π_old ‖ π_θ). Good to 2⁻⁵²·(1 + mean |log ρ|).
+        Mean of log π_old − log π_θ, nats: the k1 estimate of KL(π_old ‖ π_θ).
     tokens : int
         N.
     sequences : float
-        Number of sequences; NaN for probabilities, which know none.
+        Number of sequences, those without an unmasked token included; NaN for probabilities, which know none.
     """
 
-    options: tuple[Clip, K1 | K2 | K3] = _added_by(_same)
+    options: Options = _added_by(_same)  # noqa: RUF009 - a dataclass field
     tokens: int
+    sequence_count: int | None = _added_by(_if_known)
     surrogate_sum: Exact
     kl_sum: Exact
-    drift_sum: Exact  # Σ (ρ − 1)
-    drift_squared_sum: Exact  # Σ (ρ − 1)²
+    surrogate_total: Exact  # of the objective's numerator: the same sums, or those of each sequence over its tokens
+    kl_total: Exact
+    ratio_sum: Exact
+    ratio_squared_sum: Exact
     log_ratio_sum: Exact
     clipped_low: int
     clipped_high: int
-    ratio_min: float = _added_by(min)
-    ratio_max: float = _added_by(max)
+    clipped_beyond: int  # the hard bound: δ, or ratio_max
+    least_ratio: float = _added_by(min)
+    largest_ratio: float = _added_by(max)
 
-    def _mean(self, total: Exact) -> float:
-        return float(total) / self.tokens
+    @classmethod
+    def of(
+        cls,
+        options: Options,
+        *,
+        tokens: int,
+        sequence_count: int | None,
+        sums: Sequence[Exact],
+        clipped: Sequence[int],
+        extremes: NDArray[np.float64],
+    ) -> Self:
+        """From the sums of a kernel, in its order; the last two if the objective's numerator is not made of the first.
+
+        ``extremes`` (tasks, 2) are the least and the largest ratio.
+        """
+        surrogate, kl, ratio, ratio_squared, log_ratio, *totals = sums
+        low, high, beyond = clipped
+        return cls(
+            options=options,
+            tokens=tokens,
+            sequence_count=sequence_count,
+            surrogate_sum=surrogate,
+            kl_sum=kl,
+            surrogate_total=totals[0] if totals else surrogate,
+            kl_total=totals[1] if totals else kl,
+            ratio_sum=ratio,
+            ratio_squared_sum=ratio_squared,
+            log_ratio_sum=log_ratio,
+            clipped_low=low,
+            clipped_high=high,
+            clipped_beyond=beyond,
+            least_ratio=float(extremes[:, 0].min()),
+            largest_ratio=float(extremes[:, 1].max()),
+        )
+
+    def _mean(self, total: Exact | int) -> float:
+        return float(total) / self.tokens if self.tokens else math.nan
+
+    def _share(self, of: type, clipped: int) -> float:
+        return self._mean(clipped) if isinstance(self.options.surrogate, of) else math.nan
+
+    @property
+    def denominator(self) -> float:
+        """What the aggregation divides by; ``normalizer``, if there is one."""
+        options = self.options
+        if options.normalizer is not None:
+            return options.normalizer
+        counted = {"token-mean": self.tokens, "token-sum": 1}.get(options.aggregation, self.sequence_count)
+        return max(counted or 0, 1)
 
     @property
     def objective(self) -> float:
-        return objective_of(self.surrogate, self.kl, self.options[1].beta)
+        surrogate, kl = (float(total) / self.denominator for total in (self.surrogate_total, self.kl_total))
+        return objective_of(surrogate, kl, self.options.kl.beta if self.options.kl else 0.0)
 
     @property
     def loss(self) -> float:
-        return -self.objective
+        return 0.0 - self.objective
 
     @property
     def surrogate(self) -> float:
@@ -108,28 +179,44 @@ class Stats(_Additive):
 
     @property
     def kl(self) -> float:
-        return self._mean(self.kl_sum)
+        return self._mean(self.kl_sum) if self.options.kl else math.nan
 
     @property
     def clip_ratio_low(self) -> float:
-        return self.clipped_low / self.tokens
+        return self._share(Clip, self.clipped_low)
 
     @property
     def clip_ratio_high(self) -> float:
-        return self.clipped_high / self.tokens
+        return self._share(Clip, self.clipped_high)
 
     @property
     def clip_ratio_region(self) -> float:
-        return (self.clipped_low + self.clipped_high) / self.tokens
+        return self._share(Clip, self.clipped_low + self.clipped_high)
+
+    @property
+    def clip_ratio_delta(self) -> float:
+        return self._share(Clip, self.clipped_beyond)
+
+    @property
+    def cispo_clip_ratio(self) -> float:
+        return self._share(CISPO, self.clipped_beyond)
 
     @property
     def ratio_mean(self) -> float:
-        return 1.0 + self._mean(self.drift_sum)
+        return self._mean(self.ratio_sum)
+
+    @property
+    def ratio_min(self) -> float:
+        return self.least_ratio if self.tokens else math.nan
+
+    @property
+    def ratio_max(self) -> float:
+        return self.largest_ratio if self.tokens else math.nan
 
     @property
     def ess(self) -> float:
-        drift = self._mean(self.drift_sum)
-        return (1.0 + drift) * (1.0 + drift) / (1.0 + 2.0 * drift + self._mean(self.drift_squared_sum))
+        total, squares = float(self.ratio_sum), self.tokens * float(self.ratio_squared_sum)
+        return total * total / squares if 0 < squares < math.inf else math.nan
 
     @property
     def approx_kl(self) -> float:
@@ -137,7 +224,7 @@ class Stats(_Additive):
 
     @property
     def sequences(self) -> float:
-        return math.nan
+        return math.nan if self.sequence_count is None else self.sequence_count
 
     def as_dict(self) -> dict[str, float]:
         """The diagnostics under the keys that TRL logs, where it has one."""
@@ -149,6 +236,8 @@ class Stats(_Additive):
             "clip_ratio/low_mean": self.clip_ratio_low,
             "clip_ratio/high_mean": self.clip_ratio_high,
             "clip_ratio/region_mean": self.clip_ratio_region,
+            "clip_ratio/delta_mean": self.clip_ratio_delta,
+            "cispo_clip_ratio": self.cispo_clip_ratio,
             "ratio/mean": self.ratio_mean,
             "ratio/min": self.ratio_min,
             "ratio/max": self.ratio_max,

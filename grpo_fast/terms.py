@@ -10,9 +10,13 @@ Notation, per token: ρ = π_θ/π_old (for a whole sequence at sequence level),
 import math
 from collections.abc import Callable
 from numbers import Real
-from typing import Any, ClassVar, NamedTuple, Self, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias, TypeVar
 
 import numpy as np
+
+Level: TypeAlias = Literal["token", "sequence"]
+Aggregation: TypeAlias = Literal["token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum"]
+Chosen = TypeVar("Chosen", bound=str)
 
 
 # --- scalars, checked; other modules use these, too -------------------------------------------------------------------
@@ -46,6 +50,13 @@ def flag(name: str, value: object) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return bool(value)
+
+
+def one_of(name: str, value: Chosen, allowed: tuple[str, ...]) -> Chosen:
+    """``value``, which must be one of the words allowed."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
 
 
 # --- what all options share -------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import settings
 
 from grpo_fast import BLOCK
-from grpo_fast.objective import _WORTH_SHARING
-from grpo_fast.objective_kernels import RUN
+from grpo_fast._parallel import WORTH_SHARING
+from grpo_fast.staging import RUN
 
 settings.register_profile("grpo_fast", deadline=None)  # the first example may compile
 settings.load_profile("grpo_fast")
@@ -21,7 +21,7 @@ LANES = {np.float64: 8, np.float32: 16}
 LENGTHS = [
     *range(1, 71),
     *(edge + d for edge in (RUN * 8, RUN * 16, 2 * RUN * 16) for d in (-1, 0, 1)),
-    *(edge + d for edge in (BLOCK, 2 * BLOCK, _WORTH_SHARING) for d in (-17, -16, -8, -1, 0, 1, 8, 17)),
+    *(edge + d for edge in (BLOCK, 2 * BLOCK, WORTH_SHARING) for d in (-17, -16, -8, -1, 0, 1, 8, 17)),
 ]
 
 

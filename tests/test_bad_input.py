@@ -9,7 +9,7 @@ from conftest import DTYPES, samples
 from grpo_fast import BLOCK, grpo_objective, grpo_stats, grpo_sweep
 from grpo_fast import objective_kernels as kernels
 from grpo_fast._inputs import same_shape
-from grpo_fast.objective import _WORTH_SHARING
+from grpo_fast._parallel import WORTH_SHARING
 
 NAMES = ["rhos", "A", "pi_theta_old", "pi_theta_ref"]
 
@@ -60,7 +60,7 @@ def test_without_beta_too(name, bad, allowed, advantage):
         refuses(f"{name} must be {allowed}, got {name}[{at}] = {bad}", grpo_objective, *arrays, None, None, beta=0)
 
 
-@pytest.mark.parametrize("n", [1, 7, 8, 70, BLOCK, BLOCK + 1, _WORTH_SHARING + BLOCK // 2])
+@pytest.mark.parametrize("n", [1, 7, 8, 70, BLOCK, BLOCK + 1, WORTH_SHARING + BLOCK // 2])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_wherever_it_stands(n, dtype):
     for at in {0, n // 2, n - 1}:
@@ -198,7 +198,7 @@ def test_inputs_are_not_written(dtype):
     assert all(np.array_equal(x, y) for x, y in zip(arrays, before, strict=True))
 
 
-@pytest.mark.parametrize("n", [9, BLOCK + 9, _WORTH_SHARING])
+@pytest.mark.parametrize("n", [9, BLOCK + 9, WORTH_SHARING])
 def test_read_only_arrays_are_read_by_the_same_machine_code(n):
     arrays = samples(n)
     dispatchers = [

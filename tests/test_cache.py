@@ -5,9 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from grpo_fast import measure, objective_kernels
+from grpo_fast import measure, objective_kernels, sequence_level, token_level
 
-INLINED_FILES = {objective_kernels: ("elementary.py", "exact.py", "simd.py"), measure: ("simd.py",)}
+_OF_LOSS = ("elementary.py", "exact.py", "loss_batch.py", "loss_terms.py", "simd.py", "staging.py", "terms.py")
+INLINED_FILES = {
+    objective_kernels: ("elementary.py", "exact.py", "simd.py", "staging.py"),
+    token_level: _OF_LOSS,
+    sequence_level: _OF_LOSS,
+    measure: ("simd.py",),
+}
 
 
 @pytest.mark.parametrize("module", INLINED_FILES, ids=lambda module: module.__name__)

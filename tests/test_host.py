@@ -9,9 +9,9 @@ import pytest
 from conftest import BLOCK, python, samples
 
 from grpo_fast import grpo_objective, grpo_stats
-from grpo_fast.objective import _WORTH_SHARING
+from grpo_fast._parallel import WORTH_SHARING
 
-MANY = _WORTH_SHARING + 5 * BLOCK
+MANY = WORTH_SHARING + 5 * BLOCK
 
 
 def test_eight_threads_at_once():

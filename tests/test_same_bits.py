@@ -9,9 +9,9 @@ import pytest
 from conftest import DTYPES, python, samples
 
 from grpo_fast import BLOCK, _parallel, grpo_objective, grpo_stats, grpo_sweep
-from grpo_fast.objective import _WORTH_SHARING
+from grpo_fast._parallel import WORTH_SHARING
 
-MANY = _WORTH_SHARING + 5 * BLOCK + 13
+MANY = WORTH_SHARING + 5 * BLOCK + 13
 
 
 def results(*arrays):

@@ -11,7 +11,7 @@ import pytest
 from conftest import DTYPES, LANES, python
 from numba.core import types
 
-from grpo_fast import objective_kernels, simd
+from grpo_fast import BLOCK, objective_kernels, simd
 from grpo_fast.simd import (
     bits,
     constant,
@@ -269,4 +269,4 @@ def test_the_inner_loops_are_packed(dtype):
 
 def test_a_vector_has_the_same_width_everywhere():
     assert simd.WIDTH == 64
-    assert {dtype: objective_kernels.BLOCK % n for dtype, n in LANES.items()} == dict.fromkeys(LANES, 0)
+    assert {dtype: BLOCK % n for dtype, n in LANES.items()} == dict.fromkeys(LANES, 0)

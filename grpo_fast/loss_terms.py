@@ -1,0 +1,178 @@
+"""The terms of the loss on vectors of tokens: one plain function for each idea, whose formula the option's class picks.
+
+While a kernel is compiled, `overload` looks at the class of the option and gives the one body for it; its numbers stay
+run-time values. Formulas and sources are in `terms`; what an overflow becomes is in the header of `reference`.
+"""
+
+from typing import Any, NamedTuple
+
+from numba.extending import overload
+
+from .elementary import exp, k3_of_any_log, k3_of_log, layout
+from .simd import constant, fma, full_like, inlined, tally, where
+from .terms import CISPO, K1, K2, K3, SAPO, Clip
+
+_inlined_overload = {"jit_options": {"forceinline": True}}
+
+
+@inlined
+def times(a, b):
+    """a·b with 0·∞ = 0."""
+    return where((a == 0.0) | (b == 0.0), full_like(a, 0.0), a * b)
+
+
+# --- the policy term --------------------------------------------------------------------------------------------------
+class PolicyTerm(NamedTuple):
+    """s, and its derivative: by log ρ if it `passes_through_ratio`, else by log π_θ with ρ held constant."""
+
+    value: Any
+    slope: Any
+
+
+def surrogate_term(surrogate, rho, a, logp):
+    """The policy term of each token."""
+
+
+@overload(surrogate_term, **_inlined_overload)
+def _surrogate_term(surrogate, rho, a, logp):
+    option = surrogate.instance_class
+
+    if option is Clip:
+
+        def term(surrogate, rho, a, logp):
+            low = full_like(rho, 1.0 - surrogate.epsilon)
+            high = full_like(rho, 1.0 + surrogate.epsilon_high)
+            delta = full_like(rho, surrogate.delta)
+            # The sign of A picks the one of the two operands that can be the lesser, and δ can only matter where A < 0.
+            raised = where(rho < low, low, rho)
+            bounded = where(a < 0.0, where(raised > delta, delta, raised), where(rho > high, high, rho))
+            value = bounded * a
+            unbound = (rho * a == value) & (rho <= delta)
+            return PolicyTerm(value, where(unbound, value, full_like(rho, 0.0)))
+
+    elif option is CISPO:
+
+        def term(surrogate, rho, a, logp):
+            low = full_like(rho, surrogate.ratio_min)
+            high = full_like(rho, surrogate.ratio_max)
+            weight = times(where(rho < low, low, where(rho > high, high, rho)), a)
+            return PolicyTerm(times(weight, logp), weight)
+
+    else:
+        assert option is SAPO
+
+        def term(surrogate, rho, a, logp):
+            tau = where(a > 0.0, full_like(rho, surrogate.tau_pos), full_like(rho, surrogate.tau_neg))
+            x = tau * (rho - 1.0)
+            limit = full_like(rho, layout(rho).plain)
+            closed = x > limit  # the gate, so far that nothing is left of its slope
+            x = where(closed, limit, where(x < -limit, -limit, x))
+            decay = exp(-x)
+            gate = 1.0 / (1.0 + decay)  # σ(x), and decay·gate is 1 − σ(x) without the cancellation
+            slope = where(closed, full_like(rho, 0.0), 4.0 * gate * (decay * gate) * (rho * a))
+            height = where(a > 0.0, full_like(rho, 4.0 / surrogate.tau_pos), full_like(rho, 4.0 / surrogate.tau_neg))
+            return PolicyTerm(height * gate * a, slope)
+
+    return term
+
+
+def stake(surrogate, a, logp):
+    """What s is proportional to while ρ and the sign of A stay the same."""
+
+
+@overload(stake, **_inlined_overload)
+def _stake(surrogate, a, logp):
+    if surrogate.instance_class is CISPO:
+        return lambda surrogate, a, logp: a * logp
+    return lambda surrogate, a, logp: a
+
+
+def passes_through_ratio(surrogate):
+    """Whether the gradient is that of ρ."""
+
+
+@overload(passes_through_ratio, **_inlined_overload)
+def _passes_through_ratio(surrogate):
+    answer = surrogate.instance_class is not CISPO
+    return lambda surrogate: answer
+
+
+class Clipped(NamedTuple):
+    """Counts of clipped tokens, in each lane: below, above, and beyond the hard bound (δ, or CISPO's)."""
+
+    low: Any
+    high: Any
+    beyond: Any
+
+
+def count_clipped(surrogate, rho, a, counts):
+    """``counts`` with these tokens added."""
+
+
+@overload(count_clipped, **_inlined_overload)
+def _count_clipped(surrogate, rho, a, counts):
+    option = surrogate.instance_class
+
+    if option is Clip:
+
+        def count(surrogate, rho, a, counts):
+            low = full_like(rho, 1.0 - surrogate.epsilon)
+            high = full_like(rho, 1.0 + surrogate.epsilon_high)
+            delta = full_like(rho, surrogate.delta)
+            return Clipped(
+                tally(counts.low, (rho < low) & (a < 0.0)),
+                tally(counts.high, (rho > high) & (a > 0.0)),
+                tally(counts.beyond, (rho > delta) & (a < 0.0)),
+            )
+
+    elif option is CISPO:
+
+        def count(surrogate, rho, a, counts):
+            beyond = (rho > full_like(rho, surrogate.ratio_max)) & (a > 0.0)
+            return Clipped(counts.low, counts.high, tally(counts.beyond, beyond))
+
+    else:
+
+        def count(surrogate, rho, a, counts):
+            return counts
+
+    return count
+
+
+# --- the KL term ------------------------------------------------------------------------------------------------------
+class KLTerm(NamedTuple):
+    """k; ∂k/∂l; and, written down instead of summed, k + ∂k/∂l, which is what ρ multiplies at token level."""
+
+    value: Any
+    slope: Any
+    value_and_slope: Any
+
+
+def kl_term(kl, l, careful):  # noqa: E741 - the papers' letter
+    """The KL term of each token, without β and ρ; unless ``careful``, for |l| up to `Layout.plain`."""
+
+
+@overload(kl_term, **_inlined_overload)
+def _kl_term(kl, l, careful):  # noqa: E741
+    option = kl.instance_class
+
+    if option is K1:
+
+        def term(kl, l, careful):  # noqa: E741
+            one = full_like(l, 1.0)
+            return KLTerm(l, one, l + one)
+
+    elif option is K2:
+
+        def term(kl, l, careful):  # noqa: E741
+            half = constant(l, 0.5) * l
+            return KLTerm(half * l, l, fma(half, l, l))
+
+    else:
+        assert option is K3
+
+        def term(kl, l, careful):  # noqa: E741
+            d = k3_of_any_log(-l) if careful else k3_of_log(-l)
+            return KLTerm(d.k3, -d.expm1, l)
+
+    return term
