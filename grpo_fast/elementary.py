@@ -10,7 +10,7 @@ Of ratios (log, k3 of a ratio), x = 2ᵏ(1 + f):
 
 Of logarithms (exp, and k3 of a log-ratio, which is eᵈ − 1 − d), d = k·ln 2 + g:
 
-    eᵈ = 2ᵏ(1 + g + p),   p = e^g − 1 − g = g²·P(g),
+    eᵈ = 2ᵏ(1 + g + p),   p = e^g − 1 − g = g²/2 + g³·R(g),
     so that   eᵈ − 1 − d = 2ᵏ·p + (2ᵏ − 1)·g + (2ᵏ − 1 − k·ln 2).
 """
 
@@ -194,82 +194,89 @@ def split(x):
 
 
 def rest_of_exp(g):
-    """P(g) = (e^g − 1 − g)/g², minimax for |g| ≤ 0.34661, half of ln 2 and a little."""
+    """R(g) = (e^g − 1 − g − g²/2)/g³, minimax for |g| ≤ 0.34661, half of ln 2 and a little."""
 
 
 @overload(rest_of_exp, jit_options={"forceinline": True})
 def _rest_of_exp(g):
+    # Even and odd powers, each by Horner's rule: an instruction a coefficient, which comes from memory. (In pairs, as in
+    # `tail`, the chain is shorter, but half of the coefficients cost an instruction more.)
     if g.element is types.float64:
 
-        def polynomial(g):  # error 1.4e-18
-            g2 = g * g
-            g4 = g2 * g2
-            p01 = fma(g, constant(g, 0.1666666666666667), constant(g, 0.5))
-            p23 = fma(g, constant(g, 0.008333333333326136), constant(g, 0.04166666666666667))
-            p45 = fma(g, constant(g, 0.00019841269874820627), constant(g, 0.0013888888888883748))
-            p67 = fma(g, constant(g, 2.7557255400206422e-06), constant(g, 2.4801587325547743e-05))
-            p89 = fma(g, constant(g, 2.5105217004720745e-08), constant(g, 2.75572736431103e-07))
-            p8 = fma(g2, constant(g, 2.0914686968086876e-09), p89)
-            return fma(g4, fma(g4, p8, fma(g2, p67, p45)), fma(g2, p23, p01))
+        def polynomial(g):  # error of g²·R: 1.4e-18
+            u = g * g
+            odd = fma(constant(g, 2.0914686968086876e-09), u, constant(g, 2.75572736431103e-07))
+            odd = fma(odd, u, constant(g, 2.4801587325547743e-05))
+            odd = fma(odd, u, constant(g, 0.0013888888888883748))
+            odd = fma(odd, u, constant(g, 0.04166666666666667))
+            even = fma(constant(g, 2.5105217004720745e-08), u, constant(g, 2.7557255400206422e-06))
+            even = fma(even, u, constant(g, 0.00019841269874820627))
+            even = fma(even, u, constant(g, 0.008333333333326136))
+            even = fma(even, u, constant(g, 0.1666666666666667))
+            return fma(odd, g, even)
 
     else:
 
-        def polynomial(g):  # error 1.4e-9
-            g2 = g * g
-            p01 = fma(g, constant(g, 0.16666666681623232), constant(g, 0.500000001346581))
-            p23 = fma(g, constant(g, 0.0083333109254809), constant(g, 0.041666464925285904))
-            p45 = fma(g, constant(g, 0.00019890990824673654), constant(g, 0.0013933649996309251))
-            return fma(g2, fma(g2, p45, p23), p01)
+        def polynomial(g):  # error of g²·R: 1.4e-9
+            u = g * g
+            odd = fma(constant(g, 0.0013933649996309251), u, constant(g, 0.041666464925285904))
+            even = fma(constant(g, 0.00019890990824673654), u, constant(g, 0.0083333109254809))
+            even = fma(even, u, constant(g, 0.16666666681623232))
+            return fma(odd, g, even)
 
     return polynomial
 
 
 class ReducedExponent(NamedTuple):
-    """d = k·ln 2 + g, with |g| ≤ ln 2/2: k; 2ᵏ, unless it is not a normal number; g in two parts; e^g − 1 − g."""
+    """d = k·ln 2 + g, with |g| ≤ ln 2/2: k, k as an integer in the lowest bits of a pattern, and g in two parts."""
 
     k: Any
-    power: Any
+    shifted: Any
     high: Any
     low: Any
-    p: Any
-
-
-@inlined
-def _power_of_two(k):
-    form = layout(k)
-    return from_bits((bits(k + constant(k, form.rounder)) << form.mantissa) + form.one)
 
 
 @inlined
 def reduce_exponent(d):
-    """The parts of d; for |d| up to `Layout.plain` all of them are far from the limits of the format."""
+    """The parts of d."""
     form = layout(d)
     rounder = constant(d, form.rounder)
     shifted = fma(d, constant(d, 1 / LN2), rounder)
     k = shifted - rounder
-    high = fma(k, constant(d, -form.ln2_high), d)  # exact
-    low = k * constant(d, form.ln2_low)
-    g = high - low
-    return ReducedExponent(k, from_bits((bits(shifted) << form.mantissa) + form.one), high, low, g * g * rest_of_exp(g))
+    # The first is exact.
+    return ReducedExponent(k, shifted, fma(k, constant(d, -form.ln2_high), d), k * constant(d, form.ln2_low))
+
+
+@inlined
+def _scale(x, shifted):
+    """x·2ᵏ, if that is a normal number; k as in `ReducedExponent`."""
+    return from_bits(bits(x) + (bits(shifted) << layout(x).mantissa))
+
+
+@inlined
+def _fraction_of_exp(e):
+    """e^g."""
+    g = e.high - e.low
+    return fma(g * g, fma(rest_of_exp(g), g, constant(g, 0.5)), g) + 1.0
 
 
 @inlined
 def exp(d):
     """eᵈ for |d| up to `Layout.plain`."""
     e = reduce_exponent(d)
-    return e.power * (1.0 + (e.high - e.low + e.p))
+    return _scale(_fraction_of_exp(e), e.shifted)
 
 
 @inlined
 def exp_of_any(d):
-    """eᵈ, subnormal, 0 and inf included: 2ᵏ in two steps, neither of which overflows."""
+    """eᵈ, subnormal, 0 and inf included: by 2ᵏ in two steps, the first of which stays far from the limits."""
     form = layout(d)
     d = where(d < form.vanishing, full_like(d, form.vanishing), d)
     d = where(d > form.overflowing, full_like(d, form.overflowing), d)
     e = reduce_exponent(d)
-    shifted = fma(e.k, full_like(d, 0.5), full_like(d, form.rounder))
-    half = shifted - form.rounder
-    return (1.0 + (e.high - e.low + e.p)) * _power_of_two(half) * _power_of_two(e.k - half)
+    half = fma(e.k, full_like(d, 0.5), full_like(d, form.rounder))
+    rest = e.k - (half - form.rounder) + form.rounder
+    return _scale(_fraction_of_exp(e), half) * _scale(full_like(d, 1.0), rest)
 
 
 class LogRatioK3(NamedTuple):
@@ -284,10 +291,14 @@ def k3_of_log(d):
     """eᵈ − 1 − d and eᵈ − 1 for |d| up to `Layout.plain`; when k is 0, they are p and g + p."""
     form = layout(d)
     e = reduce_exponent(d)
-    one_less = e.power - 1.0
+    g = e.high - e.low
+    half = g * g * constant(g, 0.5)
+    p = fma((g * g) * g, rest_of_exp(g), half)
+    power = _scale(full_like(d, 1.0), e.shifted)
+    one_less = power - 1.0
     rest = fma(one_less, e.high, fma(e.k, constant(d, -form.ln2_high), one_less))
-    k3 = fma(e.power, e.p, fma(-e.power, e.low, rest))
-    return LogRatioK3(k3, fma(e.power, e.high - e.low + e.p, one_less))
+    k3 = fma(power, p, fma(-power, e.low, rest))
+    return LogRatioK3(k3, fma(power, g + p, one_less))
 
 
 @inlined

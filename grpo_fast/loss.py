@@ -286,12 +286,12 @@ def _at_token_level(batch: Batch, objective: Objective, gradient: Array | None, 
         return
     edges, limit, long = _pieces(batch, tasks)
     if len(long) <= len(batch.bounds) - 2:
-        token_level.token_level_parallel(batch, objective, gradient, None, edges, limit, *result)
+        token_level.token_level_parallel(batch, *objective, gradient, None, edges, limit, *result)
     shares = [_share_out(batch, gradient, sequence, tasks, result) for sequence in long]
     if long:
         parts = token_level.Parts(*(np.concatenate(column) for column in zip(*shares, strict=True)))
         edges = np.arange(len(parts.start) + 1)
-        token_level.token_level_parallel(batch, objective, gradient, parts, edges, limit, *result)
+        token_level.token_level_parallel(batch, *objective, gradient, parts, edges, limit, *result)
 
 
 def _at_sequence_level(batch: Batch, objective: Objective, gradient: Array | None, result: Result) -> None:
@@ -302,15 +302,15 @@ def _at_sequence_level(batch: Batch, objective: Objective, gradient: Array | Non
         return
     edges, limit, long = _pieces(batch, tasks)
     if len(long) <= len(batch.bounds) - 2:
-        kernels.sequence_level_parallel(batch, objective, gradient, edges, limit, *result)
+        kernels.sequence_level_parallel(batch, *objective, gradient, edges, limit, *result)
     for sequence in long:
         start, stop, tokens = _extent(batch, gradient, sequence, result)
         if tokens:
             collected = np.empty((-(-(stop - start) // BLOCK), kernels.COLLECTED))
-            kernels.collect_parallel(batch, objective, gradient, sequence, start, stop, collected, tasks)
+            kernels.collect_parallel(batch, *objective, gradient, sequence, start, stop, collected, tasks)
             parts = kernels.conclude(batch, objective, tokens, collected, Result(*(x[0] for x in result)))
             if gradient is not None:
-                kernels.spread_parallel(batch, objective, gradient, parts, sequence, start, stop, tasks)
+                kernels.spread_parallel(batch, *objective, gradient, parts, sequence, start, stop, tasks)
 
 
 def _alone(batch: Batch, result: Result) -> tuple[Any, ...]:

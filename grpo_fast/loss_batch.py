@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 from . import exact
 from .loss_terms import times
 from .simd import (
+    WIDTH,
     all_bits,
     bits,
+    count_flags,
     first,
     from_bits,
     full_like,
@@ -96,42 +98,45 @@ def add(result, objective, tokens, found):
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 @inlined
-def take(array, i):
-    """One vector from i on; what it holds beyond a sequence is never used, and beyond the array nothing is read."""
-    if i + lanes(array) <= len(array):
+def take(array, i, whole):
+    """One vector from i on; nothing beyond the array is read, which is asked for unless it is ``whole``."""
+    if whole:
         return load(array, i)
     return load_first(array, i, len(array) - i, 0.0)
 
 
 @inlined
-def take_for(array, per_token, sequence, i, like):
+def take_for(array, per_token, sequence, i, whole, like):
     """The values of one vector of tokens, of an array that has one for each token or one for each sequence."""
     if per_token:
-        return take(array, i)
+        return take(array, i, whole)
     return full_like(like, array[sequence])
 
 
 @inlined
-def take_absent(mask, i, stop, like):
+def take_absent(mask, i, stop, whole, like):
     """Which tokens of a vector do not count: masked, or beyond the block; as integers with all bits set there."""
     absent = ~all_bits(first(like, stop - i), like)
     if mask is None:
         return absent
-    if i + lanes(like) <= len(mask):
+    if whole:
         return absent | ~all_bits(load_flags(mask, i, like), like)
     return absent | ~all_bits(load_first_flags(mask, i, len(mask) - i, like), like)
 
 
 @inlined
-def take_log_ratio(logps, old, run, v):
-    """log π_θ − log π_old of vector v of a run."""
-    i = run + v * lanes(logps)
-    ask_ahead(logps, run, v)
-    logp = take(logps, i)
+def take_log_ratio(logp, old, i, whole):
+    """log π_θ − log π_old of one vector of tokens."""
     if old is None:
         return logp - logp  # 0, unless the input is not finite
-    ask_ahead(old, run, v)
-    return logp - take(old, i)
+    return logp - take(old, i, whole)
+
+
+@inlined
+def ask_ahead_for(array, run, v):
+    """`ask_ahead`, where there is an array."""
+    if array is not None:
+        ask_ahead(array, run, v)
 
 
 @inlined
@@ -147,11 +152,11 @@ def vectors(array, run, stop):
 
 
 @inlined
-def take_weight(weights, per_token, sequence, i, absent):
+def take_weight(weights, per_token, sequence, i, whole, absent):
     """The rollout weights of one vector of tokens, or None."""
     if weights is None:
         return None
-    return without(take_for(weights, per_token, sequence, i, from_bits(absent)), absent)
+    return without(take_for(weights, per_token, sequence, i, whole, from_bits(absent)), absent)
 
 
 @inlined
@@ -175,13 +180,22 @@ def extent(mask, start, stop):
     """The first unmasked token from ``start`` to ``stop``, the place after the last, and how many there are."""
     if mask is None:
         return start, stop, stop - start
+    while start + WIDTH <= stop and count_flags(mask, start) == 0:
+        start += WIDTH
     while start < stop and mask[start] == 0:
         start += 1
+    while start + WIDTH <= stop and count_flags(mask, stop - WIDTH) == 0:
+        stop -= WIDTH
     while start < stop and mask[stop - 1] == 0:
         stop -= 1
     tokens = 0
-    for i in range(start, stop):
+    i = start
+    while i + WIDTH <= stop:
+        tokens += count_flags(mask, i)
+        i += WIDTH
+    while i < stop:
         tokens += mask[i] != 0
+        i += 1
     return start, stop, tokens
 
 

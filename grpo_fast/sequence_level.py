@@ -17,8 +17,10 @@ from .elementary import exp_of_any, layout
 from .loss_batch import (
     TOKENS,
     Found,
+    Objective,
     Result,
     add,
+    ask_ahead_for,
     clear,
     extent,
     plus,
@@ -51,9 +53,9 @@ from .simd import (
     where,
     wide,
 )
-from .staging import BLOCK, RUN
+from .staging import BLOCK, RUN, ask_ahead
 
-INLINED = "f57eff13250c4034"
+INLINED = "23fbb8ecff2bfab5"
 
 
 # --- collect ----------------------------------------------------------------------------------------------------------
@@ -62,19 +64,18 @@ _LOG_RATIO, _K, _FOR, _AGAINST, _MANY_FOR, _MANY_AGAINST, _DOUBTFUL, COLLECTED =
 
 
 @inlined
-def _collect_kl(ref, batch, objective, grad, logp, absent, i, stop, careful):
+def _take_kl(ref, objective, grad, logp, absent, i, stop, whole, careful):
     """k and l of one vector; ∂k/∂l → ``grad``."""
-    zero = full(batch.logps, 0.0)
     if ref is None:
-        return zero, zero
-    l = without(logp - take(ref, i), absent)  # noqa: E741 - the papers' letter
+        return logp - logp, logp - logp
+    l = without(logp - take(ref, i, whole), absent)  # noqa: E741 - the papers' letter
     term = kl_term(objective.kl, l, careful)
     if grad is not None:
         write(grad, i, stop, term.slope)
     return term.value, l
 
 
-@compiled
+@compiled(allocates=False)
 def collect_block(batch, objective, grad, sequence, start, stop, collected):
     """Fill one row of ``collected``, and leave ∂k/∂l in ``grad`` if there is a KL term.
 
@@ -98,17 +99,22 @@ def collect_block(batch, objective, grad, sequence, start, stop, collected):
             against_of_run = zero
             for v in range(vectors(batch.logps, run, stop)):
                 i = run + v * lanes(zero)
-                absent = take_absent(batch.mask, i, stop, zero)
-                log_ratio += wide(without(take_log_ratio(batch.logps, batch.old, run, v), absent))
-                logp = without(take(batch.logps, i), absent)
-                a = without(take_for(batch.advantages, batch.advantages_per_token, sequence, i, zero), absent)
-                w = take_weight(batch.weights, batch.weights_per_token, sequence, i, absent)
+                whole = i + lanes(zero) <= len(batch.logps)
+                ask_ahead(batch.logps, run, v)
+                ask_ahead_for(batch.old, run, v)
+                ask_ahead_for(batch.ref, run, v)
+                absent = take_absent(batch.mask, i, stop, whole, zero)
+                logp = take(batch.logps, i, whole)
+                log_ratio += wide(without(take_log_ratio(logp, batch.old, i, whole), absent))
+                logp = without(logp, absent)
+                a = without(take_for(batch.advantages, batch.advantages_per_token, sequence, i, whole, zero), absent)
+                w = take_weight(batch.weights, batch.weights_per_token, sequence, i, whole, absent)
                 staked = weighed(w, stake(objective.surrogate, a, logp))
                 for_of_run += where(a > 0.0, staked, zero)
                 against_of_run += where(a < 0.0, staked, zero)
                 many_for = tally(many_for, a > 0.0)
                 many_against = tally(many_against, a < 0.0)
-                value, l = _collect_kl(batch.ref, batch, objective, grad, logp, absent, i, stop, careful)  # noqa: E741
+                value, l = _take_kl(batch.ref, objective, grad, logp, absent, i, stop, whole, careful)  # noqa: E741
                 k_of_run += value
                 size = where(l < 0.0, -l, l)
                 farthest = where(size > farthest, size, farthest)
@@ -219,13 +225,13 @@ def _directed(surrogate, common, direct, a):
 
 
 @inlined
-def _tilted(ref, common, tilt, grad, i):
+def _tilted(ref, common, tilt, grad, i, whole):
     if ref is None:
         return common
-    return common + times(tilt, take(grad, i))
+    return common + times(tilt, take(grad, i, whole))
 
 
-@compiled
+@compiled(allocates=False)
 def spread(batch, objective, grad, parts, sequence, start, stop):
     """The gradient from ``start`` to ``stop`` of a sequence; with a KL term, ``grad`` holds ∂k/∂l before."""
     if grad is None:
@@ -235,10 +241,11 @@ def spread(batch, objective, grad, parts, sequence, start, stop):
     tilt = full_like(zero, parts.tilt)
     direct = full_like(zero, parts.direct)
     for i in range(start, stop, lanes(grad)):
-        absent = take_absent(batch.mask, i, stop, zero)
-        a = take_for(batch.advantages, batch.advantages_per_token, sequence, i, zero)
-        a = weighed(take_weight(batch.weights, batch.weights_per_token, sequence, i, absent), a)
-        gradient = _directed(objective.surrogate, _tilted(batch.ref, common, tilt, grad, i), direct, a)
+        whole = i + lanes(grad) <= len(grad)
+        absent = take_absent(batch.mask, i, stop, whole, zero)
+        a = take_for(batch.advantages, batch.advantages_per_token, sequence, i, whole, zero)
+        a = weighed(take_weight(batch.weights, batch.weights_per_token, sequence, i, whole, absent), a)
+        gradient = _directed(objective.surrogate, _tilted(batch.ref, common, tilt, grad, i, whole), direct, a)
         write(grad, i, stop, without(gradient, absent))
 
 
@@ -265,10 +272,14 @@ def sequence_level(batch, objective, grad, edges, limit, task, tasks, result):
 
 
 @compiled(parallel=True)
-def sequence_level_parallel(batch, objective, grad, edges, limit, rows, counts, extremes):
-    """`sequence_level` for all tasks, one for each of the ``rows``, on threads; to the bit the same for any number."""
+def sequence_level_parallel(batch, surrogate, kl, denominator, mean_within, grad, edges, limit, rows, counts, extremes):
+    """`sequence_level` for all tasks, one for each of the ``rows``, on threads; to the bit the same for any number.
+
+    The members of `Objective` and `Result` come one by one: into a prange goes no tuple of tuples.
+    """
     tasks = len(rows)
     for t in numba.prange(tasks):
+        objective = Objective(surrogate, kl, denominator, mean_within)
         sequence_level(batch, objective, grad, edges, limit, t, tasks, Result(rows[t], counts[t], extremes[t]))
 
 
@@ -282,17 +293,19 @@ def _share(start, stop, task, tasks):
 
 
 @compiled(parallel=True)
-def collect_parallel(batch, objective, grad, sequence, start, stop, collected, tasks):
+def collect_parallel(batch, surrogate, kl, denominator, mean_within, grad, sequence, start, stop, collected, tasks):
     """As `collect`, to the bit."""
     for t in numba.prange(tasks):
         begin, end = _share(start, stop, t, tasks)
         rows = collected[(begin - start) // BLOCK : (end - start + BLOCK - 1) // BLOCK]
+        objective = Objective(surrogate, kl, denominator, mean_within)
         collect(batch, objective, grad, sequence, begin, end, rows)
 
 
 @compiled(parallel=True)
-def spread_parallel(batch, objective, grad, parts, sequence, start, stop, tasks):
+def spread_parallel(batch, surrogate, kl, denominator, mean_within, grad, parts, sequence, start, stop, tasks):
     """As `spread`, to the bit."""
     for t in numba.prange(tasks):
         begin, end = _share(start, stop, t, tasks)
+        objective = Objective(surrogate, kl, denominator, mean_within)
         spread(batch, objective, grad, parts, sequence, begin, end)

@@ -317,6 +317,20 @@ def load_first_flags(typingctx, array, start, count, like):
 
 
 @intrinsic
+def count_flags(typingctx, array, start):
+    """How many of ``array[start : start + WIDTH]``, bytes, are not 0."""
+
+    def codegen(context, builder, sig, args):
+        pointer, _ = _pointer(context, builder, sig, args)
+        llvm = ir.VectorType(ir.IntType(8), WIDTH)
+        values = builder.load(builder.bitcast(pointer, llvm.as_pointer()), align=1)
+        packed = builder.bitcast(builder.icmp_unsigned("!=", values, ir.Constant(llvm, None)), ir.IntType(WIDTH))
+        return builder.ctpop(packed)
+
+    return types.int64(array, types.intp), codegen
+
+
+@intrinsic
 def prefetch(typingctx, array, start):
     """Ask for the cache line of ``array[start]``, which may lie beyond the end."""
 
@@ -488,19 +502,21 @@ def align_stack(typingctx):
     return types.none(), codegen
 
 
-#: The decorator of every function that is part of an inner loop: always inlined by LLVM, never cached on its own.
-inlined = numba.njit(forceinline=True, error_model="numpy")
+#: The decorator of every function that is part of an inner loop: always inlined by LLVM, never cached on its own. No
+#: reference counts: those of arrays in a tuple LLVM does not see through, and threads fight for them.
+inlined = numba.njit(forceinline=True, error_model="numpy", _nrt=False)
 
 
-def compiled(function: Any = None, *, parallel: bool = False) -> Any:
+def compiled(function: Any = None, *, parallel: bool = False, allocates: bool = True) -> Any:
     """The decorator of every function that is called from Python or too large to inline: compiled once per machine.
 
-    Where there is no place for a disk cache it is compiled once per process.
+    Where there is no place for a disk cache it is compiled once per process. One that does not allocate arrays, nor
+    calls what does, is spared reference counts.
     """
     if function is None:
-        return functools.partial(compiled, parallel=parallel)
-    # forceinline unless told: it would be inherited from an inlined function that calls this one.
-    options = {"nogil": True, "error_model": "numpy", "parallel": parallel, "forceinline": False}
+        return functools.partial(compiled, parallel=parallel, allocates=allocates)
+    # forceinline would be inherited from an inlined function that calls this one.
+    options = {"nogil": True, "error_model": "numpy", "parallel": parallel, "forceinline": False, "_nrt": allocates}
     try:
         return numba.njit(cache=True, **options)(function)
     except RuntimeError:  # "no locator available": no directory that can be written

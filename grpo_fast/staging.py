@@ -7,14 +7,14 @@ needs it leaves in a row of a scratch array, which stays in the L1 cache. (One f
 
 import numpy as np
 
-from .simd import inlined, lanes, load, prefetch, store
+from .simd import compiled, inlined, lanes, load, prefetch, store
 
 BLOCK = 4096  # samples whose sums are rounded; between blocks nothing is
 RUN = 16  # vectors; in float32 also how many terms are added before they go into float64
 AHEAD = 32  # vectors: how far ahead of its use memory is asked for
 
 
-@inlined
+@compiled
 def scratch_like(array, rows):
     """A scratch array with rows of RUN vectors."""
     return np.empty(rows * RUN * lanes(array), array.dtype)

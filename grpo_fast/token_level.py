@@ -14,8 +14,10 @@ from .loss_batch import (
     LOG_RATIO,
     TOKENS,
     Found,
+    Objective,
     Result,
     add,
+    ask_ahead_for,
     clear,
     extent,
     plus,
@@ -35,6 +37,7 @@ from .simd import (
     align_stack,
     bits,
     compiled,
+    fma,
     from_bits,
     full,
     full_like,
@@ -47,23 +50,67 @@ from .simd import (
     store,
     where,
     wide,
-    wide_squares,
 )
 from .staging import BLOCK, RUN, ask_ahead, get, put, scratch_like
 
-INLINED = "f57eff13250c4034"
+INLINED = "23fbb8ecff2bfab5"
 
 # Rows of the scratch array, each RUN vectors long.
-_ABSENT, _RHO, _PENALTY, _ROWS = range(4)
+_ABSENT, _ADVANTAGE, _RHO, _PENALTY, _ROWS = range(5)
 
 
 # --- one block --------------------------------------------------------------------------------------------------------
-class _Ratios(NamedTuple):
-    """In lanes: Σ log ρ, and the least and the largest log ρ."""
+class _Taken(NamedTuple):
+    """In lanes: Σ log ρ, the least and the largest log ρ; the largest |l|; Σ A and l, to find what is not finite."""
 
-    total: Any
+    log_ratio: Any
     least: Any
     most: Any
+    farthest: Any
+    check: Any
+
+
+@inlined
+def _take_run(found, batch, sequence, run, stop, scratch):
+    """Which tokens of a run are absent; A, log ρ and l, which are 0 there → scratch."""
+    zero = full(scratch, 0.0)
+    _, least, most, farthest, check = found
+    log_ratio = zero
+    for v in range(vectors(scratch, run, stop)):
+        i = run + v * lanes(scratch)
+        whole = i + lanes(scratch) <= len(batch.logps)
+        logp = take(batch.logps, i, whole)
+        absent = take_absent(batch.mask, i, stop, whole, zero)
+        put(scratch, _ABSENT, v, from_bits(absent))
+        d = without(take_log_ratio(logp, batch.old, i, whole), absent)
+        log_ratio += d
+        edge = from_bits(bits(d) | absent)  # NaN where absent: no comparison holds
+        least = where(edge < least, edge, least)
+        most = where(edge > most, edge, most)
+        put(scratch, _RHO, v, d)
+        a = without(take_for(batch.advantages, batch.advantages_per_token, sequence, i, whole, zero), absent)
+        put(scratch, _ADVANTAGE, v, a)
+        check, farthest = _take_distance(batch.ref, logp, absent, i, v, whole, scratch, check + a, farthest)
+        ask_ahead(batch.logps, run, v)
+    return _Taken(found.log_ratio + wide(log_ratio), least, most, farthest, check)
+
+
+@inlined
+def _take_distance(ref, logp, absent, i, v, whole, scratch, check, farthest):
+    if ref is None:
+        return check, farthest
+    l = without(logp - take(ref, i, whole), absent)  # noqa: E741 - the papers' letter
+    put(scratch, _PENALTY, v, l)
+    size = where(l < 0.0, -l, l)
+    return check + l, where(size > farthest, size, farthest)
+
+
+@inlined
+def _to_ratios(old, run, stop, scratch, careful):
+    """Log ρ → ρ."""
+    for v in range(vectors(scratch, run, stop)):
+        ask_ahead_for(old, run, v)
+        put(scratch, _RHO, v, _ratio(get(scratch, _RHO, v), old, careful))
 
 
 @inlined
@@ -76,55 +123,22 @@ def _ratio(d, old, careful):
 
 
 @inlined
-def _add_ratios(found, batch, run, stop, scratch, careful):
-    """Which tokens of a run are absent, and ρ → scratch; where one is absent, log ρ is 0."""
-    zero = full(scratch, 0.0)
-    total, least, most = found
+def _penalty(kl, ref, grad, run, stop, scratch, careful):
+    """Σ of the KL term of a run; l → the term's derivative, in scratch."""
+    total = full(scratch, 0.0)
+    if kl is None:
+        return total
     for v in range(vectors(scratch, run, stop)):
-        absent = take_absent(batch.mask, run + v * lanes(scratch), stop, zero)
-        d = without(take_log_ratio(batch.logps, batch.old, run, v), absent)
-        total += wide(d)
-        edge = from_bits(bits(d) | absent)  # NaN where absent: no comparison holds
-        least = where(edge < least, edge, least)
-        most = where(edge > most, edge, most)
-        put(scratch, _ABSENT, v, from_bits(absent))
-        put(scratch, _RHO, v, _ratio(d, batch.old, careful))
-    return _Ratios(total, least, most)
-
-
-class _Penalty(NamedTuple):
-    """In lanes: Σ of the KL term, Σ l (which finds what is not finite), the largest |l|."""
-
-    total: Any
-    check: Any
-    farthest: Any
-
-
-@inlined
-def _add_penalty(found, ref, batch, objective, grad, run, stop, scratch, careful):
-    """The KL term of a run; β times its derivative → scratch."""
-    if ref is None:
-        return found
-    zero = full(scratch, 0.0)
-    total, check, farthest = zero, found.check, found.farthest
-    kl = objective.kl
-    beta = full_like(zero, kl.beta)
-    for v in range(vectors(scratch, run, stop)):
-        i = run + v * lanes(scratch)
         ask_ahead(ref, run, v)
         rho = get(scratch, _RHO, v)
-        l = without(take(batch.logps, i) - take(ref, i), bits(get(scratch, _ABSENT, v)))  # noqa: E741 - as in papers
-        check += l
-        size = where(l < 0.0, -l, l)
-        farthest = where(size > farthest, size, farthest)
-        term = kl_term(kl, l, careful)
+        term = kl_term(kl, get(scratch, _PENALTY, v), careful)
         value, slope = term.value, term.slope
         if kl.importance_weighted:
             value, slope = _product(rho, value, careful), _product(rho, term.value_and_slope, careful)
         total += value
         if grad is not None:
-            put(scratch, _PENALTY, v, _product(beta, slope, careful))
-    return _Penalty(found.total + wide(total), check, farthest)
+            put(scratch, _PENALTY, v, slope)
+    return total
 
 
 @inlined
@@ -134,49 +148,59 @@ def _product(a, b, careful):
     return a * b
 
 
-class _Policy(NamedTuple):
-    """In lanes: Σ of the policy term; Σ of its inputs (which finds what is not finite); Σ ρ, Σ ρ²; counts."""
+@inlined
+def _policy(batch, objective, grad, factor, sequence, run, stop, scratch):
+    """Σ of the policy term of a run; Σ of the rollout weights; the gradient, if there is a place for it."""
+    total = full(scratch, 0.0)
+    weights = total
+    factor = full_like(total, factor)
+    for v in range(vectors(scratch, run, stop)):
+        i = run + v * lanes(scratch)
+        absent = bits(get(scratch, _ABSENT, v))
+        whole = i + lanes(scratch) <= len(batch.logps)
+        logp = without(take(batch.logps, i, whole), absent)
+        term = surrogate_term(objective.surrogate, get(scratch, _RHO, v), get(scratch, _ADVANTAGE, v), logp)
+        w = take_weight(batch.weights, batch.weights_per_token, sequence, i, whole, absent)
+        weights = plus(weights, w)
+        total += weighed(w, term.value)
+        if grad is not None:
+            gradient = _less_penalty(objective.kl, factor, factor * weighed(w, term.slope), scratch, v)
+            write(grad, i, stop, without(gradient, absent))
+    return total, weights
 
-    total: Any
-    check: Any
+
+@inlined
+def _less_penalty(kl, factor, gradient, scratch, v):
+    if kl is None:
+        return gradient
+    beta = factor * kl.beta
+    return gradient - where(beta == 0.0, full_like(beta, 0.0), beta * get(scratch, _PENALTY, v))
+
+
+class _Spread(NamedTuple):
+    """In lanes: Σ ρ, Σ ρ², and the counts of clipped tokens."""
+
     ratio: Any
     ratio_squared: Any
     clipped: Any
 
 
 @inlined
-def _add_policy(found, batch, objective, grad, factor, sequence, run, stop, scratch):
-    """The policy term of a run, and the gradient, if there is a place for it."""
-    zero = full(scratch, 0.0)
-    factor = full_like(zero, factor)
-    total, check, ratio, ratio_squared, clipped = zero, found.check, found.ratio, found.ratio_squared, found.clipped
+def _add_spread(found, surrogate, run, stop, scratch):
+    """How the ratios of a run lie."""
+    clipped = found.clipped
+    ratio = full(scratch, 0.0)
+    ratio_squared = ratio
     for v in range(vectors(scratch, run, stop)):
-        i = run + v * lanes(scratch)
-        absent = bits(get(scratch, _ABSENT, v))
         rho = get(scratch, _RHO, v)
-        present = without(rho, absent)
-        ratio += wide(present)
-        ratio_squared += wide_squares(present)
-        a = without(take_for(batch.advantages, batch.advantages_per_token, sequence, i, zero), absent)
-        w = take_weight(batch.weights, batch.weights_per_token, sequence, i, absent)
-        check = plus(check + a, w)
-        term = surrogate_term(objective.surrogate, rho, a, without(take(batch.logps, i), absent))
-        total += weighed(w, term.value)
-        clipped = count_clipped(objective.surrogate, rho, a, clipped)
-        if grad is not None:
-            slope = _less_penalty(batch.ref, weighed(w, term.slope), scratch, v)
-            write(grad, i, stop, without(factor * slope, absent))
-    return _Policy(found.total + wide(total), check, ratio, ratio_squared, clipped)
+        present = without(rho, bits(get(scratch, _ABSENT, v)))
+        ratio += present
+        ratio_squared = fma(present, present, ratio_squared)
+        clipped = count_clipped(surrogate, rho, get(scratch, _ADVANTAGE, v), clipped)
+    return _Spread(found.ratio + wide(ratio), found.ratio_squared + wide(ratio_squared), clipped)
 
 
-@inlined
-def _less_penalty(ref, slope, scratch, v):
-    if ref is None:
-        return slope
-    return slope - get(scratch, _PENALTY, v)
-
-
-@compiled
+@compiled(allocates=False)
 def token_block(batch, objective, grad, factor, sequence, start, stop, scratch):
     """What is found in one block; the gradient is written on the way.
 
@@ -188,28 +212,39 @@ def token_block(batch, objective, grad, factor, sequence, start, stop, scratch):
     limit = layout(zero).plain
     careful = False
     while True:  # at most twice; a loop, so that the code is there once
-        ratios = _Ratios(wide(zero), full_like(zero, np.inf), full_like(zero, -np.inf))
-        penalty = _Penalty(wide(zero), zero, zero)
-        policy = _Policy(wide(zero), zero, wide(zero), wide(zero), Clipped(none, none, none))
+        taken = _Taken(wide(zero), full_like(zero, np.inf), full_like(zero, -np.inf), zero, zero)
+        kl = wide(zero)
+        policy = wide(zero)
+        weights = zero
+        spread = _Spread(wide(zero), wide(zero), Clipped(none, none, none))
         for run in range(start, stop, RUN * lanes(scratch)):
-            ratios = _add_ratios(ratios, batch, run, stop, scratch, careful)
-            penalty = _add_penalty(penalty, batch.ref, batch, objective, grad, run, stop, scratch, careful)
-            policy = _add_policy(policy, batch, objective, grad, factor, sequence, run, stop, scratch)
-        least, most = lane_min(ratios.least), lane_max(ratios.most)
-        if careful or (least >= -limit and most <= limit and lane_max(penalty.farthest) <= limit):
+            taken = _take_run(taken, batch, sequence, run, stop, scratch)
+            if careful:  # outside of the loops, which keep their constants in registers only if nothing branches there
+                _to_ratios(batch.old, run, stop, scratch, True)
+                kl += wide(_penalty(objective.kl, batch.ref, grad, run, stop, scratch, True))
+            else:
+                _to_ratios(batch.old, run, stop, scratch, False)
+                kl += wide(_penalty(objective.kl, batch.ref, grad, run, stop, scratch, False))
+            policy_of_run, weights_of_run = _policy(batch, objective, grad, factor, sequence, run, stop, scratch)
+            policy += wide(policy_of_run)
+            weights += weights_of_run
+            spread = _add_spread(spread, objective.surrogate, run, stop, scratch)
+        least, most = lane_min(taken.least), lane_max(taken.most)
+        if careful or (least >= -limit and most <= limit and lane_max(taken.farthest) <= limit):
             break
         careful = True
     scratch[0], scratch[1] = least, most
     store(scratch, 0, exp_of_any(load(scratch, 0)))
     sums = (
-        lane_sum(policy.total),
-        lane_sum(penalty.total),
-        lane_sum(policy.ratio),
-        lane_sum(policy.ratio_squared),
-        lane_sum(ratios.total),
+        lane_sum(policy),
+        lane_sum(kl),
+        lane_sum(spread.ratio),
+        lane_sum(spread.ratio_squared),
+        lane_sum(taken.log_ratio),
     )
-    clipped = policy.clipped
-    doubtful = not np.isfinite(sums[LOG_RATIO] + lane_sum(penalty.check) + lane_sum(policy.check))
+    clipped = spread.clipped
+    check = lane_sum(taken.check + weights)
+    doubtful = not np.isfinite(sums[LOG_RATIO] + check)
     return Found(
         sums,
         (
@@ -266,8 +301,14 @@ def token_level(batch, objective, grad, parts, edges, limit, task, tasks, result
 
 
 @compiled(parallel=True)
-def token_level_parallel(batch, objective, grad, parts, edges, limit, rows, counts, extremes):
-    """`token_level` for all tasks, one for each of the ``rows``, on threads; to the bit the same for any number."""
+def token_level_parallel(
+    batch, surrogate, kl, denominator, mean_within, grad, parts, edges, limit, rows, counts, extremes
+):
+    """`token_level` for all tasks, one for each of the ``rows``, on threads; to the bit the same for any number.
+
+    The members of `Objective` and `Result` come one by one: into a prange goes no tuple of tuples.
+    """
     tasks = len(rows)
     for t in numba.prange(tasks):
+        objective = Objective(surrogate, kl, denominator, mean_within)
         token_level(batch, objective, grad, parts, edges, limit, t, tasks, Result(rows[t], counts[t], extremes[t]))
