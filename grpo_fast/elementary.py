@@ -199,8 +199,8 @@ def rest_of_exp(g):
 
 @overload(rest_of_exp, jit_options={"forceinline": True})
 def _rest_of_exp(g):
-    # Even and odd powers, each by Horner's rule: an instruction a coefficient, which comes from memory. (In pairs, as in
-    # `tail`, the chain is shorter, but half of the coefficients cost an instruction more.)
+    # Even and odd powers, each by Horner's rule: one instruction for a coefficient, which comes from memory. (In
+    # pairs, as in `tail`, the chain is shorter, but half of the coefficients cost an instruction more.)
     if g.element is types.float64:
 
         def polynomial(g):  # error of g²·R: 1.4e-18

@@ -55,7 +55,7 @@ from .simd import (
 )
 from .staging import BLOCK, RUN, ask_ahead
 
-INLINED = "23fbb8ecff2bfab5"
+INLINED = "30f65df036d8fd83"
 
 
 # --- collect ----------------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ from .simd import (
 )
 from .staging import BLOCK, RUN, ask_ahead, get, put, scratch_like
 
-INLINED = "23fbb8ecff2bfab5"
+INLINED = "30f65df036d8fd83"
 
 # Rows of the scratch array, each RUN vectors long.
 _ABSENT, _ADVANTAGE, _RHO, _PENALTY, _ROWS = range(5)

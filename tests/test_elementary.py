@@ -1,4 +1,6 @@
-"""log is within 1 ulp, and k3 = r − 1 − log r of the composed r within 8 ulp and never negative, in both formats."""
+"""log and exp are within 1 ulp, k3 of a composed ratio within 8 and of a log-ratio within 4, and never negative."""
+
+import math
 
 import mpmath
 import numba
@@ -6,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import DTYPES
 
-from grpo_fast.elementary import k3, log, reduce_ratio
+from grpo_fast.elementary import exp, exp_of_any, k3, k3_of_any_log, k3_of_log, log, reduce_ratio
 from grpo_fast.simd import lanes, load, store
 
 mpmath.mp.prec = 400  # as in test_against_reference.py
@@ -109,3 +111,101 @@ def test_k3_of_every_float32_between_a_half_and_two():
     values = apply(k3s, one, one, r)
     assert (values >= 0).all()
     assert (abs(values - exact) <= (8 + 2**-10) * np.spacing(exact.astype(np.float32))).all()
+
+
+# --- of logarithms ----------------------------------------------------------------------------------------------------
+PLAIN = {np.float64: 700, np.float32: 80}  # up to which the fast versions must be right
+EVERYWHERE = {np.float64: 760, np.float32: 110}  # beyond, exp is 0 or inf
+
+
+@numba.njit(error_model="numpy")
+def exps(d, out):
+    for i in range(0, len(d), lanes(d)):
+        store(out, i, exp(load(d, i)))
+
+
+@numba.njit(error_model="numpy")
+def exps_of_any(d, out):
+    for i in range(0, len(d), lanes(d)):
+        store(out, i, exp_of_any(load(d, i)))
+
+
+@numba.njit(error_model="numpy")
+def k3s_of_log(d, out, expm1):
+    for i in range(0, len(d), lanes(d)):
+        found = k3_of_log(load(d, i))
+        store(out, i, found.k3)
+        store(expm1, i, found.expm1)
+
+
+@numba.njit(error_model="numpy")
+def k3s_of_any_log(d, out, expm1):
+    for i in range(0, len(d), lanes(d)):
+        found = k3_of_any_log(load(d, i))
+        store(out, i, found.k3)
+        store(expm1, i, found.expm1)
+
+
+def exponents(dtype, largest):
+    """Numbers up to ±largest: all orders of magnitude, and where k passes from one whole number to the next."""
+    rng = np.random.default_rng(7)
+    steps = (np.arange(-6, 6) + 0.5) * np.log(2)
+    scattered = [10 ** rng.uniform(-12, 0, 800), -(10 ** rng.uniform(-12, 0, 800)), rng.uniform(-3, 3, 800)]
+    return np.concatenate([around(steps, 0.02, 80, dtype), *scattered, rng.uniform(-largest, largest, 800)]).astype(
+        dtype
+    )
+
+
+def exact_k3_of_log(d):
+    return mpmath.exp(float(d)) - 1 - mpmath.mpf(float(d))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exp(dtype):
+    d = exponents(dtype, PLAIN[dtype])
+    assert ulps(apply(exps, d), map(mpmath.exp, map(float, d))) <= 1
+    assert apply(exps, np.zeros(16, dtype)).tolist() == [1.0] * 16
+    assert np.array_equal(apply(exps_of_any, d), apply(exps, d))  # the same bits in the careful way
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exp_of_anything(dtype):
+    d = exponents(dtype, EVERYWHERE[dtype])
+    values, form = apply(exps_of_any, d), np.finfo(dtype)
+    exact = [mpmath.exp(float(x)) for x in d]
+    finite = np.array([x < float(form.max) for x in exact])
+    assert np.isinf(values[~finite]).all()
+    assert ulps(values[finite], [x for x, here in zip(exact, finite, strict=True) if here]) <= 1  # subnormals, too
+    special = np.array([np.inf, -np.inf, np.nan, 1e30, -1e30] + [0.0] * 11, dtype)
+    assert str(apply(exps_of_any, special)[:5].tolist()) == "[inf, 0.0, nan, inf, 0.0]"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kernel", "limits"), [(k3s_of_log, PLAIN), (k3s_of_any_log, EVERYWHERE)])
+def test_k3_of_logs(kernel, limits, dtype):
+    d = exponents(dtype, limits[dtype])
+    values, expm1 = np.empty_like(d), np.empty_like(d)
+    kernel(d, values, expm1)
+    exact = list(map(exact_k3_of_log, d))
+    finite = np.array([x < float(np.finfo(dtype).max) for x in exact])
+    assert np.isinf(values[~finite]).all()
+    assert (values >= 0).all()
+    assert ulps(values[finite], [x for x, here in zip(exact, finite, strict=True) if here]) <= 4
+    assert ulps(expm1[finite], [mpmath.expm1(float(x)) for x in d[finite]]) <= 4
+    zero = np.zeros(16, dtype)
+    kernel(zero, values, expm1)
+    assert values[:16].tolist() == expm1[:16].tolist() == zero.tolist()
+
+
+def test_every_float32_up_to_one():
+    for sign in (1, -1):
+        d = sign * np.arange(0x33000000, 0x3F800010, dtype=np.uint32).view(np.float32)  # from 3e-8
+        x = d.astype(float)
+        series = sum(1 / math.factorial(n) * x ** (n - 2) for n in range(2, 9)) * x * x
+        exact = np.where(abs(x) < 2**-4, series, np.expm1(x) - x)  # good to 2⁻⁴³ and to 2⁻⁴⁴
+        values, expm1 = np.empty_like(d), np.empty_like(d)
+        k3s_of_log(d, values, expm1)
+        assert (values >= 0).all()
+        assert (abs(values - exact) <= (4 + 2**-10) * np.spacing(exact.astype(np.float32))).all()
+        exact = np.exp(x)
+        assert (abs(apply(exps, d) - exact) <= (1 + 2**-20) * np.spacing(exact.astype(np.float32))).all()

@@ -13,9 +13,12 @@ from numba.core import types
 
 from grpo_fast import BLOCK, objective_kernels, simd
 from grpo_fast.simd import (
+    all_bits,
     bits,
     constant,
+    count_flags,
     every,
+    first,
     fma,
     from_bits,
     full,
@@ -26,8 +29,11 @@ from grpo_fast.simd import (
     lanes,
     load,
     load_first,
+    load_first_flags,
+    load_flags,
     signed,
     store,
+    store_first,
     tally,
     where,
     wide,
@@ -78,7 +84,11 @@ def in_every_lane(x, y, z, out):
     sum_in_place *= b
     sum_in_place /= c
     store(out, 29 * step, sum_in_place)
-    store(out, 30 * step, fma(a, b, c))  # in a test of its own
+    store(out, 30 * step, where(first(a, 3), a, b))
+    store(out, 31 * step, from_bits(all_bits(a < b, a)))
+    store(out, 32 * step, b)
+    store_first(out, 32 * step, 5, a)
+    store(out, 33 * step, fma(a, b, c))  # in a test of its own
 
 
 def as_floats(integers):
@@ -120,6 +130,9 @@ EXPECTED = {
     "scalars": lambda a, b, c: 2 * a + a.dtype.type(1.5),
     "load_first": lambda a, b, c: np.where(np.arange(len(a)) < 3, a, 7),
     "in place": lambda a, b, c: (a + b - c) * b / c,
+    "first": lambda a, b, c: np.where(np.arange(len(a)) < 3, a, b),
+    "all_bits": lambda a, b, c: as_floats(-(a < b).astype(u(a).dtype)),
+    "store_first": lambda a, b, c: np.where(np.arange(len(a)) < 5, a, b),
 }
 
 
@@ -194,10 +207,33 @@ def test_across_lanes(dtype, low):
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
+@numba.njit(error_model="numpy")
+def flags(mask, start, count, x, out):
+    a = load(x, 0)
+    one = full_like(a, 1.0)
+    zero = full_like(a, 0.0)
+    store(out, 0, where(load_flags(mask, start, a), one, zero))
+    store(out, lanes(x), where(load_first_flags(mask, start, count, a), one, zero))
+    return count_flags(mask, start)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_flags(dtype):
+    lane = np.arange(LANES[dtype])
+    rng = np.random.default_rng(6)
+    mask = np.where(rng.random(200) < 0.5, 0, rng.integers(1, 256, 200)).astype(np.uint8)
+    for start in (0, 1, 63, 136):
+        for count in (-1, 0, 1, 5, len(lane), 99):
+            x, out = np.zeros(len(lane), dtype), np.empty(2 * len(lane), dtype)
+            assert flags(mask, start, count, x, out) == np.count_nonzero(mask[start : start + 64])
+            expected = mask[start : start + len(lane)] != 0
+            assert out.tolist() == [*expected, *(expected & (lane < count))]
+
+
 GUARD = """
 import ctypes, mmap
 import numba, numpy as np
-from grpo_fast import grpo_objective, grpo_stats
+from grpo_fast import K3, grpo_loss, grpo_objective
 from grpo_fast.simd import lanes, load_first, store
 
 page = mmap.PAGESIZE
@@ -222,6 +258,12 @@ for dtype in np.float64, np.float32:
         guarded = [at_the_end_of_a_page(values) for _ in "1234"]
         assert grpo_objective(*guarded, beta=0.5) == grpo_objective(*[values] * 4, beta=0.5)
         assert grpo_objective(*guarded, beta=0) == grpo_objective(*[values] * 4, beta=0)
+        mask = np.arange(n) % 3 > 0
+        there = at_the_end_of_a_page(mask)
+        place = at_the_end_of_a_page(values)
+        result = grpo_loss(*guarded, mask=there, kl=K3(0.1), grad=place)
+        expected = grpo_loss(*[values] * 4, mask=mask, kl=K3(0.1), grad=True)
+        assert result.loss == expected.loss and place.tolist() == expected.grad.tolist()
         out = np.empty(16, dtype)
         if n <= first(guarded[0], 1, out):
             first(guarded[0], n, out)
@@ -231,7 +273,7 @@ print("read")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs mprotect")
-def test_nothing_beyond_an_end_is_read():
+def test_nothing_beyond_an_end_is_touched():
     assert python(GUARD) == "read\n"
 
 
