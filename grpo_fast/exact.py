@@ -45,7 +45,7 @@ def add(row: Any, x: float) -> None:
 
 @compiled
 def merge(rows: Any) -> None:
-    """Add ``rows[1:]`` to ``rows[0]``, then bring its limbs into 0 … 2³² − 1, two's complement, for `Exact.of_row`.
+    """Add ``rows[1:]`` to ``rows[0]``, then bring its limbs into 0 … 2³² − 1, two's complement, for `Exact.of_rows`.
 
     ``rows`` is (tasks, sums, ROW).
     """
@@ -75,10 +75,12 @@ class Exact(NamedTuple):
     special: int = 0
 
     @classmethod
-    def of_row(cls, row: np.ndarray) -> "Exact":
-        """The sum in a row of limbs after `merge`."""
-        digits = row[:LIMBS].astype("<u4").tobytes()
-        return cls(int.from_bytes(digits, "little", signed=True), int(row[_SPECIAL]))
+    def of_rows(cls, rows: np.ndarray) -> "list[Exact]":
+        """The sums in rows of limbs after `merge`."""
+        digits = rows[:, :LIMBS].astype("<u4").tobytes()
+        units = (digits[start : start + 4 * LIMBS] for start in range(0, len(digits), 4 * LIMBS))
+        specials = rows[:, _SPECIAL].tolist()
+        return [cls(int.from_bytes(u, "little", signed=True), s) for u, s in zip(units, specials, strict=True)]
 
     @classmethod
     def of_float(cls, x: float) -> "Exact":

@@ -1,5 +1,6 @@
 """The loss from log-probabilities: `grpo_loss`, with its gradient and every diagnostic."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -189,7 +190,7 @@ def _batch(shape: tuple[int, ...], inputs: Mapping[str, Any], cu_seqlens: ArrayL
 
 def _bounds(shape: tuple[int, ...], cu_seqlens: ArrayLike | None) -> Array:
     """Where sequences begin and end in the flat arrays, int64 (S + 1,)."""
-    size = int(np.prod(shape))
+    size = math.prod(shape)
     if cu_seqlens is None:
         return np.arange(0, size + 1, shape[-1])
     bounds = real("cu_seqlens", cu_seqlens)
@@ -267,12 +268,12 @@ def _compute(batch: Batch, options: Options, place: NDArray[Any] | None, shape: 
         _refuse_if_not_finite(batch, shape)
     if place is not None and gradient is not None and not place.flags.carray:
         place[...] = gradient.reshape(shape)
-    sums = [Exact.of_row(row) for row in result.rows[0]]
+    sums = Exact.of_rows(result.rows[0] if objective.mean_within else result.rows[0, : loss_batch.SURROGATE_MEAN])
     return Stats.of(
         options,
         tokens=tokens,
         sequence_count=len(batch.bounds) - 1,
-        sums=sums if objective.mean_within else sums[: loss_batch.SURROGATE_MEAN],
+        sums=sums,
         clipped=(low, high, beyond),
         extremes=result.extremes,
     )

@@ -84,7 +84,7 @@ def grpo_objective(
         surrogate, kl = (rounded_sum(column) for column in sums.T.tolist())
     else:
         rows, counts, _ = _totals(arrays, low, high, None)
-        surrogate, kl = (float(Exact.of_row(rows[i])) for i in (kernels.SURROGATE, kernels.KL))
+        surrogate, kl = map(float, Exact.of_rows(rows[: kernels.KL + 1]))
         legal = not counts[:, 2].any()
     if not legal:
         _refuse(arrays, shape)
@@ -119,7 +119,7 @@ def grpo_stats(
         Options(clip, kl),
         tokens=arrays[0].size,
         sequence_count=None,
-        sums=[Exact.of_row(row) for row in rows],
+        sums=Exact.of_rows(rows),
         clipped=(clipped_low, clipped_high, 0),
         extremes=extremes,
     )
@@ -169,7 +169,7 @@ def grpo_sweep(
     if illegal:
         _refuse(arrays, shape)
     clipped_low, clipped_high = zip(*clipped, strict=True)
-    *surrogate_sums, kl_sum = (Exact.of_row(row) for row in rows[0])
+    *surrogate_sums, kl_sum = Exact.of_rows(rows[0])
     return Sweep(
         grid=grid,
         tokens=n,

@@ -55,7 +55,7 @@ from .simd import (
 )
 from .staging import BLOCK, RUN, ask_ahead
 
-INLINED = "30f65df036d8fd83"
+INLINED = "3277f5878f247f0f"
 
 
 # --- collect ----------------------------------------------------------------------------------------------------------
