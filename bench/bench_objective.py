@@ -1,7 +1,8 @@
-"""The probability functions beside the NumPy baseline and the read-only roof: ``pytest bench --benchmark-only``.
+"""The probability functions beside the NumPy baseline and the read-only roof.
 
-One table of cases; what is timed is first checked against the reference. Compare within a group: the groups hold the
-contestants of one size and dtype. For ratios from interleaved rounds, which noise disturbs less, see targets.py.
+``pytest bench/bench_objective.py --benchmark-enable --benchmark-only``. One table of cases; what is timed is first
+checked against the reference. Compare within a group: the groups hold the contestants of one size and dtype. For ratios
+from interleaved rounds, which noise disturbs less, see objective_targets.py.
 """
 
 import numpy as np

@@ -77,7 +77,8 @@ def flat(array: Array, dtype: np.dtype[Any]) -> Array:
     """A one-dimensional array for a kernel; the same memory if that is C-contiguous, aligned and of that dtype."""
     if type(array) is np.ndarray and array.dtype is dtype and array.flags.carray:
         return array.reshape(-1)
-    array = np.require(array, dtype, ["C", "A"]).reshape(-1)
+    with np.errstate(over="ignore"):  # what float32 does not hold becomes inf, which a kernel refuses where it counts
+        array = np.require(array, dtype, ["C", "A"]).reshape(-1)
     if type(array) is not np.ndarray:  # a subclass such as memmap
         array = array.view(np.ndarray)
     return array if array.flags.writeable else np.asarray(_Alias(array))

@@ -151,7 +151,7 @@ def grpo_loss(
     if kl is not None and ref_logps is None:
         raise ValueError("ref_logps must be given with a kl, got None")
     batch = _batch(array.shape, inputs, cu_seqlens)
-    place = _place_for_gradient(grad, array.shape, batch.logps.dtype, inputs)
+    place = _place_for_gradient(grad, array.shape, batch.logps.dtype, inputs | {"cu_seqlens": cu_seqlens})
     stats = _compute(batch, options, place, array.shape)
     return LossResult(stats.loss, place, stats)
 
@@ -236,7 +236,7 @@ def _place_for_gradient(
     if not grad.flags.writeable:
         raise ValueError("grad must be writeable, got a read-only array")
     for name, values in inputs.items():
-        if isinstance(values, np.ndarray) and np.shares_memory(grad, values):
+        if not isinstance(values, (list, tuple)) and np.shares_memory(grad, np.asarray(values)):
             raise ValueError(f"grad must not overlap another argument, got memory of {name}")
     return grad
 

@@ -43,10 +43,11 @@ from .simd import (
     where,
     wide,
     wide_product,
+    wide_squares,
 )
 from .staging import BLOCK, RUN, ask_ahead, get, put, scratch_like
 
-INLINED = "c24dcbb1d928cc76"
+INLINED = "42f7bfe209c5af71"
 
 # Rows of the scratch array, each RUN vectors long.
 _RHO, _ADVANTAGE, _POWER, _F, _S, _PRESENT, _ROWS = range(7)
@@ -220,19 +221,17 @@ def _attempt_block(ratio, advantage, old, ref, start, stop, low, high, diagnosti
         if diagnostics is not None:
             clipped_low, clipped_high = _count_clipped(scratch, vectors, low, high, clipped_low, clipped_high)
             ratio_of_run = zero
-            squared_of_run = zero
             for v in range(vectors):
                 rho = get(scratch, _RHO, v)
                 present = get(scratch, _PRESENT, v)
                 ratio_min = where(present < ratio_min, present, ratio_min)
                 ratio_max = where(present > ratio_max, present, ratio_max)
                 ratio_of_run += rho
-                squared_of_run = fma(rho, rho, squared_of_run)
+                ratios_squared += wide_squares(rho)  # which in float32 could overflow or vanish
                 # Σ log ρ is the logarithm of a product: of the fractions, below 2⁵¹² in a block, and of powers of two.
                 product *= wide_product(from_bits(bits(rho) & (form.half * 2 - 1) | form.one))
                 exponents += bits(rho) >> form.mantissa
             ratios += wide(ratio_of_run)
-            ratios_squared += wide(squared_of_run)
     padded = (stop - start + step - 1) // step * step
     missing = padded - (stop - start)  # as many ρ = 1 were added
     log_ratio = 0.0

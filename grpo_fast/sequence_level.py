@@ -40,7 +40,6 @@ from .simd import (
     align_stack,
     bits,
     compiled,
-    fma,
     full,
     full_like,
     inlined,
@@ -55,7 +54,7 @@ from .simd import (
 )
 from .staging import BLOCK, RUN, ask_ahead
 
-INLINED = "3277f5878f247f0f"
+INLINED = "279d2b538f6bdeb1"
 
 
 # --- collect ----------------------------------------------------------------------------------------------------------
@@ -221,7 +220,7 @@ def conclude(batch, objective, tokens, collected, result):
 def _directed(surrogate, common, direct, a):
     if passes_through_ratio(surrogate):
         return common
-    return fma(direct, a, common)
+    return common + times(direct, a)
 
 
 @inlined

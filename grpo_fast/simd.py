@@ -435,16 +435,15 @@ def _select_fold(symbol):
     return codegen
 
 
-def _in_float64(combine):
-    """Bring 16 float32 lanes to 8 float64 lanes: lane j combined with lane j + 8."""
+def _in_float64(combine, each=lambda builder, x: x):
+    """Bring 16 float32 lanes to 8 float64 lanes: lane j combined with lane j + 8, after something is done to each."""
 
     def typing(typingctx, floats):
         def codegen(context, builder, sig, args):
             if floats == FLOAT64S:
-                return args[0]
-            return getattr(builder, combine)(
-                *(builder.fpext(_half(builder, args[0], start), FLOAT64S.llvm) for start in (0, floats.lanes // 2))
-            )
+                return each(builder, args[0])
+            halves = (_half(builder, args[0], start) for start in (0, floats.lanes // 2))
+            return getattr(builder, combine)(*(each(builder, builder.fpext(x, FLOAT64S.llvm)) for x in halves))
 
         return FLOAT64S(floats), codegen
 
@@ -453,6 +452,7 @@ def _in_float64(combine):
 
 wide = intrinsic(_in_float64("fadd"))
 wide_product = intrinsic(_in_float64("fmul"))
+wide_squares = intrinsic(_in_float64("fadd", lambda builder, x: builder.fmul(x, x)))
 
 
 @intrinsic

@@ -269,7 +269,7 @@ class K3(_KL):
         β. TRL ``beta``; verl ``kl_loss_coef`` with ``kl_loss_type="low_var_kl"`` (or ``"k3"``).
     importance_weighted : bool
         Whether ρ multiplies k3, which makes value and gradient unbiased under samples from π_old.
-        TRL ``use_bias_correction_kl``, which is False there unless changed.
+        TRL ``use_bias_correction_kl``, True there unless changed (in 1.16).
 
     Raises
     ------

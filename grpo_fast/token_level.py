@@ -37,7 +37,6 @@ from .simd import (
     align_stack,
     bits,
     compiled,
-    fma,
     from_bits,
     full,
     full_like,
@@ -50,10 +49,11 @@ from .simd import (
     store,
     where,
     wide,
+    wide_squares,
 )
 from .staging import BLOCK, RUN, ask_ahead, get, put, scratch_like
 
-INLINED = "3277f5878f247f0f"
+INLINED = "279d2b538f6bdeb1"
 
 # Rows of the scratch array, each RUN vectors long.
 _ABSENT, _ADVANTAGE, _RHO, _PENALTY, _ROWS = range(5)
@@ -188,16 +188,15 @@ class _Spread(NamedTuple):
 @inlined
 def _add_spread(found, surrogate, run, stop, scratch):
     """How the ratios of a run lie."""
-    clipped = found.clipped
+    _, ratio_squared, clipped = found
     ratio = full(scratch, 0.0)
-    ratio_squared = ratio
     for v in range(vectors(scratch, run, stop)):
         rho = get(scratch, _RHO, v)
         present = without(rho, bits(get(scratch, _ABSENT, v)))
         ratio += present
-        ratio_squared = fma(present, present, ratio_squared)
+        ratio_squared += wide_squares(present)  # which in float32 could overflow or vanish
         clipped = count_clipped(surrogate, rho, get(scratch, _ADVANTAGE, v), clipped)
-    return _Spread(found.ratio + wide(ratio), found.ratio_squared + wide(ratio_squared), clipped)
+    return _Spread(found.ratio + wide(ratio), ratio_squared, clipped)
 
 
 @compiled(allocates=False)

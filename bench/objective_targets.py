@@ -1,9 +1,9 @@
 """What the probability functions must reach, as ratios from interleaved rounds in one run, as a Markdown table.
 
-``python bench/targets.py``; a few minutes. Every ratio is the median over rounds in which both sides were timed.
+``python bench/objective_targets.py``; a few minutes. Every ratio is the median over rounds in which both sides were
+timed.
 """
 
-import platform
 import subprocess
 import sys
 import time
@@ -11,9 +11,8 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-import llvmlite.binding
-import numba
 import numpy as np
+from table import extra_memory, head, row
 
 import grpo_fast
 from grpo_fast import reference
@@ -33,11 +32,6 @@ def contestants(samples: tuple[Any, ...]) -> dict[str, Callable[[], Any]]:
         "roof": lambda: read(*samples),
         "numpy": lambda: reference.grpo_objective(*samples),
     }
-
-
-def row(work: str, beside: str, target: str, measured: str) -> None:
-    """Print one line of the table at once: a run takes minutes."""
-    print(f"| {work} | {beside} | {target} | {measured} |", flush=True)
 
 
 def large(n: int, dtype: str, roof: float) -> None:
@@ -64,22 +58,16 @@ def small(n: int, dtype: str) -> None:
     )
 
 
-def extra_memory(n: int) -> None:
+def memory(n: int) -> None:
     """How much the peak of a fresh process grows during one call on n samples."""
-    script = f"""
-import resource
+    before = f"""
 import grpo_fast
 from grpo_fast.__main__ import synthetic_samples
 samples = synthetic_samples({n}, "float64", 0)
 grpo_fast.grpo_objective(*(x[:100_000] for x in samples))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-grpo_fast.grpo_objective(*samples)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
-    # Making the samples peaks higher than computing with them, so the peak would hide what is looked for: reset it.
-    script = script.replace("before =", "open('/proc/self/clear_refs', 'w').write('5')\nbefore =")
-    mib = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
-    row(f"`grpo_objective`, {n // 1_000_000} M", "extra memory", "≤ 2 MiB", f"{float(mib):.1f} MiB")
+    grown = extra_memory(before, "grpo_fast.grpo_objective(*samples)")
+    row(f"`grpo_objective`, {n // 1_000_000} M", "extra memory", "≤ 2 MiB", grown)
 
 
 def cold_start() -> None:
@@ -102,19 +90,14 @@ def cold_start() -> None:
 
 
 def main() -> None:
-    """Print the machine and the table."""
-    cpu = llvmlite.binding.get_host_cpu_name()
-    print(
-        f"{cpu}, {numba.get_num_threads()} threads, Python {platform.python_version()}, numba {numba.__version__}, "
-        f"numpy {np.__version__}, grpo_fast {grpo_fast.__version__}\n"
-    )
-    print("| work | beside | target | measured |\n|---|---|---|---|")
+    """Print the table."""
+    head()
     large(20_000_000, "float64", 0.95)
     large(40_000_000, "float32", 0.90)
     for n in (3, 10, 100, 1_000, 10_000, 100_000, 1_000_000):
         for dtype in ("float64", "float32"):
             small(n, dtype)
-    extra_memory(40_000_000)
+    memory(40_000_000)
     cold_start()
 
 

@@ -1,0 +1,420 @@
+"""The fast loss, gradient and diagnostics are the reference's: every option, every pair of options, any data."""
+
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import mpmath
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
+
+from grpo_fast import CISPO, K1, K2, K3, SAPO, Clip, grpo_loss, reference
+from grpo_fast.reference import shared, surrogate_term, times
+
+F8, F4 = np.float64, np.float32
+LEVELS = TOKEN, SEQ = "token", "sequence"
+MEAN, SUM, SEQ_MEAN, SEQ_SUM = "token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum"
+
+
+# --- the combinations -------------------------------------------------------------------------------------------------
+class Row(NamedTuple):
+    """One choice of everything."""
+
+    surrogate: Any
+    kl: Any
+    level: str
+    dtype: Any
+    layout: str  # padded, with a mask; packed, without; holes: packed with a mask; plain: one sequence, without
+    advantages: str  # one per …
+    weights: str | None  # one per …
+    aggregation: str
+    normalizer: float | None
+    on_policy: bool
+    grad: bool | str
+
+
+# fmt: off
+COMBINATIONS = [Row(*values) for values in [
+    (Clip(),              None,           SEQ,   F8, "holes",  TOKEN, TOKEN, SUM,      None, True,  "array"),
+    (Clip(0.1, 0.3, 1.8), None,           SEQ,   F4, "plain",  SEQ,   SEQ,   MEAN,     3.7,  False, "array"),
+    (CISPO(1.2, 0.8),     None,           TOKEN, F8, "packed", TOKEN, None,  SEQ_SUM,  None, False, True),
+    (SAPO(),              None,           SEQ,   F4, "padded", TOKEN, TOKEN, SEQ_MEAN, 3.7,  False, False),
+    (Clip(),              K1(0.3),        SEQ,   F4, "padded", SEQ,   None,  SEQ_SUM,  3.7,  False, "array"),
+    (Clip(0.1, 0.3, 1.8), K1(0.3),        TOKEN, F8, "holes",  SEQ,   TOKEN, MEAN,     3.7,  True,  False),
+    (CISPO(1.2, 0.8),     K1(0.3),        SEQ,   F4, "plain",  TOKEN, TOKEN, SUM,      3.7,  False, True),
+    (SAPO(),              K1(0.3),        TOKEN, F8, "packed", SEQ,   SEQ,   SEQ_MEAN, None, False, "array"),
+    (Clip(),              K1(0.3, False), SEQ,   F8, "holes",  SEQ,   SEQ,   SUM,      None, False, "array"),
+    (Clip(0.1, 0.3, 1.8), K1(0.3, False), TOKEN, F8, "padded", TOKEN, TOKEN, MEAN,     3.7,  True,  False),
+    (CISPO(1.2, 0.8),     K1(0.3, False), TOKEN, F4, "packed", TOKEN, None,  SEQ_MEAN, 3.7,  False, "array"),
+    (SAPO(),              K1(0.3, False), TOKEN, F8, "plain",  SEQ,   TOKEN, SEQ_SUM,  None, False, True),
+    (Clip(),              K2(0.3),        SEQ,   F8, "packed", TOKEN, TOKEN, MEAN,     None, False, "array"),
+    (Clip(0.1, 0.3, 1.8), K2(0.3),        TOKEN, F8, "holes",  TOKEN, SEQ,   SEQ_SUM,  3.7,  False, "array"),
+    (CISPO(1.2, 0.8),     K2(0.3),        SEQ,   F4, "plain",  SEQ,   TOKEN, SEQ_MEAN, None, True,  False),
+    (SAPO(),              K2(0.3),        TOKEN, F4, "padded", SEQ,   None,  SUM,      None, False, True),
+    (Clip(),              K2(0.3, False), TOKEN, F4, "packed", SEQ,   None,  SEQ_SUM,  3.7,  True,  True),
+    (Clip(0.1, 0.3, 1.8), K2(0.3, False), SEQ,   F8, "padded", SEQ,   TOKEN, SEQ_MEAN, None, False, True),
+    (CISPO(1.2, 0.8),     K2(0.3, False), SEQ,   F4, "plain",  SEQ,   SEQ,   SUM,      3.7,  True,  False),
+    (SAPO(),              K2(0.3, False), TOKEN, F4, "holes",  TOKEN, None,  MEAN,     3.7,  False, "array"),
+    (Clip(),              K3(0.3),        TOKEN, F4, "plain",  TOKEN, None,  SEQ_MEAN, None, False, True),
+    (Clip(0.1, 0.3, 1.8), K3(0.3),        TOKEN, F8, "padded", TOKEN, SEQ,   SUM,      3.7,  False, True),
+    (CISPO(1.2, 0.8),     K3(0.3),        SEQ,   F8, "holes",  SEQ,   TOKEN, SEQ_SUM,  3.7,  False, "array"),
+    (SAPO(),              K3(0.3),        SEQ,   F4, "packed", TOKEN, None,  MEAN,     None, True,  False),
+    (Clip(),              K3(0.3, False), TOKEN, F8, "plain",  SEQ,   SEQ,   SEQ_SUM,  None, True,  False),
+    (Clip(0.1, 0.3, 1.8), K3(0.3, False), TOKEN, F4, "packed", SEQ,   None,  SUM,      3.7,  False, "array"),
+    (CISPO(1.2, 0.8),     K3(0.3, False), TOKEN, F8, "padded", TOKEN, SEQ,   MEAN,     3.7,  False, True),
+    (SAPO(),              K3(0.3, False), SEQ,   F8, "holes",  SEQ,   TOKEN, SEQ_MEAN, None, False, True),
+]]
+# fmt: on
+
+
+def test_the_table_holds_every_pair_of_choices_and_needs_few_kernels():
+    columns = [set(column) for column in zip(*COMBINATIONS, strict=True)]
+    assert [len(column) for column in columns] == [4, 7, 2, 2, 4, 2, 3, 4, 2, 2, 3]
+    for a, b in itertools.combinations(range(len(columns)), 2):
+        assert {(row[a], row[b]) for row in COMBINATIONS} == set(itertools.product(columns[a], columns[b]))
+    # On-policy nothing is clipped, so each policy term is also seen off-policy at each level in each dtype.
+    off_policy = {(type(row.surrogate), row.level, row.dtype) for row in COMBINATIONS if not row.on_policy}
+    assert off_policy == set(itertools.product([Clip, CISPO, SAPO], LEVELS, [F8, F4]))
+    kernels = [(type(row.surrogate), type(row.kl), row.level, row.dtype) for row in COMBINATIONS]
+    given = [(row.on_policy, row.layout in ("padded", "holes"), row.weights, row.grad) for row in COMBINATIONS]
+    given = [(old, mask, weights is None, grad is False) for old, mask, weights, grad in given]
+    assert len(set(zip(kernels, given, strict=True))) <= 30
+
+
+# --- the data ---------------------------------------------------------------------------------------------------------
+BOUNDS = np.array([1 - 0.2, 1 + 0.2, 1 - 0.1, 1 + 0.3, 1.8, 0.8, 1.2])
+
+
+def batch(row, lengths, drift=0.5, ref_drift=0.5, seed=0):
+    """The arguments of a call: sequences of so many tokens, of which some are masked, and garbage wherever one is.
+
+    No ρ is within 10⁻⁴ of a bound. Two ways to compute it differ by some (2 + |log ρ|)·eps, where one may find a token
+    clipped and the other not; so far away both decide alike, in float32, too.
+    """
+    rng = np.random.default_rng(seed)
+    lengths = [max(sum(lengths), 1)] if row.layout == "plain" else lengths if any(lengths) else [*lengths, 1]
+    which = np.repeat(np.arange(len(lengths)), lengths)  # the sequence of each token
+    keep = np.ones(which.size, bool)
+    if row.layout == "padded":
+        width, n = max(lengths) + int(rng.integers(3)), np.array(lengths)
+        begin = rng.choice([np.zeros_like(n), width - n, rng.integers(0, width - n + 1)])[:, None]
+        keep = (begin <= np.arange(width)) & (np.arange(width) < begin + n[:, None])
+        which = np.broadcast_to(np.arange(n.size)[:, None], keep.shape)
+    masked = row.layout in ("padded", "holes")
+    if masked:
+        keep &= (rng.random(keep.shape) >= rng.choice([0, 0.1, 0.9])) & (rng.random(len(lengths)) < 0.8)[which]
+
+    old = rng.uniform(-4, 0, keep.shape).astype(row.dtype)
+    logps = (old + drift * rng.normal(size=keep.shape)).astype(row.dtype)
+    log_ratio = logps.astype(F8) - old
+    if row.level == SEQ:
+        tokens, total = (np.bincount(which[keep], x, len(lengths)) for x in (None, log_ratio[keep]))
+        log_ratio = (total / np.maximum(tokens, 1))[which]
+    logps = np.where(np.isclose(np.exp(log_ratio)[..., None], BOUNDS, rtol=1e-4, atol=0).any(axis=-1), old, logps)
+
+    def values(per, draw):
+        size = keep.shape if per == TOKEN else len(lengths)
+        return (draw(size=size) * (rng.random(size) < 0.9)).astype(row.dtype)
+
+    arrays = {
+        "logps": logps,
+        "old_logps": None if row.on_policy else old,
+        "advantages": values(row.advantages, rng.normal),
+        "ref_logps": None if row.kl is None else (logps + ref_drift * rng.normal(size=keep.shape)).astype(row.dtype),
+        "rollout_is_weights": None if row.weights is None else values(row.weights, rng.lognormal),
+    }
+    garbage = np.resize(np.array([np.nan, np.inf, -np.inf], row.dtype), keep.shape)
+    return {name: np.where(keep, x, garbage) if np.shape(x) == keep.shape else x for name, x in arrays.items()} | {
+        "mask": keep.astype([bool, np.uint8, row.dtype][rng.integers(3)]) if masked else None,
+        "cu_seqlens": np.append(0, np.cumsum(lengths)) if row.layout in ("packed", "holes") else None,
+        "surrogate": row.surrogate,
+        "kl": row.kl,
+        "importance_sampling_level": row.level,
+        "aggregation": row.aggregation,
+        "normalizer": row.normalizer,
+    }
+
+
+# --- the comparison ---------------------------------------------------------------------------------------------------
+ARRAYS = ["logps", "old_logps", "advantages", "ref_logps", "rollout_is_weights"]
+
+
+def limits(arguments, eps):
+    """How far the loss, the gradient and each diagnostic may be off, from the sizes of the parts they are made of.
+
+    Counted in eps/2, of both sides: exp is right to 1 ulp, k3 to 4 and 3, a term has up to 10 more roundings each: less
+    than 16 eps. A sum adds 16 roundings in float32, or 64 of a kernel and 22 of NumPy (in pairs, over runs of 128 in 8
+    lanes) in float64: less than 64 eps in all. The error of log ρ, a difference and at sequence level a sum, is as much
+    times |log π_θ − log π_old|, and is relative to ρ. An error of l moves the KL term by l·∂k/∂l ≤ 3|k|(1 + |l|), its
+    slope by at most |l| more than that. SAPO's slope falls like e^(−τρ), so that it feels an error of ρ, not of log ρ;
+    and it may be taken for 0 when that is below 1e-31.
+    """
+    logps, old, A, ref, w = (arguments[name] for name in ARRAYS)
+    surrogate, kl, level = arguments["surrogate"], arguments["kl"], arguments["importance_sampling_level"]
+    tokens = reference._Tokens.of(logps, arguments["mask"], arguments["cu_seqlens"])
+    logp, A = tokens.each("logps", logps), tokens.each("advantages", A, True)
+    d = np.zeros_like(logp) if old is None else logp - tokens.each("old_logps", old)
+    w = np.ones_like(logp) if w is None else tokens.each("rollout_is_weights", w, True)
+    rho, unit = np.exp(shared(d, tokens, level)), eps * (1 + shared(np.abs(d), tokens, level))
+
+    s, through, direct = (np.abs(times(w, part)) for part in surrogate_term(surrogate, rho, A, logp))
+    if isinstance(surrogate, SAPO):
+        through = through * (1 + rho) + 1e-25 * np.abs(times(w, A))
+    k, beta = np.zeros_like(logp), 0.0
+    if kl is not None:
+        l, beta = logp - tokens.each("ref_logps", ref), kl.beta  # noqa: E741
+        k, k_through, k_direct = (times(1 + np.abs(l), np.abs(x)) for x in reference.kl_term(kl, rho, l, level))
+        through = through + times(beta, k_through)
+        direct = direct + times(beta, k_direct + times(rho if kl.importance_weighted else 1.0, np.abs(l)))
+    c = reference.aggregation_weights(arguments["aggregation"], tokens.counts, arguments["normalizer"])
+    few = 16 if level == TOKEN else 64
+    grad = np.zeros(logps.shape)
+    grad[tokens.keep] = times(few * unit * tokens.spread(c), shared(through, tokens, level) + direct)
+
+    def of_sum(x, c=c):
+        return 64 * np.sum(c * tokens.sums(times(unit, x)))
+
+    def of_mean(x):
+        return of_sum(x, 1 / max(logp.size, 1))
+
+    loss, worst = of_sum(s + times(beta, k)), few * unit.max(initial=0)
+    found = {"loss": loss, "objective": loss, "surrogate": of_mean(s), "kl": of_mean(k), "ratio_mean": of_mean(rho)}
+    found |= {"ratio_min": worst * rho.max(initial=0), "ratio_max": worst * rho.max(initial=0), "ess": 4 * worst}
+    found |= {"approx_kl": of_mean(np.abs(d)), "grad": grad}
+    least = float(np.finfo(F8 if eps < 1e-10 else F4).tiny)  # below it no error is relative
+    return {name: limit + least for name, limit in found.items()}
+
+
+def same(value, expected, limit):
+    """Whether numbers are so near; infinities and NaN must be met."""
+    met = (value == expected) | np.isnan(value) & np.isnan(expected)
+    return np.all(met | np.isfinite(value) & np.isfinite(expected) & (np.abs(value - expected) <= limit))
+
+
+@np.errstate(all="ignore")
+def check(arguments, grad=True, oracle=F8):
+    """Compare all there is with the reference on the same values, which computes in the dtype told."""
+    eps = float(np.finfo(arguments["logps"].dtype).eps)
+    exact = arguments | {name: x.astype(oracle) for name in ARRAYS if (x := arguments[name]) is not None}
+    expected, limit = reference.grpo_loss(**exact, grad=True), limits(exact, eps)
+    place = np.full_like(arguments["logps"], np.nan) if grad == "array" else grad
+    result = grpo_loss(**arguments, grad=place)
+    assert result.loss == result.stats.loss or math.isnan(result.loss)
+    for name, value in expected.stats.items():
+        found, most = getattr(result.stats, name), limit.get(name, 0)  # counts are exact
+        assert same(found, value, most), f"{name} is {found!r} instead of {value!r} ± {most}, for {arguments}"
+    if grad is False:
+        assert result.grad is None
+        return
+    assert grad is True or result.grad is place
+    assert result.grad.dtype == arguments["logps"].dtype
+    assert same(result.grad, expected.grad, limit["grad"]), f"{result.grad} instead of {expected.grad}, for {arguments}"
+    if arguments["mask"] is not None:
+        assert not result.grad[arguments["mask"] == 0].any()
+
+
+@pytest.mark.parametrize("row", COMBINATIONS, ids=COMBINATIONS.index)
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=5),
+    long=st.sampled_from([0, 0, 0, 0, 255, 700, 4095, 4096, 4097]),
+    drift=st.sampled_from([1e-7, 1e-3, 0.3, 2]),
+    ref_drift=st.sampled_from([1e-7, 1e-3, 0.3, 2]),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=20)
+def test_is_the_reference(row, lengths, long, drift, ref_drift, seed):
+    check(batch(row, [*lengths, long], drift, ref_drift, seed), row.grad)
+
+
+# --- the gradient -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("row", [row for row in COMBINATIONS if row.dtype is F8 and row.grad], ids=COMBINATIONS.index)
+@np.errstate(invalid="ignore")  # among the garbage
+def test_gradient_is_the_slope_of_the_loss(row):
+    arguments = batch(row, [3, 0, 5, 1])
+    logps = arguments["logps"]
+    base = logps if row.on_policy else arguments["old_logps"]
+
+    def slope(old=lambda moved: base, **changes):
+        def loss(moved):
+            return reference.grpo_loss(**(arguments | {"logps": moved, "old_logps": old(moved)} | changes)).loss
+
+        steps = 1e-6 * np.eye(logps.size).reshape(logps.size, *logps.shape)
+        return np.array([(loss(logps + h) - loss(logps - h)) / 2e-6 for h in steps]).reshape(logps.shape)
+
+    if not isinstance(row.surrogate, CISPO):
+        expected = slope()
+    else:  # its weight is held constant: so is ρ when the old log-probabilities move along
+        policy = slope(lambda moved: base + (moved - logps), kl=None)
+        expected = policy + slope(advantages=np.zeros_like(arguments["advantages"]))
+    assert_allclose(grpo_loss(**arguments, grad=True).grad, expected, rtol=1e-6, atol=1e-8)
+
+
+def textbook(surrogate, kl, level, aggregation, logps, old, A, ref, mask, weights):
+    """The loss as trainers write it."""
+    import torch
+
+    log_ratio = logps - old
+    if level == SEQ:
+        log_ratio = (log_ratio * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+    ratio = torch.exp(log_ratio)
+    if isinstance(surrogate, Clip):
+        clipped = torch.clamp(ratio, 1 - surrogate.epsilon, 1 + surrogate.epsilon_high)
+        losses = -torch.min(torch.clamp(ratio, max=surrogate.delta) * A, clipped * A)
+    elif isinstance(surrogate, CISPO):
+        losses = -torch.clamp(ratio, surrogate.ratio_min, surrogate.ratio_max).detach() * A * logps
+    else:
+        losses = -torch.where(A > 0, *(4 / tau * torch.sigmoid(tau * (ratio - 1)) for tau in surrogate)) * A
+    k3 = torch.exp(ref - logps) - (ref - logps) - 1
+    losses = losses * weights + kl.beta * (ratio * k3 if kl.importance_weighted else k3)
+    if aggregation == MEAN:
+        return (losses * mask).sum() / mask.sum()
+    return ((losses * mask).sum(-1) / mask.sum(-1).clamp(min=1)).mean()
+
+
+@pytest.mark.parametrize("aggregation", [SEQ_MEAN, MEAN])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kl", [K3(0.3), K3(0.3, False)], ids=str)
+@pytest.mark.parametrize("surrogate", [Clip(0.1, 0.3, 1.8), CISPO(1.2, 0.8), SAPO(1.0, 1.3)], ids=str)
+def test_is_what_autograd_makes_of_the_textbook_formula(surrogate, kl, level, aggregation):
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(5)
+    mask = (np.arange(9) < [[9], [4], [0], [7]]) & (rng.random((4, 9)) < 0.8)
+    old, A = rng.uniform(-3, 0, mask.shape), rng.normal(size=mask.shape)
+    logps = old + 0.4 * rng.normal(size=mask.shape)
+    ref, weights = logps + 0.8 * rng.normal(size=mask.shape), rng.uniform(0, 2, mask.shape)
+
+    tensors = [torch.tensor(x) for x in (logps, old, A, ref, mask.astype(F8), weights)]
+    tensors[0].requires_grad_()
+    expected = textbook(surrogate, kl, level, aggregation, *tensors)
+    expected.backward()
+    options = {"surrogate": surrogate, "kl": kl, "importance_sampling_level": level, "aggregation": aggregation}
+    result = grpo_loss(logps, old, A, ref, mask=mask, rollout_is_weights=weights, grad=True, **options)
+    assert result.loss == pytest.approx(expected.item(), rel=1e-12)
+    assert_allclose(result.grad, tensors[0].grad.numpy(), rtol=1e-12, atol=1e-12)
+
+
+# --- a few tokens; with every argument given, for which there are kernels already -------------------------------------
+def few(logps, old, advantages, ref=None, *, dtype=F8, **options):
+    """``grpo_loss`` with its gradient, summed; unless told otherwise with a KL term of 0."""
+    logps, old, advantages, ref = (np.array(x, dtype) for x in (logps, old, advantages, logps if ref is None else ref))
+    ones = {"mask": np.ones_like(logps), "rollout_is_weights": np.ones_like(logps)}
+    options = {"kl": K2(0.0), "aggregation": SUM, "grad": True} | ones | options
+    return grpo_loss(logps, old, advantages, ref, **options)
+
+
+@pytest.mark.parametrize(("dtype", "level"), [(F8, TOKEN), (F8, SEQ), (F4, TOKEN)])
+def test_gradient_is_the_stated_one_at_the_kinks(dtype, level):
+    def at(log_ratio, advantage, surrogate):
+        options = {"surrogate": surrogate, "dtype": dtype, "importance_sampling_level": level}
+        return few([log_ratio], [0.0], [advantage], **options)
+
+    def grad_and_clipped(*arguments):
+        stats, grad = (result := at(*arguments)).stats, result.grad
+        return -grad[0], stats.clip_ratio_low + 2 * stats.clip_ratio_high + 4 * stats.clip_ratio_delta
+
+    # The ratios as the kernel's exp makes them. x − 1 and 1 − x are exact for x in [½, 2], so a bound can be put on the
+    # ratio itself, or just inside of it.
+    high, low = at(0.25, 0.0, Clip()).stats.ratio_max, at(-0.25, 0.0, Clip()).stats.ratio_max
+    inside_high, inside_low = (float(np.nextafter(dtype(x), dtype(1))) for x in (high, low))
+    assert grad_and_clipped(0.25, 1.0, Clip(0.2, high - 1)) == (high, 0)
+    assert grad_and_clipped(0.25, 1.0, Clip(0.2, inside_high - 1)) == (0, 2)
+    assert grad_and_clipped(-0.25, -1.0, Clip(1 - low)) == (-low, 0)
+    assert grad_and_clipped(-0.25, -1.0, Clip(1 - inside_low)) == (0, 1)
+    assert grad_and_clipped(0.25, -1.0, Clip(0.2, delta=high)) == (-high, 0)
+    assert grad_and_clipped(0.25, -1.0, Clip(0.2, delta=inside_high)) == (0, 4)
+    for A, option in itertools.product([2.0, -2.0], [Clip(0), Clip(0, 0, 1.5)]):
+        assert grad_and_clipped(0.0, A, option) == (A, 0)
+    assert grad_and_clipped(0.25, 0.0, Clip()) == grad_and_clipped(-0.25, 0.0, Clip()) == (0, 0)
+
+
+# --- published values -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("advantages", "loss"), [([0.3, 0.2, 0.1], -0.171177843), ([-0.3, -0.2, -0.1], 0.193333333)])
+def test_rlax_clipped_surrogate(advantages, loss):
+    assert few([0.0, 0.0, -2.0], [0.0] * 3, advantages, aggregation=MEAN).loss == pytest.approx(loss, abs=5e-10)
+
+
+@pytest.mark.parametrize(
+    ("kl", "values"),
+    [(K1(1), [-1, 14, 29]), (K2(1), [0.5, 98, 420.5]), (K3(1), [0.7182818, 13.0000008, 28])],
+)
+def test_nemo_rl_kl_estimators(kl, values):
+    for ref, value in zip([0.0, -15.0, -30.0], values, strict=True):
+        assert few([-1.0], [-1.0], [0.0], [ref], kl=kl).stats.kl == pytest.approx(value, abs=5e-8)
+
+
+@pytest.mark.parametrize(("aggregation", "loss"), [(MEAN, 0.36), (SEQ_MEAN, 0.325), (SEQ_SUM, 0.9)])
+def test_tunix_aggregation(aggregation, loss):
+    token_losses = np.array([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]])  # on-policy, where a token's loss is −A
+    logps, mask = np.zeros((2, 3)), np.array([[1, 1, 0], [1, 1, 1]])
+    assert few(logps, logps, -token_losses, mask=mask, aggregation=aggregation).loss == pytest.approx(loss)
+    nothing = few(logps, logps, -token_losses, mask=0 * mask, aggregation=aggregation)
+    assert nothing.loss == 0
+    assert not nothing.grad.any()
+
+
+# --- small and large --------------------------------------------------------------------------------------------------
+def test_kl_in_float32_is_right_however_small_it_is():
+    plain, plain_slope = [], []  # errors of the formulas as they stand
+    for steps in [1, 2, 3, 7, 40, 1000, 9999, 123456, 3000001]:
+        for l in (steps * 2.0**-23, -steps * 2.0**-23):  # noqa: E741 - which is exactly the difference −1.5 + l − (−1.5)
+
+            def at(kl, l=l):  # noqa: E741
+                result = few([-1.5 + l], [-1.5 + l], [0.0], [-1.5], kl=kl, dtype=F4)
+                return result.stats.kl, result.grad[0]
+
+            k3, slope = float(mpmath.expm1(-l) + l), -math.expm1(-l)
+            value, grad = at(K3(1, False))
+            assert abs(value - k3) <= 4 * np.spacing(F4(k3))
+            assert abs(grad - slope) <= 4 * np.spacing(F4(abs(slope)))
+            assert at(K3(1)) == (value, l)
+            value, grad = at(K2(1, False))
+            assert abs(value - l * l / 2) <= np.spacing(F4(l * l / 2))
+            assert grad == l
+            plain.append(abs((np.exp(F4(-l)) + F4(l) - 1) / k3 - 1))
+            plain_slope.append(abs((1 - np.exp(F4(-l))) / slope - 1))
+    assert max(plain) > 0.1
+    assert max(plain_slope) > 0.1
+
+
+FAR = [  # surrogate, classes of kl, level, dtype
+    *itertools.product([Clip(), Clip(0.2, 0.3, 3)], [(K1, K2, K3)], LEVELS, [F8]),
+    *itertools.product([CISPO(), CISPO(math.inf), SAPO(1, 2)], [(K3,)], LEVELS, [F8]),
+    (Clip(), (K2, K3), TOKEN, F4),
+]
+
+
+@pytest.mark.parametrize(("surrogate", "kls", "level", "dtype"), FAR, ids=map(str, range(len(FAR))))
+def test_far_away_from_the_other_policies(surrogate, kls, level, dtype):
+    # The oracle in the same dtype overflows at the same place. A subnormal ρ is left out: an ulp is a part of it.
+    sizes = [1, 650, 699, 701, 710, 2000] if dtype is F8 else [1, 79, 81, 87, 90, 300]
+    tiny = math.log(np.finfo(dtype).tiny)
+    far = [(x, l) for d in sizes for x in (-d, 0, d) for l in (-d, 0, d) if x > tiny or x < 1.2 * tiny]  # noqa: E741
+    signs = [(-1, 1, 0.1), (1, 1, 0.1), (0, 1, 0.1), (-1, 0, 0.1), (-1, 1, 0)]  # A, rollout weight, β
+    for (log_ratio, l), (A, w, beta), K, weighted in itertools.product(far, signs, kls, (True, False)):  # noqa: E741
+        values = [-500, -500 - log_ratio, A, -500 - l, w]
+        arrays = {name: np.array([x], dtype) for name, x in zip(ARRAYS, values, strict=True)}
+        options = {"surrogate": surrogate, "kl": K(beta, weighted), "importance_sampling_level": level}
+        rest = {"mask": np.ones(1), "cu_seqlens": None, "aggregation": SUM, "normalizer": None}
+        check(arrays | options | rest, oracle=dtype)
+
+
+# --- the place for the gradient ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("level", LEVELS)
+def test_asking_for_the_gradient_changes_no_bit(level):
+    row = Row(Clip(0.1, 0.3, 1.8), K3(0.3), level, F8, "padded", TOKEN, SEQ, SEQ_MEAN, None, False, True)
+    arguments = batch(row, [5, 4097, 0, 700])
+    without, result = grpo_loss(**arguments), grpo_loss(**arguments, grad=True)
+    assert without.grad is None
+    assert result.loss == without.loss
+    assert result.stats == without.stats
+    rows, width = result.grad.shape
+    everywhere = np.full((2 * rows, 3 * width), np.nan)
+    for place in (np.full((rows, width), np.nan), np.full((width, rows), np.nan).T, everywhere[::2, 1::3]):
+        again = grpo_loss(**arguments, grad=place)
+        assert again.grad is place
+        assert_array_equal(place, result.grad)
+        assert again.stats == without.stats
+    assert np.isnan(everywhere).sum() == everywhere.size - result.grad.size
