@@ -243,7 +243,8 @@ def check(found: Found, right: tuple[Found, Found], batch: Batch) -> None:
 
     The loss is a sum of N terms of the size |A| + β, each rounded, in an order of the contestant's own: √N roundings.
     An element of the gradient is a dozen operations on c·(|A|·ρ + β·r), of which the mean over a sequence may cost
-    many. Where ρ is within rounding of a clip bound, the gradient on either side of it is right.
+    many. Where ρ is within rounding of a clip bound, the gradient on either side of it is right; and torch.minimum
+    halves it at a tie, even one by rounding: about one in 10⁷ float32 tokens may be off.
     """
     eps = float(np.finfo(batch.logps.dtype).eps)
     size = float(np.abs(batch.advantages).max()) + BETA
@@ -257,4 +258,4 @@ def check(found: Found, right: tuple[Found, Found], batch: Batch) -> None:
         mask = np.ones(grad.shape, dtype=bool) if batch.mask is None else batch.mask
         c = mask / (len(mask) * mask.sum(axis=1, keepdims=True))
     off = np.minimum(*(np.abs(grad - g) for _, g in right))
-    assert np.all(off <= 256 * eps * 2 * size * c)
+    assert np.count_nonzero(off > 256 * eps * 2 * size * c) <= 1e-6 * grad.size

@@ -11,18 +11,17 @@ from . import exact
 from .loss_terms import times
 from .simd import (
     WIDTH,
-    all_bits,
+    beyond,
     bits,
     count_flags,
-    first,
     from_bits,
     full_like,
     inlined,
     lanes,
     load,
     load_first,
-    load_first_flags,
-    load_flags,
+    load_first_zeros,
+    load_zeros,
     store,
     store_first,
 )
@@ -116,12 +115,12 @@ def take_for(array, per_token, sequence, i, whole, like):
 @inlined
 def take_absent(mask, i, stop, whole, like):
     """Which tokens of a vector do not count: masked, or beyond the block; as integers with all bits set there."""
-    absent = ~all_bits(first(like, stop - i), like)
+    absent = beyond(like, stop - i)
     if mask is None:
         return absent
     if whole:
-        return absent | ~all_bits(load_flags(mask, i, like), like)
-    return absent | ~all_bits(load_first_flags(mask, i, len(mask) - i, like), like)
+        return absent | load_zeros(mask, i, like)
+    return absent | load_first_zeros(mask, i, len(mask) - i, like)
 
 
 @inlined

@@ -47,7 +47,7 @@ from .simd import (
 )
 from .staging import BLOCK, RUN, ask_ahead, get, put, scratch_like
 
-INLINED = "42f7bfe209c5af71"
+INLINED = "67f66d22f09f50b5"
 
 # Rows of the scratch array, each RUN vectors long.
 _RHO, _ADVANTAGE, _POWER, _F, _S, _PRESENT, _ROWS = range(7)

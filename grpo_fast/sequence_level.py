@@ -54,7 +54,7 @@ from .simd import (
 )
 from .staging import BLOCK, RUN, ask_ahead
 
-INLINED = "279d2b538f6bdeb1"
+INLINED = "b1dc02056d7f888f"
 
 
 # --- collect ----------------------------------------------------------------------------------------------------------

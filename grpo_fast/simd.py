@@ -273,47 +273,66 @@ def store_first(typingctx, array, start, count, values):
     return types.none(array, types.intp, types.intp, vector), codegen
 
 
+def _all_bits_where_negative(builder, integers):
+    # By a shift and not by a comparison: LLVM carries masks from one basic block to the next as 16-bit lanes (AVX2).
+    last = ir.Constant(integers.type, [integers.type.element.width - 1] * integers.type.count)
+    return builder.ashr(integers, last)
+
+
+def _all_bits_where_zero(builder, bytes_, llvm):
+    one = ir.Constant(llvm, [1] * llvm.count)
+    return _all_bits_where_negative(builder, builder.sub(builder.zext(bytes_, llvm), one))
+
+
 @intrinsic
-def first(typingctx, like, count):
-    """The mask of the first ``count`` lanes of a vector like ``like``."""
+def beyond(typingctx, like, count):
+    """Integers as wide as the elements of ``like``: all bits set from lane number ``count`` ≥ 0 on, else none."""
+    integers = like.of(like.integer)
 
     def codegen(context, builder, sig, args):
-        return _first(builder, args[1], like.lanes)
+        lanes_ = ir.Constant(ir.IntType(64), like.lanes)
+        count = builder.select(builder.icmp_signed("<", args[1], lanes_), args[1], lanes_)
+        last = builder.sub(count, ir.Constant(ir.IntType(64), 1))
+        if like.element.bitwidth < 64:
+            last = builder.trunc(last, integers.llvm.element)
+        index = ir.Constant(integers.llvm, list(range(like.lanes)))
+        return _all_bits_where_negative(builder, builder.sub(_broadcast(builder, last, integers.llvm), index))
 
-    return like.of(types.boolean)(like, types.intp), codegen
+    return integers(like, types.intp), codegen
 
 
 @intrinsic
-def load_flags(typingctx, array, start, like):
-    """Which of ``array[start : start + lanes]`` are not 0: bytes, as many as ``like`` has lanes."""
+def load_zeros(typingctx, array, start, like):
+    """Integers as wide as the elements of ``like``: all bits set where ``array[start + lane]``, a byte, is 0."""
+    integers = like.of(like.integer)
 
     def codegen(context, builder, sig, args):
         pointer, _ = _pointer(context, builder, sig, args)
         llvm = ir.VectorType(ir.IntType(8), like.lanes)
-        values = builder.load(builder.bitcast(pointer, llvm.as_pointer()), align=1)
-        return builder.icmp_unsigned("!=", values, ir.Constant(llvm, None))
+        bytes_ = builder.load(builder.bitcast(pointer, llvm.as_pointer()), align=1)
+        return _all_bits_where_zero(builder, bytes_, integers.llvm)
 
-    return like.of(types.boolean)(array, types.intp, like), codegen
+    return integers(array, types.intp, like), codegen
 
 
 @intrinsic
-def load_first_flags(typingctx, array, start, count, like):
-    """The same of ``array[start : start + count]``, in the first lanes; nothing beyond is read. Slow."""
+def load_first_zeros(typingctx, array, start, count, like):
+    """The same of ``array[start : start + count]``, all bits set in the other lanes; nothing beyond is read. Slow."""
+    integers = like.of(like.integer)
 
     def codegen(context, builder, sig, args):
         pointer, _ = _pointer(context, builder, sig, args)
         llvm = ir.VectorType(ir.IntType(8), like.lanes)
-        none = ir.Constant(llvm, None)
         arguments = [
             builder.bitcast(pointer, llvm.as_pointer()),
             ir.Constant(ir.IntType(32), 1),
             _first(builder, args[2], like.lanes),
-            none,
+            ir.Constant(llvm, None),
         ]
-        values = _call(builder, f"llvm.masked.load.v{like.lanes}i8.p0", llvm, arguments)
-        return builder.icmp_unsigned("!=", values, none)
+        bytes_ = _call(builder, f"llvm.masked.load.v{like.lanes}i8.p0", llvm, arguments)
+        return _all_bits_where_zero(builder, bytes_, integers.llvm)
 
-    return like.of(types.boolean)(array, types.intp, types.intp, like), codegen
+    return integers(array, types.intp, types.intp, like), codegen
 
 
 @intrinsic
@@ -391,13 +410,6 @@ def from_bits(typingctx, integers):
     """The floats with the given IEEE representations."""
     floats = integers.of(types.float64 if integers.element.bitwidth == 64 else types.float32)
     return floats(integers), lambda context, builder, sig, args: builder.bitcast(args[0], floats.llvm)
-
-
-@intrinsic
-def all_bits(typingctx, mask, like):
-    """The mask as unsigned integers as wide as the elements of ``like``: all bits set where it holds, else none."""
-    integers = like.of(like.integer)
-    return integers(mask, like), lambda context, builder, sig, args: builder.sext(args[0], integers.llvm)
 
 
 @intrinsic

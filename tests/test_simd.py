@@ -13,12 +13,11 @@ from numba.core import types
 
 from grpo_fast import BLOCK, objective_kernels, simd
 from grpo_fast.simd import (
-    all_bits,
+    beyond,
     bits,
     constant,
     count_flags,
     every,
-    first,
     fma,
     from_bits,
     full,
@@ -29,8 +28,8 @@ from grpo_fast.simd import (
     lanes,
     load,
     load_first,
-    load_first_flags,
-    load_flags,
+    load_first_zeros,
+    load_zeros,
     signed,
     store,
     store_first,
@@ -84,11 +83,10 @@ def in_every_lane(x, y, z, out):
     sum_in_place *= b
     sum_in_place /= c
     store(out, 29 * step, sum_in_place)
-    store(out, 30 * step, where(first(a, 3), a, b))
-    store(out, 31 * step, from_bits(all_bits(a < b, a)))
-    store(out, 32 * step, b)
-    store_first(out, 32 * step, 5, a)
-    store(out, 33 * step, fma(a, b, c))  # in a test of its own
+    store(out, 30 * step, from_bits(beyond(a, 3)))
+    store(out, 31 * step, b)
+    store_first(out, 31 * step, 5, a)
+    store(out, 32 * step, fma(a, b, c))  # in a test of its own
 
 
 def as_floats(integers):
@@ -130,8 +128,7 @@ EXPECTED = {
     "scalars": lambda a, b, c: 2 * a + a.dtype.type(1.5),
     "load_first": lambda a, b, c: np.where(np.arange(len(a)) < 3, a, 7),
     "in place": lambda a, b, c: (a + b - c) * b / c,
-    "first": lambda a, b, c: np.where(np.arange(len(a)) < 3, a, b),
-    "all_bits": lambda a, b, c: as_floats(-(a < b).astype(u(a).dtype)),
+    "beyond": lambda a, b, c: as_floats(-(np.arange(len(a)) >= 3).astype(u(a).dtype)),
     "store_first": lambda a, b, c: np.where(np.arange(len(a)) < 5, a, b),
 }
 
@@ -210,10 +207,9 @@ def test_across_lanes(dtype, low):
 @numba.njit(error_model="numpy")
 def flags(mask, start, count, x, out):
     a = load(x, 0)
-    one = full_like(a, 1.0)
-    zero = full_like(a, 0.0)
-    store(out, 0, where(load_flags(mask, start, a), one, zero))
-    store(out, lanes(x), where(load_first_flags(mask, start, count, a), one, zero))
+    store(out, 0, from_bits(load_zeros(mask, start, a)))
+    store(out, lanes(x), from_bits(load_first_zeros(mask, start, count, a)))
+    store(out, 2 * lanes(x), from_bits(beyond(a, count)))
     return count_flags(mask, start)
 
 
@@ -223,11 +219,13 @@ def test_flags(dtype):
     rng = np.random.default_rng(6)
     mask = np.where(rng.random(200) < 0.5, 0, rng.integers(1, 256, 200)).astype(np.uint8)
     for start in (0, 1, 63, 136):
-        for count in (-1, 0, 1, 5, len(lane), 99):
-            x, out = np.zeros(len(lane), dtype), np.empty(2 * len(lane), dtype)
+        for count in (0, 1, 5, len(lane), 99, 1 << 40):
+            x, out = np.zeros(len(lane), dtype), np.empty(3 * len(lane), dtype)
             assert flags(mask, start, count, x, out) == np.count_nonzero(mask[start : start + 64])
-            expected = mask[start : start + len(lane)] != 0
-            assert out.tolist() == [*expected, *(expected & (lane < count))]
+            zero, rest = mask[start : start + len(lane)] == 0, lane >= count
+            ones = u(out).max() + 0
+            assert ones == np.iinfo(ones.dtype).max
+            assert (u(out) == ones * np.concatenate([zero, zero | rest, rest])).all()
 
 
 GUARD = """
