@@ -142,7 +142,7 @@ def collect(batch, objective, grad, sequence, start, stop, collected):
 
 
 # --- conclude ---------------------------------------------------------------------------------------------------------
-class Parts(NamedTuple):
+class Gradient(NamedTuple):
     """The gradient of a sequence: common + tilt·∂k/∂l + direct·w·A."""
 
     common: float
@@ -212,7 +212,7 @@ def conclude(batch, objective, tokens, collected, result):
         through_ratio += _of_stakes(term.slope, total)
     else:
         direct = np.float64(lane_max(term.slope))
-    return Parts(-factor * (through_ratio / tokens), factor * beta_kl_slope, -factor * direct)
+    return Gradient(-factor * (through_ratio / tokens), factor * beta_kl_slope, -factor * direct)
 
 
 # --- spread -----------------------------------------------------------------------------------------------------------
@@ -231,14 +231,14 @@ def _tilted(ref, common, tilt, grad, i, whole):
 
 
 @compiled(allocates=False)
-def spread(batch, objective, grad, parts, sequence, start, stop):
+def spread(batch, objective, grad, made_of, sequence, start, stop):
     """The gradient from ``start`` to ``stop`` of a sequence; with a KL term, ``grad`` holds ∂k/∂l before."""
     if grad is None:
         return
     zero = full(batch.logps, 0.0)
-    common = full_like(zero, parts.common)
-    tilt = full_like(zero, parts.tilt)
-    direct = full_like(zero, parts.direct)
+    common = full_like(zero, made_of.common)
+    tilt = full_like(zero, made_of.tilt)
+    direct = full_like(zero, made_of.direct)
     for i in range(start, stop, lanes(grad)):
         whole = i + lanes(grad) <= len(grad)
         absent = take_absent(batch.mask, i, stop, whole, zero)
@@ -266,8 +266,8 @@ def sequence_level(batch, objective, grad, edges, limit, task, tasks, result):
                     result.counts[TOKENS] += tokens
                     collected = np.empty(((stop - start + BLOCK - 1) // BLOCK, COLLECTED))
                     collect(batch, objective, grad, sequence, start, stop, collected)
-                    parts = conclude(batch, objective, tokens, collected, result)
-                    spread(batch, objective, grad, parts, sequence, start, stop)
+                    made_of = conclude(batch, objective, tokens, collected, result)
+                    spread(batch, objective, grad, made_of, sequence, start, stop)
 
 
 @compiled(parallel=True)
@@ -302,9 +302,9 @@ def collect_parallel(batch, surrogate, kl, denominator, mean_within, grad, seque
 
 
 @compiled(parallel=True)
-def spread_parallel(batch, surrogate, kl, denominator, mean_within, grad, parts, sequence, start, stop, tasks):
+def spread_parallel(batch, surrogate, kl, denominator, mean_within, grad, made_of, sequence, start, stop, tasks):
     """As `spread`, to the bit."""
     for t in numba.prange(tasks):
         begin, end = _share(start, stop, t, tasks)
         objective = Objective(surrogate, kl, denominator, mean_within)
-        spread(batch, objective, grad, parts, sequence, begin, end)
+        spread(batch, objective, grad, made_of, sequence, begin, end)

@@ -60,6 +60,7 @@ _ABSENT, _ADVANTAGE, _RHO, _PENALTY, _ROWS = range(5)
 
 
 # --- one block --------------------------------------------------------------------------------------------------------
+# In the order of use: memory → scratch; log ρ → ρ; l → the KL term; the policy term and the gradient; diagnostics.
 class _Taken(NamedTuple):
     """In lanes: Σ log ρ, the least and the largest log ρ; the largest |l|; Σ A and l, to find what is not finite."""
 
@@ -177,7 +178,7 @@ def _less_penalty(kl, factor, gradient, scratch, v):
     return gradient - where(beta == 0.0, full_like(beta, 0.0), beta * get(scratch, _PENALTY, v))
 
 
-class _Spread(NamedTuple):
+class _Ratios(NamedTuple):
     """In lanes: Σ ρ, Σ ρ², and the counts of clipped tokens."""
 
     ratio: Any
@@ -186,7 +187,7 @@ class _Spread(NamedTuple):
 
 
 @inlined
-def _add_spread(found, surrogate, run, stop, scratch):
+def _add_ratios(found, surrogate, run, stop, scratch):
     """How the ratios of a run lie."""
     _, ratio_squared, clipped = found
     ratio = full(scratch, 0.0)
@@ -196,7 +197,7 @@ def _add_spread(found, surrogate, run, stop, scratch):
         ratio += present
         ratio_squared += wide_squares(present)  # which in float32 could overflow or vanish
         clipped = count_clipped(surrogate, rho, get(scratch, _ADVANTAGE, v), clipped)
-    return _Spread(found.ratio + wide(ratio), ratio_squared, clipped)
+    return _Ratios(found.ratio + wide(ratio), ratio_squared, clipped)
 
 
 @compiled(allocates=False)
@@ -215,7 +216,7 @@ def token_block(batch, objective, grad, factor, sequence, start, stop, scratch):
         kl = wide(zero)
         policy = wide(zero)
         weights = zero
-        spread = _Spread(wide(zero), wide(zero), Clipped(none, none, none))
+        ratios = _Ratios(wide(zero), wide(zero), Clipped(none, none, none))
         for run in range(start, stop, RUN * lanes(scratch)):
             taken = _take_run(taken, batch, sequence, run, stop, scratch)
             if careful:  # outside of the loops, which keep their constants in registers only if nothing branches there
@@ -227,7 +228,7 @@ def token_block(batch, objective, grad, factor, sequence, start, stop, scratch):
             policy_of_run, weights_of_run = _policy(batch, objective, grad, factor, sequence, run, stop, scratch)
             policy += wide(policy_of_run)
             weights += weights_of_run
-            spread = _add_spread(spread, objective.surrogate, run, stop, scratch)
+            ratios = _add_ratios(ratios, objective.surrogate, run, stop, scratch)
         least, most = lane_min(taken.least), lane_max(taken.most)
         if careful or (least >= -limit and most <= limit and lane_max(taken.farthest) <= limit):
             break
@@ -237,11 +238,11 @@ def token_block(batch, objective, grad, factor, sequence, start, stop, scratch):
     sums = (
         lane_sum(policy),
         lane_sum(kl),
-        lane_sum(spread.ratio),
-        lane_sum(spread.ratio_squared),
+        lane_sum(ratios.ratio),
+        lane_sum(ratios.ratio_squared),
         lane_sum(taken.log_ratio),
     )
-    clipped = spread.clipped
+    clipped = ratios.clipped
     check = lane_sum(taken.check + weights)
     doubtful = not np.isfinite(sums[LOG_RATIO] + check)
     return Found(
