@@ -117,11 +117,13 @@ def _count_clipped(surrogate, rho, a, counts):
     if option is Clip:
 
         def count(surrogate, rho, a, counts):
-            losing = where(a < 0.0, rho, full_like(rho, 1.0))  # 1 is within all bounds
-            winning = where(a > 0.0, rho, full_like(rho, 1.0))
+            low = full_like(rho, 1.0 - surrogate.epsilon)
+            high = full_like(rho, 1.0 + surrogate.epsilon_high)
+            losing = where(a < 0.0, rho, low)
+            winning = where(a > 0.0, rho, high)
             return Clipped(
-                tally(counts.low, losing < full_like(rho, 1.0 - surrogate.epsilon)),
-                tally(counts.high, winning > full_like(rho, 1.0 + surrogate.epsilon_high)),
+                tally(counts.low, losing < low),
+                tally(counts.high, winning > high),
                 tally(counts.beyond, losing > full_like(rho, surrogate.delta)),
             )
 

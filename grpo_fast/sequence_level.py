@@ -54,7 +54,7 @@ from .simd import (
 )
 from .staging import BLOCK, RUN, ask_ahead
 
-INLINED = "b1dc02056d7f888f"
+INLINED = "db76519da072ee64"
 
 
 # --- collect ----------------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from .simd import (
     align_stack,
     bits,
     compiled,
+    fma,
     from_bits,
     full,
     full_like,
@@ -53,14 +54,14 @@ from .simd import (
 )
 from .staging import BLOCK, RUN, ask_ahead, get, put, scratch_like
 
-INLINED = "b1dc02056d7f888f"
+INLINED = "db76519da072ee64"
 
 # Rows of the scratch array, each RUN vectors long.
 _ABSENT, _ADVANTAGE, _RHO, _PENALTY, _ROWS = range(5)
 
 
 # --- one block --------------------------------------------------------------------------------------------------------
-# In the order of use: memory → scratch; log ρ → ρ; l → the KL term; the policy term and the gradient; diagnostics.
+# In the order of use: memory → scratch; log ρ → ρ; l → the KL term; diagnostics; the policy term and the gradient.
 class _Taken(NamedTuple):
     """In lanes: Σ log ρ, the least and the largest log ρ; the largest |l|; Σ A and l, to find what is not finite."""
 
@@ -149,6 +150,33 @@ def _product(a, b, careful):
     return a * b
 
 
+class _Ratios(NamedTuple):
+    """In lanes: Σ ρ, Σ ρ², and the counts of clipped tokens."""
+
+    ratio: Any
+    ratio_squared: Any
+    clipped: Any
+
+
+@inlined
+def _add_ratios(found, surrogate, run, stop, scratch, careful):
+    """How the ratios of a run lie."""
+    clipped = found.clipped
+    ratio = full(scratch, 0.0)
+    squared = ratio
+    wide_squared = found.ratio_squared
+    for v in range(vectors(scratch, run, stop)):
+        rho = get(scratch, _RHO, v)
+        present = without(rho, bits(get(scratch, _ABSENT, v)))
+        ratio += present
+        if careful:  # in float32 the square could overflow or vanish
+            wide_squared += wide_squares(present)
+        else:
+            squared = fma(present, present, squared)
+        clipped = count_clipped(surrogate, rho, get(scratch, _ADVANTAGE, v), clipped)
+    return _Ratios(found.ratio + wide(ratio), wide_squared + wide(squared), clipped)
+
+
 @inlined
 def _policy(batch, objective, grad, factor, sequence, run, stop, scratch):
     """Σ of the policy term of a run; Σ of the rollout weights; the gradient, if there is a place for it."""
@@ -178,28 +206,6 @@ def _less_penalty(kl, factor, gradient, scratch, v):
     return gradient - where(beta == 0.0, full_like(beta, 0.0), beta * get(scratch, _PENALTY, v))
 
 
-class _Ratios(NamedTuple):
-    """In lanes: Σ ρ, Σ ρ², and the counts of clipped tokens."""
-
-    ratio: Any
-    ratio_squared: Any
-    clipped: Any
-
-
-@inlined
-def _add_ratios(found, surrogate, run, stop, scratch):
-    """How the ratios of a run lie."""
-    _, ratio_squared, clipped = found
-    ratio = full(scratch, 0.0)
-    for v in range(vectors(scratch, run, stop)):
-        rho = get(scratch, _RHO, v)
-        present = without(rho, bits(get(scratch, _ABSENT, v)))
-        ratio += present
-        ratio_squared += wide_squares(present)  # which in float32 could overflow or vanish
-        clipped = count_clipped(surrogate, rho, get(scratch, _ADVANTAGE, v), clipped)
-    return _Ratios(found.ratio + wide(ratio), ratio_squared, clipped)
-
-
 @compiled(allocates=False)
 def token_block(batch, objective, grad, factor, sequence, start, stop, scratch):
     """What is found in one block; the gradient is written on the way.
@@ -209,7 +215,7 @@ def token_block(batch, objective, grad, factor, sequence, start, stop, scratch):
     align_stack()
     zero = full(scratch, 0.0)
     none = bits(zero)
-    limit = layout(zero).plain
+    limit = layout(zero).squarable
     careful = False
     while True:  # at most twice; a loop, so that the code is there once
         taken = _Taken(wide(zero), full_like(zero, np.inf), full_like(zero, -np.inf), zero, zero)
@@ -222,13 +228,14 @@ def token_block(batch, objective, grad, factor, sequence, start, stop, scratch):
             if careful:  # outside of the loops, which keep their constants in registers only if nothing branches there
                 _to_ratios(batch.old, run, stop, scratch, True)
                 kl += wide(_penalty(objective.kl, batch.ref, grad, run, stop, scratch, True))
+                ratios = _add_ratios(ratios, objective.surrogate, run, stop, scratch, True)
             else:
                 _to_ratios(batch.old, run, stop, scratch, False)
                 kl += wide(_penalty(objective.kl, batch.ref, grad, run, stop, scratch, False))
+                ratios = _add_ratios(ratios, objective.surrogate, run, stop, scratch, False)
             policy_of_run, weights_of_run = _policy(batch, objective, grad, factor, sequence, run, stop, scratch)
             policy += wide(policy_of_run)
             weights += weights_of_run
-            ratios = _add_ratios(ratios, objective.surrogate, run, stop, scratch)
         least, most = lane_min(taken.least), lane_max(taken.most)
         if careful or (least >= -limit and most <= limit and lane_max(taken.farthest) <= limit):
             break
