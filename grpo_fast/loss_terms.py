@@ -113,17 +113,17 @@ def count_clipped(surrogate, rho, a, counts):
 def _count_clipped(surrogate, rho, a, counts):
     option = surrogate.instance_class
 
-    # Selected first and compared then: of two comparisons, joined, LLVM makes 16-bit lanes and back (AVX2).
+    # Selected first and compared then: of two comparisons, joined, LLVM makes 16-bit lanes and back (AVX2), which took
+    # a third to a half of the time of the whole loss. It joins them itself if it can see that what stands in for ρ is
+    # within the bounds, as 1 is.
     if option is Clip:
 
         def count(surrogate, rho, a, counts):
-            low = full_like(rho, 1.0 - surrogate.epsilon)
-            high = full_like(rho, 1.0 + surrogate.epsilon_high)
-            losing = where(a < 0.0, rho, low)
-            winning = where(a > 0.0, rho, high)
+            losing = where(a < 0.0, rho, full_like(rho, 1.0))
+            winning = where(a > 0.0, rho, full_like(rho, 1.0))
             return Clipped(
-                tally(counts.low, losing < low),
-                tally(counts.high, winning > high),
+                tally(counts.low, losing < full_like(rho, 1.0 - surrogate.epsilon)),
+                tally(counts.high, winning > full_like(rho, 1.0 + surrogate.epsilon_high)),
                 tally(counts.beyond, losing > full_like(rho, surrogate.delta)),
             )
 

@@ -54,7 +54,7 @@ from .simd import (
 )
 from .staging import BLOCK, RUN, ask_ahead
 
-INLINED = "db76519da072ee64"
+INLINED = "42a07864bbbd6c3f"
 
 
 # --- collect ----------------------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ from .simd import (
 )
 from .staging import BLOCK, RUN, ask_ahead, get, put, scratch_like
 
-INLINED = "db76519da072ee64"
+INLINED = "42a07864bbbd6c3f"
 
 # Rows of the scratch array, each RUN vectors long.
 _ABSENT, _ADVANTAGE, _RHO, _PENALTY, _ROWS = range(5)
