@@ -47,6 +47,13 @@ def beside(who: dict[str, Contestant], kind: str, sequences: int, dtype: str, le
             both = side_by_side({"grpo_fast": calls["grpo_fast"], name: slow[name]}, seconds=5)
         target = TARGETS.get((name, dtype), "–") if level == "token" else "–"
         row(work, f"{name}, with gradient", target, f"{ratio(both, name, 'grpo_fast'):.1f}×")
+    if "torch.compile" in times:
+        row(
+            f"`grpo_loss(grad=array)`, {label}",
+            "torch.compile, with gradient",
+            "–",
+            f"{ratio(times, 'torch.compile', 'into'):.1f}×",
+        )
 
 
 def short_sequences(sequences: int, dtype: str, level: str) -> None:
