@@ -182,8 +182,7 @@ def _count_clipped(scratch, vectors, low, high, clipped_low, clipped_high):
     for v in range(vectors):
         rho = get(scratch, _RHO, v)
         a = get(scratch, _ADVANTAGE, v)
-        # Selected first and compared then: of two comparisons, joined, LLVM makes 16-bit lanes and back (AVX2). It
-        # joins them itself if it can see that what stands in for ρ is within the bounds, as 1 is.
+        # Selected first and compared then: see `loss_terms.count_clipped`.
         clipped_low = tally(clipped_low, where(a < 0.0, rho, full_like(rho, 1.0)) < low)
         clipped_high = tally(clipped_high, where(a > 0.0, rho, full_like(rho, 1.0)) > high)
     return clipped_low, clipped_high

@@ -54,7 +54,7 @@ from .simd import (
 )
 from .staging import BLOCK, RUN, ask_ahead
 
-INLINED = "42a07864bbbd6c3f"
+INLINED = "0c91a6baa2883241"
 
 
 # --- collect ----------------------------------------------------------------------------------------------------------

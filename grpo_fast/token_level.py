@@ -54,7 +54,7 @@ from .simd import (
 )
 from .staging import BLOCK, RUN, ask_ahead, get, put, scratch_like
 
-INLINED = "42a07864bbbd6c3f"
+INLINED = "0c91a6baa2883241"
 
 # Rows of the scratch array, each RUN vectors long.
 _ABSENT, _ADVANTAGE, _RHO, _PENALTY, _ROWS = range(5)
@@ -202,7 +202,7 @@ def _policy(batch, objective, grad, factor, sequence, run, stop, scratch):
 def _less_penalty(kl, factor, gradient, scratch, v):
     if kl is None:
         return gradient
-    beta = factor * kl.beta
+    beta = factor * kl.beta  # which, being 0, switches off a slope of ∞, too
     return gradient - where(beta == 0.0, full_like(beta, 0.0), beta * get(scratch, _PENALTY, v))
 
 
