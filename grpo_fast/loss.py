@@ -327,6 +327,7 @@ def _pieces(batch: Batch, tasks: int) -> tuple[Array, int, list[int]]:
     limit = max(_LONG, size // (_PIECES * tasks))
     edges = np.searchsorted(batch.bounds, np.linspace(0, size, _PIECES * tasks + 1))
     edges[-1] = len(batch.bounds) - 1
+    edges = np.unique(edges)  # no empty pieces, which could be all of one task's turns
     return edges, limit, np.flatnonzero(np.diff(batch.bounds) > limit).tolist()
 
 

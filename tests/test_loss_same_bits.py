@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from test_same_bits import NEEDS, missing
 
 from grpo_fast import CISPO, K2, K3, SAPO, Clip, _parallel, grpo_loss
+from grpo_fast.loss import _pieces
+from grpo_fast.loss_batch import Batch
 
 #: Nothing, and the ends of vectors and of blocks.
 LENGTHS = (9001, 0, 1, 7, 8, 9, 16, 17, 127, 128, 129, 255, 256, 257, 0, 4095, 4096, 4097, 33)
@@ -272,6 +274,18 @@ def test_serial_or_cut_into_tasks(layout, lengths, case, dtype, monkeypatch):
         monkeypatch.setattr(numba, "get_num_threads", lambda tasks=tasks: asked.append(tasks) or tasks)
         assert results(batch, OPTIONS[case], layout) == expected
     assert set(asked) == {1, 2, 3, 7, 40}
+
+
+@pytest.mark.parametrize("tasks", [2, 3, 16])
+@pytest.mark.parametrize("lengths", [[5000] * 16, [5000] * 48, [1] * 70_000, range(1, 600), [1, 9] * 9000], ids=len)
+def test_every_task_has_its_share(lengths, tasks):
+    n = np.array(lengths)
+    batch = Batch(*[np.zeros(n.sum())] * 6, np.append(0, np.cumsum(n)), True, True)
+    edges, limit, long = _pieces(batch, tasks)
+    shares = [sum(n[a:b].sum() for a, b in list(itertools.pairwise(edges))[task::tasks]) for task in range(tasks)]
+    assert not long
+    assert sum(shares) == n.sum()
+    assert max(shares) <= 1.2 * n.sum() / tasks + n.max()  # a sequence is not cut
 
 
 @pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="one CPU only")
