@@ -286,14 +286,15 @@ def _at_token_level(batch: Batch, objective: Objective, gradient: Array | None, 
     if tasks == 1:
         token_level.token_level(batch, objective, gradient, None, *_alone(batch, result))
         return
-    edges, limit, long = _pieces(batch, tasks)
+    pieces, limit, long = _pieces(batch, tasks)
     if len(long) <= len(batch.bounds) - 2:
-        token_level.token_level_parallel(batch, *objective, gradient, None, edges, limit, *result)
+        token_level.token_level_parallel(batch, *objective, gradient, None, pieces, limit, *result)
     shares = [_share_out(batch, gradient, sequence, tasks, result) for sequence in long]
     if long:
         parts = token_level.Parts(*(np.concatenate(column) for column in zip(*shares, strict=True)))
-        edges = np.arange(len(parts.start) + 1)
-        token_level.token_level_parallel(batch, *objective, gradient, parts, edges, limit, *result)
+        numbers = np.arange(len(parts.start) + 1)
+        pieces = np.column_stack((numbers[:-1], numbers[1:]))
+        token_level.token_level_parallel(batch, *objective, gradient, parts, pieces, limit, *result)
 
 
 def _at_sequence_level(batch: Batch, objective: Objective, gradient: Array | None, result: Result) -> None:
@@ -302,9 +303,9 @@ def _at_sequence_level(batch: Batch, objective: Objective, gradient: Array | Non
     if tasks == 1:
         kernels.sequence_level(batch, objective, gradient, *_alone(batch, result))
         return
-    edges, limit, long = _pieces(batch, tasks)
+    pieces, limit, long = _pieces(batch, tasks)
     if len(long) <= len(batch.bounds) - 2:
-        kernels.sequence_level_parallel(batch, *objective, gradient, edges, limit, *result)
+        kernels.sequence_level_parallel(batch, *objective, gradient, pieces, limit, *result)
     for sequence in long:
         start, stop, tokens = _extent(batch, gradient, sequence, result)
         if tokens:
@@ -317,18 +318,21 @@ def _at_sequence_level(batch: Batch, objective: Objective, gradient: Array | Non
 
 def _alone(batch: Batch, result: Result) -> tuple[Any, ...]:
     """The last arguments of a kernel for the one task that does all."""
-    edges = np.array([0, len(batch.bounds) - 1])
-    return edges, batch.logps.size, 0, 1, Result(*(x[0] for x in result))
+    pieces = np.array([[0, len(batch.bounds) - 1]])
+    return pieces, batch.logps.size, 0, 1, Result(*(x[0] for x in result))
 
 
 def _pieces(batch: Batch, tasks: int) -> tuple[Array, int, list[int]]:
-    """The first sequences of the pieces and the end; from which length on sequences are shared out; which those are."""
+    """Ranges of sequences for tasks to take in turns; the length beyond which one is shared out; those longer."""
     size = batch.logps.size
     limit = max(_LONG, size // (_PIECES * tasks))
     edges = np.searchsorted(batch.bounds, np.linspace(0, size, _PIECES * tasks + 1))
     edges[-1] = len(batch.bounds) - 1
-    edges = np.unique(edges)  # no empty pieces, which could be all of one task's turns
-    return edges, limit, np.flatnonzero(np.diff(batch.bounds) > limit).tolist()
+    edges = np.unique(edges)
+    # From large to small: in any other order one task's turns could all be the larger pieces, or the only ones.
+    order = np.argsort(-np.diff(batch.bounds[edges]), kind="stable")
+    pieces = np.column_stack((edges[:-1], edges[1:]))[order]
+    return pieces, limit, np.flatnonzero(np.diff(batch.bounds) > limit).tolist()
 
 
 def _extent(batch: Batch, gradient: Array | None, sequence: int, result: Result) -> tuple[int, int, int]:

@@ -250,13 +250,13 @@ def spread(batch, objective, grad, made_of, sequence, start, stop):
 
 # --- all of it --------------------------------------------------------------------------------------------------------
 @compiled
-def sequence_level(batch, objective, grad, edges, limit, task, tasks, result):
-    """Add what is found in every ``tasks``-th of the pieces between which ``edges`` lie, from number ``task`` on.
+def sequence_level(batch, objective, grad, pieces, limit, task, tasks, result):
+    """Add what is found in every ``tasks``-th of the pieces, from number ``task`` on, and write the gradient.
 
-    Sequences longer than ``limit`` are left out. The gradient is written.
+    A row of ``pieces`` is a range of sequences, of which those longer than ``limit`` are left out.
     """
-    for piece in range(task, len(edges) - 1, tasks):
-        for sequence in range(edges[piece], edges[piece + 1]):
+    for piece in range(task, len(pieces), tasks):
+        for sequence in range(pieces[piece, 0], pieces[piece, 1]):
             first, last = batch.bounds[sequence], batch.bounds[sequence + 1]
             if last - first <= limit:
                 start, stop, tokens = extent(batch.mask, first, last)
@@ -271,7 +271,9 @@ def sequence_level(batch, objective, grad, edges, limit, task, tasks, result):
 
 
 @compiled(parallel=True)
-def sequence_level_parallel(batch, surrogate, kl, denominator, mean_within, grad, edges, limit, rows, counts, extremes):
+def sequence_level_parallel(
+    batch, surrogate, kl, denominator, mean_within, grad, pieces, limit, rows, counts, extremes
+):
     """`sequence_level` for all tasks, one for each of the ``rows``, on threads; to the bit the same for any number.
 
     The members of `Objective` and `Result` come one by one: into a prange goes no tuple of tuples.
@@ -279,7 +281,7 @@ def sequence_level_parallel(batch, surrogate, kl, denominator, mean_within, grad
     tasks = len(rows)
     for t in numba.prange(tasks):
         objective = Objective(surrogate, kl, denominator, mean_within)
-        sequence_level(batch, objective, grad, edges, limit, t, tasks, Result(rows[t], counts[t], extremes[t]))
+        sequence_level(batch, objective, grad, pieces, limit, t, tasks, Result(rows[t], counts[t], extremes[t]))
 
 
 # --- one long sequence, on all threads --------------------------------------------------------------------------------

@@ -291,14 +291,14 @@ def _item(parts, batch, grad, item, limit, result):
 
 
 @compiled
-def token_level(batch, objective, grad, parts, edges, limit, task, tasks, result):
-    """Add what is found in every ``tasks``-th of the pieces between which ``edges`` lie, from number ``task`` on.
+def token_level(batch, objective, grad, parts, pieces, limit, task, tasks, result):
+    """Add what is found in every ``tasks``-th of the pieces, from number ``task`` on, and write the gradient.
 
-    The pieces are of sequences, but for those longer than ``limit``; or of ``parts`` of such. The gradient is written.
+    A row of ``pieces`` is a range of sequences, of which those longer than ``limit`` are left out; or of ``parts``.
     """
     scratch = scratch_like(batch.logps, _ROWS)
-    for piece in range(task, len(edges) - 1, tasks):
-        for item in range(edges[piece], edges[piece + 1]):
+    for piece in range(task, len(pieces), tasks):
+        for item in range(pieces[piece, 0], pieces[piece, 1]):
             sequence, start, stop, tokens = _item(parts, batch, grad, item, limit, result)
             factor = -weight_of_token(objective, tokens)
             for block in range(start, stop, BLOCK):
@@ -309,7 +309,7 @@ def token_level(batch, objective, grad, parts, edges, limit, task, tasks, result
 
 @compiled(parallel=True)
 def token_level_parallel(
-    batch, surrogate, kl, denominator, mean_within, grad, parts, edges, limit, rows, counts, extremes
+    batch, surrogate, kl, denominator, mean_within, grad, parts, pieces, limit, rows, counts, extremes
 ):
     """`token_level` for all tasks, one for each of the ``rows``, on threads; to the bit the same for any number.
 
@@ -318,4 +318,4 @@ def token_level_parallel(
     tasks = len(rows)
     for t in numba.prange(tasks):
         objective = Objective(surrogate, kl, denominator, mean_within)
-        token_level(batch, objective, grad, parts, edges, limit, t, tasks, Result(rows[t], counts[t], extremes[t]))
+        token_level(batch, objective, grad, parts, pieces, limit, t, tasks, Result(rows[t], counts[t], extremes[t]))

@@ -281,8 +281,8 @@ def test_serial_or_cut_into_tasks(layout, lengths, case, dtype, monkeypatch):
 def test_every_task_has_its_share(lengths, tasks):
     n = np.array(lengths)
     batch = Batch(*[np.zeros(n.sum())] * 6, np.append(0, np.cumsum(n)), True, True)
-    edges, limit, long = _pieces(batch, tasks)
-    shares = [sum(n[a:b].sum() for a, b in list(itertools.pairwise(edges))[task::tasks]) for task in range(tasks)]
+    pieces, _, long = _pieces(batch, tasks)
+    shares = [sum(n[a:b].sum() for a, b in pieces[task::tasks]) for task in range(tasks)]
     assert not long
     assert sum(shares) == n.sum()
     assert max(shares) <= 1.2 * n.sum() / tasks + n.max()  # a sequence is not cut
