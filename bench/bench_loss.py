@@ -10,7 +10,7 @@ import itertools
 import pytest
 from losses import DTYPES, KINDS, LEVELS, check, contestants, expected
 
-SIZES = [(16, 256), (512, 512), (4096, 4096)]  # the last takes half an hour and 6 GB of memory
+SIZES = [(16, 256), (512, 512), (4096, 4096)]  # the last takes long, and several GB of memory
 CASES = list(itertools.product(SIZES, KINDS, DTYPES, LEVELS))
 NAMES = ["grpo_fast", "numpy", "torch eager", "torch.compile"]
 

@@ -1,6 +1,6 @@
 """What grpo_loss must reach, as ratios from interleaved rounds in one run, as a Markdown table.
 
-``python bench/loss_targets.py``; a quarter of an hour and up to 6 GB of memory. ``--shrink 100`` takes a hundredth of
+``python bench/loss_targets.py``; about ten minutes and several GB of memory. ``--shrink 100`` takes a hundredth of
 the sequences, to see that it runs. Every ratio is the median over rounds in which both sides were timed.
 """
 

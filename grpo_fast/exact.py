@@ -90,7 +90,7 @@ class Exact(NamedTuple):
         numerator, denominator = x.as_integer_ratio()
         return cls(numerator * (_UNIT // denominator), 0)
 
-    def __add__(self, other: "Exact") -> "Exact":  # type: ignore[override]
+    def __add__(self, other: "Exact") -> "Exact":  # type: ignore[override]  # a tuple's joins
         return Exact(self.units + other.units, self.special | other.special)
 
     def __float__(self) -> float:

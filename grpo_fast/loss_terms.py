@@ -150,30 +150,30 @@ class KLTerm(NamedTuple):
     value_and_slope: Any
 
 
-def kl_term(kl, l, careful):  # noqa: E741 - the papers' letter
+def kl_term(kl, l, careful):
     """The KL term of each token, without β and ρ; unless ``careful``, for |l| up to `Layout.plain`."""
 
 
 @overload(kl_term, **_inlined_overload)
-def _kl_term(kl, l, careful):  # noqa: E741
+def _kl_term(kl, l, careful):
     option = kl.instance_class
 
     if option is K1:
 
-        def term(kl, l, careful):  # noqa: E741
+        def term(kl, l, careful):
             one = full_like(l, 1.0)
             return KLTerm(l, one, l + one)
 
     elif option is K2:
 
-        def term(kl, l, careful):  # noqa: E741
+        def term(kl, l, careful):
             half = constant(l, 0.5) * l
             return KLTerm(half * l, l, fma(half, l, l))
 
     else:
         assert option is K3
 
-        def term(kl, l, careful):  # noqa: E741
+        def term(kl, l, careful):
             d = k3_of_any_log(-l) if careful else k3_of_log(-l)
             return KLTerm(d.k3, -d.expm1, l)
 

@@ -47,7 +47,7 @@ from .simd import (
 )
 from .staging import BLOCK, RUN, ask_ahead, get, put, scratch_like
 
-INLINED = "1c562b2a1d7b12cd"
+INLINED = "1be6b4d6422e74a2"
 
 # Rows of the scratch array, each RUN vectors long.
 _RHO, _ADVANTAGE, _POWER, _F, _S, _PRESENT, _ROWS = range(7)

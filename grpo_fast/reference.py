@@ -196,7 +196,7 @@ def sigmoid(x: Floats) -> Floats:
     return result
 
 
-def kl_term(kl: KL, rho: Floats, l: Floats, level: Level) -> tuple[Floats, Floats, Floats]:  # noqa: E741 - the papers'
+def kl_term(kl: KL, rho: Floats, l: Floats, level: Level) -> tuple[Floats, Floats, Floats]:
     """The KL term as penalised, without β: its value, and its derivative through log ρ and beside it.
 
     At token level both derivatives meet in one token, and their sum is written down instead of summed: of e^(−l) in
@@ -219,7 +219,7 @@ def kl_term(kl: KL, rho: Floats, l: Floats, level: Level) -> tuple[Floats, Float
     return times(rho, k), times(rho, k), times(rho, slope)
 
 
-def k3(l: Floats) -> Floats:  # noqa: E741
+def k3(l: Floats) -> Floats:
     """k3 = e^(−l) + l − 1 within 3 ulp (the worst seen: 2.6), never negative.
 
     With d = −l this is e^d − 1 − d. Beyond |d| = 1, ``expm1(d) − d`` loses two bits at most. Within, where it would

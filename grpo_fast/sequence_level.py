@@ -54,7 +54,7 @@ from .simd import (
 )
 from .staging import BLOCK, RUN, ask_ahead
 
-INLINED = "0c91a6baa2883241"
+INLINED = "03d3c8a584b8d72d"
 
 
 # --- collect ----------------------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ def _take_kl(ref, objective, grad, logp, absent, i, stop, whole, careful):
     """k and l of one vector; ∂k/∂l → ``grad``."""
     if ref is None:
         return logp - logp, logp - logp
-    l = without(logp - take(ref, i, whole), absent)  # noqa: E741 - the papers' letter
+    l = without(logp - take(ref, i, whole), absent)
     term = kl_term(objective.kl, l, careful)
     if grad is not None:
         write(grad, i, stop, term.slope)
@@ -113,7 +113,7 @@ def collect_block(batch, objective, grad, sequence, start, stop, collected):
                 against_of_run += where(a < 0.0, staked, zero)
                 many_for = tally(many_for, a > 0.0)
                 many_against = tally(many_against, a < 0.0)
-                value, l = _take_kl(batch.ref, objective, grad, logp, absent, i, stop, whole, careful)  # noqa: E741
+                value, l = _take_kl(batch.ref, objective, grad, logp, absent, i, stop, whole, careful)
                 k_of_run += value
                 size = where(l < 0.0, -l, l)
                 farthest = where(size > farthest, size, farthest)

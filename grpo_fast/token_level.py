@@ -54,7 +54,7 @@ from .simd import (
 )
 from .staging import BLOCK, RUN, ask_ahead, get, put, scratch_like
 
-INLINED = "0c91a6baa2883241"
+INLINED = "03d3c8a584b8d72d"
 
 # Rows of the scratch array, each RUN vectors long.
 _ABSENT, _ADVANTAGE, _RHO, _PENALTY, _ROWS = range(5)
@@ -101,7 +101,7 @@ def _take_run(found, batch, sequence, run, stop, scratch):
 def _take_distance(ref, logp, absent, i, v, whole, scratch, check, farthest):
     if ref is None:
         return check, farthest
-    l = without(logp - take(ref, i, whole), absent)  # noqa: E741 - the papers' letter
+    l = without(logp - take(ref, i, whole), absent)
     put(scratch, _PENALTY, v, l)
     size = where(l < 0.0, -l, l)
     return check + l, where(size > farthest, size, farthest)

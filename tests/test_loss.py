@@ -165,7 +165,7 @@ def limits(arguments, eps):
         through = through * (1 + rho) + 1e-25 * np.abs(times(w, A))
     k, beta = np.zeros_like(logp), 0.0
     if kl is not None:
-        l, beta = logp - tokens.each("ref_logps", ref), kl.beta  # noqa: E741
+        l, beta = logp - tokens.each("ref_logps", ref), kl.beta
         k, k_through, k_direct = (times(1 + np.abs(l), np.abs(x)) for x in reference.kl_term(kl, rho, l, level))
         through = through + times(beta, k_through)
         direct = direct + times(beta, k_direct + times(rho if kl.importance_weighted else 1.0, np.abs(l)))
@@ -359,9 +359,9 @@ def test_tunix_aggregation(aggregation, loss):
 def test_kl_in_float32_is_right_however_small_it_is():
     plain, plain_slope = [], []  # errors of the formulas as they stand
     for steps in [1, 2, 3, 7, 40, 1000, 9999, 123456, 3000001]:
-        for l in (steps * 2.0**-23, -steps * 2.0**-23):  # noqa: E741 - which is exactly the difference −1.5 + l − (−1.5)
+        for l in (steps * 2.0**-23, -steps * 2.0**-23):  # which is exactly the difference −1.5 + l − (−1.5)
 
-            def at(kl, l=l):  # noqa: E741
+            def at(kl, l=l):
                 result = few([-1.5 + l], [-1.5 + l], [0.0], [-1.5], kl=kl, dtype=F4)
                 return result.stats.kl, result.grad[0]
 
@@ -391,9 +391,9 @@ def test_far_away_from_the_other_policies(surrogate, kls, level, dtype):
     # The oracle in the same dtype overflows at the same place. A subnormal ρ is left out: an ulp is a part of it.
     sizes = [1, 650, 699, 701, 710, 2000] if dtype is F8 else [1, 79, 81, 87, 90, 300]
     tiny = math.log(np.finfo(dtype).tiny)
-    far = [(x, l) for d in sizes for x in (-d, 0, d) for l in (-d, 0, d) if x > tiny or x < 1.2 * tiny]  # noqa: E741
+    far = [(x, l) for d in sizes for x in (-d, 0, d) for l in (-d, 0, d) if x > tiny or x < 1.2 * tiny]
     signs = [(-1, 1, 0.1), (1, 1, 0.1), (0, 1, 0.1), (-1, 0, 0.1), (-1, 1, 0)]  # A, rollout weight, β
-    for (log_ratio, l), (A, w, beta), K, weighted in itertools.product(far, signs, kls, (True, False)):  # noqa: E741
+    for (log_ratio, l), (A, w, beta), K, weighted in itertools.product(far, signs, kls, (True, False)):
         values = [-500, -500 - log_ratio, A, -500 - l, w]
         arrays = {name: np.array([x], dtype) for name, x in zip(ARRAYS, values, strict=True)}
         options = {"surrogate": surrogate, "kl": K(beta, weighted), "importance_sampling_level": level}

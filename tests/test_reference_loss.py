@@ -318,7 +318,7 @@ def test_nothing_left_gives_no_diagnostics():
 
 
 @given(st.floats(1e-140, 30) | st.floats(-30, -1e-140))
-def test_k3_has_no_cancellation(l):  # noqa: E741
+def test_k3_has_no_cancellation(l):
     with localcontext() as context:
         context.prec = 400
         exact = (-Decimal(l)).exp() + Decimal(l) - 1
