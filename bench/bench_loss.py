@@ -1,40 +1,66 @@
-"""grpo_loss beside the same loss by other means: ``pytest bench/bench_loss.py --benchmark-enable --benchmark-only``.
+"""grpo_loss with its gradient beside everything else: ``pytest bench/bench_loss.py --benchmark-enable``.
 
-One table of cases, of which ``-k 512x512`` takes the ones of one size; what is timed is first checked against the
-reference. Compare within a group: the groups hold the contestants of one case. For ratios from interleaved rounds,
-which noise disturbs less, see loss_targets.py.
+One table of cases; what is timed is first checked against the reference in float64. Compare within a group. The large
+batches take several GB of memory.
 """
 
 import itertools
+from functools import partial
 
+import numpy as np
 import pytest
-from losses import DTYPES, KINDS, LEVELS, check, contestants, expected
+from batches import KINDS, packed_long, packed_short
+from loss_peers import LEVELS, PEERS, check, expected, fast
+from roofs import read_and_write
+from timing import clock, hand_over, measure, present
 
-SIZES = [(16, 256), (512, 512), (4096, 4096)]  # the last takes long, and several GB of memory
-CASES = list(itertools.product(SIZES, KINDS, DTYPES, LEVELS))
-NAMES = ["grpo_fast", "numpy", "torch eager", "torch.compile"]
-
-
-@pytest.fixture(scope="module")
-def who():
-    return contestants()
+LENGTH = {16: 256, 256: 512, 4096: 4096}  # tokens, by sequences: a micro-batch, a batch, and one that fits no cache
+CASES = list(itertools.product(LENGTH, ("full", "padded"), ("float64", "float32"), LEVELS))
+OTHERS = ("without gradient", "read-and-write roof")
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0][0]}x{case[0][1]}, {', '.join(case[1:])}")
-def case(request):
-    (sequences, length), kind, dtype, level = request.param
-    batch = KINDS[kind](sequences, length, dtype)
-    return f"{batch.tokens:,} tokens, {kind}, {dtype}, {level} level", batch, level, expected(batch, level)
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: ", ".join(map(str, case)))
+def case(request, quick):
+    sequences, kind, dtype, level = request.param
+    if quick and sequences > 256:
+        pytest.skip("--quick")
+    peers, missing = present(PEERS)
+    batch = KINDS[kind](sequences, LENGTH[sequences], dtype)
+    right = expected(batch, level)
+    calls = {name: bind(batch, level, True) for name, bind in peers.items()}
+    for call in calls.values():
+        check(call(), right, batch)
+    del right
+    calls["without gradient"] = partial(fast, batch, level, False)
+    calls["read-and-write roof"] = partial(read_and_write, *batch[:3], np.empty_like(batch.logps))
+    facts = {"n": batch.logps.size, "tokens": batch.tokens, "kind": kind, "dtype": dtype, "level": level}
+    return facts, measure(calls, request.config), missing
 
 
+@pytest.mark.benchmark(timer=clock)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # its own; an error, it would stop torch.compile
-@pytest.mark.parametrize("grad", [False, True], ids=["value", "value and gradient"])
-@pytest.mark.parametrize("name", NAMES)
-def test_speed(benchmark, who, case, name, grad):
-    found, missing = who
+@pytest.mark.parametrize("name", [*PEERS, *OTHERS])
+def test_speed(benchmark, case, name):
+    facts, times, missing = case
     if name in missing:
         pytest.skip(f"{name} is missing: {missing[name]}")
-    label, batch, level, right = case
-    benchmark.group = f"{label}, {'value and gradient' if grad else 'value'}"
-    check(found[name](batch, level, grad), right, batch)
-    benchmark(found[name], batch, level, grad)
+    group = f"loss, {facts['n']:,} {facts['kind']}, {facts['dtype']}, {facts['level']} level"
+    hand_over(benchmark, times, name, group, work="loss", **facts)
+
+
+@pytest.fixture(scope="module", params=itertools.product(("float64", "float32"), LEVELS), ids=", ".join)
+def packed(request, quick):
+    dtype, level = request.param
+    sequences = 64 if quick else 4096
+    batches = {"long": packed_long(sequences, 4096, dtype), "short": packed_short(sequences, 4096, dtype)}
+    calls = {name: partial(fast, batch, level, np.empty_like(batch.logps)) for name, batch in batches.items()}
+    return dtype, level, {name: batch.tokens for name, batch in batches.items()}, measure(calls, request.config)
+
+
+@pytest.mark.benchmark(timer=clock)
+@pytest.mark.parametrize("name", ["long", "short"])
+def test_packed(benchmark, packed, name):
+    """Sequences of 5 … 900 tokens beside sequences of 1 … 4096."""
+    dtype, level, tokens, times = packed
+    group = f"packed, {dtype}, {level} level"
+    hand_over(benchmark, times, name, group, work="packed", tokens=tokens[name], dtype=dtype, level=level)

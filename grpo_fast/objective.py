@@ -72,10 +72,9 @@ def grpo_objective(
     >>> round(grpo_objective([1.2, 0.8, 1.1], [1.0, 1.0, 1.0], [0.9, 1.1, 1.0], [1.0, 0.5, 1.5]), 5)
     1.03277
     """
-    clip, penalty = _options(epsilon, beta)
-    arrays, shape = _samples(rhos, A, pi_theta_old, pi_theta_ref, penalty.beta != 0)
+    _, penalty, low, high = _options(epsilon, beta)
+    arrays, shape = _samples((rhos, A, pi_theta_old, pi_theta_ref), penalty.beta != 0.0)
     n = arrays[0].size
-    low, high = 1.0 - clip.epsilon, 1.0 + clip.epsilon_high
     if n <= BLOCK:
         surrogate, kl, legal = kernels.objective_block(*arrays, low, high)
     elif n < _parallel.WORTH_SHARING:
@@ -109,14 +108,14 @@ def grpo_stats(
         Its ``objective`` is that of `grpo_objective`, to the bit. The results of shards add to that of the whole
         exactly if the shards are cut at multiples of ``grpo_fast.BLOCK`` samples, and to rounding otherwise.
     """
-    clip, kl = _options(epsilon, beta)
-    arrays, shape = _samples(rhos, A, pi_theta_old, pi_theta_ref, True)
-    rows, counts, extremes = _totals(arrays, 1.0 - clip.epsilon, 1.0 + clip.epsilon_high, True)
+    clip, penalty, low, high = _options(epsilon, beta)
+    arrays, shape = _samples((rhos, A, pi_theta_old, pi_theta_ref), True)
+    rows, counts, extremes = _totals(arrays, low, high, True)
     clipped_low, clipped_high, illegal = counts.sum(axis=0).tolist()
     if illegal:
         _refuse(arrays, shape)
     return Stats.of(
-        Options(clip, kl),
+        Options(clip, penalty),
         tokens=arrays[0].size,
         sequence_count=None,
         sums=Exact.of_rows(rows),
@@ -156,7 +155,7 @@ def grpo_sweep(
         tuple(Clip(epsilon).epsilon for epsilon in _numbers("epsilons", epsilons)),
         tuple(K3(beta).beta for beta in _numbers("betas", betas)),
     )
-    arrays, shape = _samples(rhos, A, pi_theta_old, pi_theta_ref, any(grid[1]))
+    arrays, shape = _samples((rhos, A, pi_theta_old, pi_theta_ref), any(grid[1]))
     steps = np.array(grid[0])
     n = arrays[0].size
     with _parallel.tasks(n) as tasks:
@@ -180,25 +179,31 @@ def grpo_sweep(
     )
 
 
-_made = lru_cache(maxsize=256, typed=True)(lambda epsilon, beta: (Clip(epsilon), K3(beta)))
+def _make_options(epsilon: float, beta: float) -> tuple[Clip, K3, float, float]:
+    clip, penalty = Clip(epsilon), K3(beta)
+    return clip, penalty, 1.0 - clip.epsilon, 1.0 + clip.epsilon_high
 
 
-def _options(epsilon: float, beta: float) -> tuple[Clip, K3]:
-    """Both options, checked; from a cache, since making them would be a third of a small call."""
+_made_options = lru_cache(maxsize=256, typed=True)(_make_options)
+
+
+def _options(epsilon: float, beta: float) -> tuple[Clip, K3, float, float]:
+    """Both options, checked, and the bounds of ρ; from a cache, since making them would be a third of a small call."""
     try:
-        return _made(epsilon, beta)
+        return _made_options(epsilon, beta)
     except TypeError:  # not hashable, hence not a number, or just not a number
-        return Clip(epsilon), K3(beta)
+        return _make_options(epsilon, beta)
 
 
-def _samples(
-    rhos: ArrayLike, A: ArrayLike, pi_theta_old: ArrayLike, pi_theta_ref: ArrayLike, with_kl: bool
-) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+_NAMES = ("rhos", "A", "pi_theta_old", "pi_theta_ref")
+
+
+def _samples(values: tuple[Any, ...], with_kl: bool) -> tuple[tuple[Any, ...], tuple[int, ...]]:
     """The four arrays for a kernel, with None for probabilities that are not needed, and their common shape."""
-    if not with_kl:
-        arrays, shape = same_shape(("rhos", "A"), (rhos, A))
-        return (*arrays, None, None), shape
-    return same_shape(("rhos", "A", "pi_theta_old", "pi_theta_ref"), (rhos, A, pi_theta_old, pi_theta_ref))
+    if with_kl:
+        return same_shape(_NAMES, values)
+    arrays, shape = same_shape(_NAMES[:2], values[:2])
+    return (*arrays, None, None), shape
 
 
 def _numbers(name: str, values: ArrayLike) -> list[float]:

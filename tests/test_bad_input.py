@@ -225,7 +225,7 @@ def test_contiguous_arrays_are_not_copied(dtype, tmp_path):
         x.tofile(tmp_path / "x")
         mapped = np.memmap(tmp_path / "x", dtype, "r")
         for given in (x, x.reshape(3, 4), x[2:], readonly, readonly.reshape(2, 6), mapped, mapped[1:].reshape(11, 1)):
-            (seen,), shape = same_shape(["x"], [given])
+            (seen,), shape = same_shape(["x"], (given,))
             assert np.shares_memory(seen, given)
             assert (type(seen), seen.dtype, seen.ndim, shape) == (np.ndarray, dtype, 1, given.shape)
 

@@ -1,0 +1,293 @@
+"""Measure everything, and write the README's tables and the picture from it.
+
+``python bench/report.py`` runs the suites (half an hour, some GB of memory; ``--quick`` for a look) and writes;
+``python bench/report.py results.json`` writes from what pytest-benchmark saved before. Below: the results and how to
+ask them, one function for each table, the picture, and where they go. A ratio is the median over rounds in which both
+sides were timed. Nothing is left out: rows that are lost are printed bold, peers that are missing are named.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from bench_objective import OTHERS
+from loss_peers import LEVELS
+from loss_peers import PEERS as LOSS_PEERS
+from objective_peers import PEERS as OBJECTIVE_PEERS
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+PICTURE = HERE / "speed.svg"
+OURS, IN_PLACE = "grpo_fast", "grpo_fast, in place"
+READ, READ_AND_WRITE, VALUE = "read-only roof", "read-and-write roof", "without gradient"
+
+
+class Results:
+    """What pytest-benchmark saved, found by the facts that the suites keep with it."""
+
+    def __init__(self, path: Path) -> None:
+        saved = json.loads(path.read_text())
+        self.machine: dict[str, Any] = saved["machine_info"]["grpo_fast"]
+        self.rows: list[dict[str, Any]] = [b["extra_info"] | {"times": b["stats"]["data"]} for b in saved["benchmarks"]]
+
+    def all(self, **facts: Any) -> list[dict[str, Any]]:
+        """The results with these facts."""
+        return [row for row in self.rows if all(row.get(name) == value for name, value in facts.items())]
+
+    def values(self, fact: str, **facts: Any) -> list[Any]:
+        """The different values of a fact among the results with other facts, in the order in which they were made."""
+        return list(dict.fromkeys(row[fact] for row in self.all(**facts)))
+
+    def times(self, **facts: Any) -> list[float]:
+        """Seconds in each round; none if that was not measured."""
+        return next((row["times"] for row in self.all(**facts)), [])
+
+    def ratio(self, a: str, b: str, **facts: Any) -> float | None:
+        """The median over the rounds of the time of one peer over another's."""
+        pairs = zip(self.times(peer=a, **facts), self.times(peer=b, **facts), strict=False)
+        ratios = [x / y for x, y in pairs]
+        return median(ratios) if ratios else None
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+def spelled(seconds: Iterable[float]) -> str:
+    """The median, in a unit that suits it, and half of the distance between the quartiles."""
+    data = list(seconds)
+    if not data:
+        return "–"
+    middle = median(data)
+    lower, _, upper = quantiles(data, n=4) if len(data) > 1 else (middle, middle, middle)
+    unit, factor = next(x for x in (("s", 1), ("ms", 1e3), ("µs", 1e6)) if middle * x[1] >= 1 or x[0] == "µs")
+    return f"{middle * factor:.3g} ± {(upper - lower) / 2 * factor:.1g} {unit}"
+
+
+def times_slower(ratio: float | None) -> str:
+    """A ratio for a cell; bold where the peer is ahead."""
+    if ratio is None:
+        return "–"
+    cell = f"{ratio:.3g}" if ratio < 100 else f"{ratio:.0f}"
+    return f"**{cell}**" if ratio < 1 else cell
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:
+    """The lines of a Markdown table."""
+    head = list(head)
+    yield f"| {' | '.join(head)} |"
+    yield f"|{'---|' * len(head)}"
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+    yield ""
+
+
+def machine(results: Results) -> Iterator[str]:
+    """What it was measured on, and who did not take part."""
+    about = results.machine
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
+    yield f"{about['cpu']}, {about['system']}, {about['threads']} threads; Python {about['python']}, {versions}."
+    for name, reason in about["missing"].items():
+        yield f"{name} is missing: {reason}."
+    yield ""
+
+
+def objective(results: Results) -> Iterator[str]:
+    """grpo_objective beside its peers, for every number of samples."""
+    peers = [name for name in OBJECTIVE_PEERS if name != OURS]
+    for dtype in results.values("dtype", work="objective"):
+        yield f"`grpo_objective`, {dtype}: its time, how many times longer the others take, and its share of the roof.\n"
+
+        def row(n: int, dtype: str = dtype) -> Iterator[str]:
+            facts = {"work": "objective", "n": n, "dtype": dtype}
+            yield f"{n:,}"
+            yield spelled(results.times(peer=OURS, **facts))
+            for peer in peers:
+                yield times_slower(results.ratio(peer, OURS, **facts))
+            roof = results.ratio(READ, OURS, **facts)
+            yield "–" if roof is None or n < 1_000_000 else f"{roof:.2f}"
+
+        sizes = results.values("n", work="objective", dtype=dtype)
+        yield from table(["samples", "grpo_fast", *peers, "of the roof"], map(row, sizes))
+
+
+def loss(results: Results) -> Iterator[str]:
+    """grpo_loss with its gradient beside its peers."""
+    peers = [name for name in LOSS_PEERS if name not in (OURS, IN_PLACE)]
+    for level in LEVELS:
+        yield (
+            f"`grpo_loss` at {level} level with its gradient: its time with `grad=True` and with `grad=array`, how many "
+            "times longer than the former the others take, and the share of the roof that the latter has.\n"
+        )
+
+        def row(case: tuple[int, str, str], level: str = level) -> Iterator[str]:
+            n, kind, dtype = case
+            facts = {"work": "loss", "n": n, "kind": kind, "dtype": dtype, "level": level}
+            yield f"{n:,}, {'none masked' if kind == 'full' else 'half masked'}, {dtype}"
+            yield spelled(results.times(peer=OURS, **facts))
+            yield spelled(results.times(peer=IN_PLACE, **facts))
+            for peer in peers:
+                yield times_slower(results.ratio(peer, OURS, **facts))
+            roof = results.ratio(READ_AND_WRITE, IN_PLACE, **facts)
+            yield "–" if roof is None or n < 1_000_000 else f"{roof:.2f}"
+
+        found = results.all(work="loss", level=level, peer=OURS)
+        cases = [(row["n"], row["kind"], row["dtype"]) for row in found]
+        yield from table(["tokens", "grad=True", "grad=array", *peers, "of the roof"], map(row, cases))
+
+
+def targets(results: Results) -> Iterator[str]:
+    """What the design asks for, and what was measured."""
+
+    def line(work: str, beside: str, target: str, value: float | None, unit: str = "×") -> Iterator[tuple[str, ...]]:
+        if value is None:
+            return
+        bound = float(target.split()[1].rstrip("×"))
+        met = value >= bound if target.startswith("≥") else value <= bound
+        yield work, beside, target, f"{value:.2f}{unit}" if met else f"**{value:.2f}{unit}**"
+
+    def rows() -> Iterator[tuple[str, ...]]:
+        for n, dtype, roof in ((20_000_000, "float64", "≥ 0.95"), (40_000_000, "float32", "≥ 0.90")):
+            facts = {"work": "objective", "n": n, "dtype": dtype}
+            what = f"{n // 1_000_000} M, {dtype}"
+            yield from line(f"`grpo_objective`, {what}", READ, roof, results.ratio(READ, OURS, **facts), "")
+            for other, target in zip(OTHERS, ("≤ 0.55×", "≤ 1.15×", "≤ 2.5×"), strict=False):
+                yield from line(f"`{other}`, {what}", "`grpo_objective`", target, results.ratio(other, OURS, **facts))
+        for dtype in ("float64", "float32"):
+            at = {"work": "objective", "dtype": dtype}
+            value = results.ratio("torch.compile", OURS, n=100_000, **at)
+            yield from line(f"`grpo_objective`, 100,000, {dtype}", "torch.compile", "≥ 2×", value)
+            small = [results.ratio("NumPy", OURS, n=n, **at) for n in (3, 10, 100, 1000)]
+            yield from line(f"`grpo_objective`, 3 … 1000, {dtype}", "NumPy", "≥ 3×", min(filter(None, small)))
+            slowest = max(median(results.times(peer=OURS, n=n, **at)) for n in (3, 10, 100, 1000))
+            yield from line(f"`grpo_objective`, 3 … 1000, {dtype}", "–", "≤ 5 µs", 1e6 * slowest, " µs")
+            large = [results.ratio("NumPy", OURS, n=n, **at) for n in results.values("n", **at) if n >= 1_000_000]
+            yield from line(
+                f"`grpo_objective`, ≥ 1 M, {dtype}", "NumPy", "≥ 10×", min(filter(None, large), default=None)
+            )
+        for dtype, target in (("float64", "≥ 8×"), ("float32", "≥ 5×")):
+            facts = {"work": "loss", "n": 4096 * 4096, "kind": "full", "dtype": dtype, "level": "token"}
+            for ours, call in ((OURS, "grad=True"), (IN_PLACE, "grad=array")):
+                what = f"`grpo_loss({call})`, 16.8 M, {dtype}"
+                value = results.ratio("torch.compile", ours, **facts)
+                yield from line(what, "torch.compile", target, value)
+                yield from line(what, "torch eager", "≥ 80×", results.ratio("torch eager", ours, **facts))
+                yield from line(what, "`grad=False`", "≤ 1.4×", results.ratio(ours, VALUE, **facts))
+        for row in results.all(work="packed", peer="short"):
+            facts = {"work": "packed", "dtype": row["dtype"], "level": row["level"]}
+            speed = results.ratio("long", "short", **facts)
+            tokens = {name: results.all(peer=name, **facts)[0]["tokens"] for name in ("long", "short")}
+            speed = speed and speed * tokens["short"] / tokens["long"]
+            what = f"`grpo_loss`, sequences of 5 … 900, {row['dtype']}, {row['level']} level"
+            yield from line(what, "speed on 1 … 4096", "≥ 0.7", speed)
+        for row in results.all(work="memory"):
+            what = f"`{row['peer']}`, {row['n'] / 1e6:.3g} M, {row['dtype']}"
+            yield from line(what, "extra memory", "≤ 2 MiB", row["MiB"], " MiB")
+        numba, ours = (results.times(work="start", peer=f"import {name}") for name in ("numba", "grpo_fast"))
+        if ours:
+            more = median(b - a for a, b in zip(numba, ours, strict=True))
+            yield from line("`import grpo_fast`", "`import numba`", "≤ 0.1 s more", more, " s")
+        for name in ("grpo_objective", "grpo_loss"):
+            if first := results.times(work="start", peer=f"{name}, first call"):
+                yield from line(f"`{name}`, first call, warm disk cache", "–", "≤ 0.5 s", median(first), " s")
+        for row in results.all(work="compile"):
+            what = f"`grpo_loss`, {row['dtype']}, compiled for the first time"
+            yield from line(what, "–", "≤ 5 s", row["times"][0], " s")
+
+    yield from table(["work", "beside", "to reach", "measured"], rows())
+
+
+def threads(results: Results) -> Iterator[str]:
+    """How many times faster than on one thread."""
+    counts = results.values("threads", work="threads")
+
+    def row(case: tuple[str, str]) -> Iterator[str]:
+        function, dtype = case
+        yield f"{function}, {dtype}"
+        facts = {"work": "threads", "function": function, "dtype": dtype}
+        alone = results.times(threads=1, **facts)
+        yield spelled(alone)
+        for n in counts[1:]:
+            speedup = median(a / b for a, b in zip(alone, results.times(threads=n, **facts), strict=False))
+            yield f"{speedup:.2f} ({speedup / n:.0%})"
+
+    cases = [(row["function"], row["dtype"]) for row in results.all(work="threads", threads=1)]
+    yield from table(
+        ["16.8 M tokens or 20 M samples", "1 thread", *(f"{n} threads" for n in counts[1:])], map(row, cases)
+    )
+
+
+# --- the picture ------------------------------------------------------------------------------------------------------
+def draw(results: Results, path: Path) -> None:
+    """Time per sample over the number of samples, of every peer and of the roof."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "grpo_fast"  # the same picture from the same results, to the byte
+    from matplotlib import pyplot
+
+    dtypes = results.values("dtype", work="objective")
+    figure, panels = pyplot.subplots(
+        1, len(dtypes), figsize=(11, 4.5), sharey=True, layout="constrained", squeeze=False
+    )
+    for panel, dtype in zip(panels[0], dtypes, strict=True):
+        for peer in [*OBJECTIVE_PEERS, READ]:
+            found = results.all(work="objective", dtype=dtype, peer=peer)
+            sizes = [row["n"] for row in found]
+            per_sample = [1e9 * median(row["times"]) / row["n"] for row in found]
+            style = {OURS: {"color": "black", "linewidth": 2.5}, READ: {"color": "grey", "linestyle": "--"}}
+            panel.loglog(sizes, per_sample, marker=".", label=peer, **style.get(peer, {}))
+        panel.set(title=f"grpo_objective, {dtype}", xlabel="samples")
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("ns per sample")
+    panels[0][-1].legend()
+    figure.savefig(path, metadata={"Date": None})
+
+
+# --- where they go ----------------------------------------------------------------------------------------------------
+def write_between(path: Path, name: str, lines: Iterable[str]) -> None:
+    """Replace what stands between two markers."""
+    text = path.read_text(encoding="utf-8")
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, rest = text.split(begin)
+    _, after = rest.split(end)
+    path.write_text(before + begin + "\n" + "\n".join(lines).rstrip() + "\n" + end + after, encoding="utf-8")
+
+
+def run(quick: bool, path: Path) -> None:
+    """All suites in a process for each: what one leaves in memory does not slow the next."""
+    command = [sys.executable, "-m", "pytest", str(HERE), "--benchmark-enable", f"--benchmark-json={path}", "-q"]
+    command += ["--benchmark-columns=median,iqr,rounds", "-rs", "-p", "no:cacheprovider"]
+    subprocess.run([*command, *(["--quick", "--seconds=0.5"] if quick else [])], cwd=HERE.parent, check=True)
+
+
+def main() -> None:
+    """Measure unless told where the results are; write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="?", help="what pytest --benchmark-json saved")
+    parser.add_argument("--quick", action="store_true", help="small sizes only, and print instead of writing")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        path = arguments.results or Path(folder) / "results.json"
+        if not arguments.results:
+            run(arguments.quick, path)
+        results = Results(path)
+    parts = {
+        "speed": [*machine(results), *objective(results), *loss(results)],
+        "targets": list(targets(results)),
+        "threads": list(threads(results)),
+    }
+    for name, lines in parts.items():
+        if arguments.quick:
+            print("\n".join(lines))
+        else:
+            write_between(README, name, lines)
+    if not arguments.quick:
+        draw(results, PICTURE)
+
+
+if __name__ == "__main__":
+    main()

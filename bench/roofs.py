@@ -1,0 +1,25 @@
+"""What no kernel can beat: reading the same arrays, or reading three and writing a fourth, and nothing else.
+
+``python bench/roofs.py`` shows the other roof, that of arithmetic, for what fits into a cache: it counts the
+instructions of the kernels' inner loops by the unit that executes them.
+"""
+
+from typing import Any
+
+import numba
+from numpy.typing import NDArray
+
+from grpo_fast.measure import read
+
+__all__ = ["read", "read_and_write"]
+
+
+@numba.njit(parallel=True, fastmath=True, error_model="numpy")
+def _add(a: Any, b: Any, c: Any, out: Any) -> None:
+    for i in numba.prange(out.size):
+        out[i] = a[i] + b[i] + c[i]
+
+
+def read_and_write(a: NDArray[Any], b: NDArray[Any], c: NDArray[Any], out: NDArray[Any]) -> None:
+    """Read three arrays and write one."""
+    _add(*(x.reshape(-1) for x in (a, b, c, out)))
