@@ -1,4 +1,7 @@
-"""Import, first call, compiling and memory, in fresh processes: ``pytest bench/bench_processes.py --benchmark-enable``."""
+"""Import, first call, compiling and memory, in fresh processes.
+
+``pytest bench/bench_processes.py --benchmark-enable``
+"""
 
 import sys
 import tempfile

@@ -4,16 +4,14 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-from timing import Missing
-
 
 def compiled_or_missing(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``torch.compile(function)``, one kernel for each shape; Missing where nothing can be compiled."""
+    """``torch.compile(function)``, one kernel for each shape; ImportError where nothing can be compiled."""
     import torch
 
     torch._dynamo.config.recompile_limit = 1000  # each case has its own kernel; past the limit of 8 all would be eager
     try:
         torch.compile(lambda x: x.exp().sum(), fullgraph=True)(torch.ones(8))
     except Exception as error:  # no C++ compiler, no Python.h, a Python that torch.compile does not know: many types
-        raise Missing(textwrap.shorten(str(error), 160)) from None
+        raise ImportError(textwrap.shorten(str(error), 160)) from None
     return torch.compile(function, dynamic=False, fullgraph=True)

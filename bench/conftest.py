@@ -14,6 +14,7 @@ PACKAGES = ("numba", "llvmlite", "numpy", "torch", "trl", "liger-kernel", "jax",
 
 
 def pytest_addoption(parser):
+    """How long, and how large."""
     parser.addoption("--seconds", type=float, default=8.0, help="about how long to measure a case (default: 8)")
     parser.addoption("--quick", action="store_true", help="small sizes only, to see that everything runs")
 
@@ -26,6 +27,7 @@ def _installed(package):
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
+    """What the report says of the machine."""
     missing = present(objective_peers.PEERS)[1] | present(loss_peers.PEERS)[1]
     machine_info["grpo_fast"] = {
         "cpu": llvmlite.binding.get_host_cpu_name(),

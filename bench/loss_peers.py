@@ -19,7 +19,6 @@ import numpy as np
 from batches import Batch
 from compiled_torch import compiled_or_missing
 from numpy.typing import NDArray
-from timing import Missing
 
 import grpo_fast
 from grpo_fast import K3, Clip, reference

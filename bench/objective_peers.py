@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 
 import numba
 import numpy as np
+from compiled_torch import compiled_or_missing
 
 import grpo_fast
-from compiled_torch import compiled_or_missing
 from grpo_fast import reference
 
 EPSILON, BETA = 0.2, 0.01

@@ -31,10 +31,11 @@ READ, READ_AND_WRITE, VALUE = "read-only roof", "read-and-write roof", "without 
 class Results:
     """What pytest-benchmark saved, found by the facts that the suites keep with it."""
 
-    def __init__(self, path: Path) -> None:
-        saved = json.loads(path.read_text())
-        self.machine: dict[str, Any] = saved["machine_info"]["grpo_fast"]
-        self.rows: list[dict[str, Any]] = [b["extra_info"] | {"times": b["stats"]["data"]} for b in saved["benchmarks"]]
+    def __init__(self, paths: Iterable[Path]) -> None:
+        saved = [json.loads(path.read_text()) for path in paths]
+        self.machine: dict[str, Any] = saved[0]["machine_info"]["grpo_fast"]
+        benchmarks = [benchmark for part in saved for benchmark in part["benchmarks"]]
+        self.rows: list[dict[str, Any]] = [b["extra_info"] | {"times": b["stats"]["data"]} for b in benchmarks]
 
     def all(self, **facts: Any) -> list[dict[str, Any]]:
         """The results with these facts."""
@@ -99,7 +100,7 @@ def objective(results: Results) -> Iterator[str]:
     """grpo_objective beside its peers, for every number of samples."""
     peers = [name for name in OBJECTIVE_PEERS if name != OURS]
     for dtype in results.values("dtype", work="objective"):
-        yield f"`grpo_objective`, {dtype}: its time, how many times longer the others take, and its share of the roof.\n"
+        yield f"`grpo_objective`, {dtype}: its time, how many times longer others take, its share of the roof.\n"
 
         def row(n: int, dtype: str = dtype) -> Iterator[str]:
             facts = {"work": "objective", "n": n, "dtype": dtype}
@@ -119,8 +120,8 @@ def loss(results: Results) -> Iterator[str]:
     peers = [name for name in LOSS_PEERS if name not in (OURS, IN_PLACE)]
     for level in LEVELS:
         yield (
-            f"`grpo_loss` at {level} level with its gradient: its time with `grad=True` and with `grad=array`, how many "
-            "times longer than the former the others take, and the share of the roof that the latter has.\n"
+            f"`grpo_loss` at {level} level with its gradient: its time with `grad=True` and with `grad=array`, how "
+            "many times longer than the former others take, and the share of the roof of the latter.\n"
         )
 
         def row(case: tuple[int, str, str], level: str = level) -> Iterator[str]:
@@ -257,36 +258,38 @@ def write_between(path: Path, name: str, lines: Iterable[str]) -> None:
     path.write_text(before + begin + "\n" + "\n".join(lines).rstrip() + "\n" + end + after, encoding="utf-8")
 
 
-def run(quick: bool, path: Path) -> None:
-    """All suites in a process for each: what one leaves in memory does not slow the next."""
-    command = [sys.executable, "-m", "pytest", str(HERE), "--benchmark-enable", f"--benchmark-json={path}", "-q"]
-    command += ["--benchmark-columns=median,iqr,rounds", "-rs", "-p", "no:cacheprovider"]
-    subprocess.run([*command, *(["--quick", "--seconds=0.5"] if quick else [])], cwd=HERE.parent, check=True)
+def run(quick: bool, folder: Path) -> list[Path]:
+    """Run the suites, each in a process of its own: what one leaves in memory does not slow the next."""
+    options = ["--benchmark-enable", "--benchmark-columns=median,iqr,rounds", "-q", "-rs", "-p", "no:cacheprovider"]
+    options += ["--quick", "--seconds=0.5"] if quick else []
+    saved = []
+    for suite in sorted(HERE.glob("bench_*.py")):
+        saved.append(folder / f"{suite.stem}.json")
+        command = [sys.executable, "-m", "pytest", str(suite), f"--benchmark-json={saved[-1]}", *options]
+        subprocess.run(command, cwd=HERE.parent, check=True)
+    return saved
 
 
 def main() -> None:
     """Measure unless told where the results are; write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="?", help="what pytest --benchmark-json saved")
+    parser.add_argument("results", type=Path, nargs="*", help="what pytest --benchmark-json saved")
     parser.add_argument("--quick", action="store_true", help="small sizes only, and print instead of writing")
+    parser.add_argument("--keep", type=Path, help="a folder for what pytest-benchmark saves")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        path = arguments.results or Path(folder) / "results.json"
-        if not arguments.results:
-            run(arguments.quick, path)
-        results = Results(path)
+    with tempfile.TemporaryDirectory() as temporary:
+        results = Results(arguments.results or run(arguments.quick, arguments.keep or Path(temporary)))
     parts = {
         "speed": [*machine(results), *objective(results), *loss(results)],
         "targets": list(targets(results)),
         "threads": list(threads(results)),
     }
+    if arguments.quick:
+        print("\n".join(line for lines in parts.values() for line in lines))
+        return
     for name, lines in parts.items():
-        if arguments.quick:
-            print("\n".join(lines))
-        else:
-            write_between(README, name, lines)
-    if not arguments.quick:
-        draw(results, PICTURE)
+        write_between(README, name, lines)
+    draw(results, PICTURE)
 
 
 if __name__ == "__main__":

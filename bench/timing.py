@@ -19,17 +19,13 @@ Peer = TypeVar("Peer")
 COLD = 128 << 20  # bytes: four times the last-level cache of the machines that this was written on
 
 
-class Missing(Exception):
-    """A peer that cannot run here, and why, in one line."""
-
-
 def present(makers: Mapping[str, Callable[[], Peer]]) -> tuple[dict[str, Peer], dict[str, str]]:
     """The peers that can be made here; and the others, each with the reason."""
     found, missing = {}, {}
     for name, make in makers.items():
         try:
             found[name] = make()
-        except (ImportError, Missing) as reason:
+        except ImportError as reason:
             missing[name] = str(reason)
     return found, missing
 

@@ -172,6 +172,25 @@ def reduce_ratio(rho, old, ref):
 
 
 @inlined
+def reduce_near_ratio(rho, old, ref):
+    """f and s of r = ref/(ρ·old) with k = 0, of use where s² ≤ `NEAR`; f is good to 2 ulp there."""
+    product = rho * old
+    difference = fma(-rho, old, ref)
+    return difference / product, difference / (product + ref)
+
+
+#: The largest s² for which k may be 0: 2/3 ≤ r ≤ 3/2.
+NEAR = 0.04
+
+
+@inlined
+def k3_near(f, s):
+    """`k3` with k = 0, of use where s² ≤ `NEAR`; and s²."""
+    z = s * s
+    return s * fma(-z, tail(z), f), z
+
+
+@inlined
 def k3(r):
     """r − 1 − log r = (2ᵏ − 1 − k·ln 2) + (2ᵏ − 1)·f + (f − log(1 + f)); when k is 0, so are the first two."""
     form = layout(r.f)

@@ -170,11 +170,11 @@ def _compute(batch: Batch, options: Options, place: NDArray[Any] | None, shape: 
         mean_within=options.aggregation == "seq-mean-token-mean",
     )
     add_up = _at_token_level if options.importance_sampling_level == "token" else _at_sequence_level
-    with _parallel.tasks(batch.logps.size) as tasks:
+    with _parallel.tasks(2 * batch.logps.size) as tasks:  # a token costs what two samples of probabilities do
         result = Result(
             rows=np.zeros((tasks, loss_batch.SUMS, exact.ROW), np.int64),
             counts=np.zeros((tasks, loss_batch.COUNTS), np.int64),
-            extremes=np.full((tasks, 2), (np.inf, -np.inf)),
+            extremes=np.array([(np.inf, -np.inf)] * tasks),
         )
         add_up(batch, objective, gradient, result)
     exact.merge(result.rows)
@@ -238,15 +238,17 @@ def _alone(batch: Batch, result: Result) -> tuple[Any, ...]:
 
 def _pieces(batch: Batch, tasks: int) -> tuple[Array, int, list[int]]:
     """Ranges of sequences for tasks to take in turns; the length beyond which one is shared out; those longer."""
-    size = batch.logps.size
-    limit = max(_LONG, size // (_PIECES * tasks))
-    edges = np.searchsorted(batch.bounds, np.linspace(0, size, _PIECES * tasks + 1))
-    edges[-1] = len(batch.bounds) - 1
-    edges = np.unique(edges)
+    bounds, size, count = batch.bounds, batch.logps.size, _PIECES * tasks
+    limit = max(_LONG, size // count)
+    edges = np.searchsorted(bounds, np.arange(count + 1) * (size / count))
+    edges[-1] = len(bounds) - 1
+    pieces = np.empty((count, 2), np.int64)
+    pieces[:, 0], pieces[:, 1] = edges[:-1], edges[1:]
     # From large to small: in any other order one task's turns could all be the larger pieces, or the only ones.
-    order = np.argsort(-np.diff(batch.bounds[edges]), kind="stable")
-    pieces = np.column_stack((edges[:-1], edges[1:]))[order]
-    return pieces, limit, np.flatnonzero(np.diff(batch.bounds) > limit).tolist()
+    sizes = bounds[pieces[:, 1]] - bounds[pieces[:, 0]]
+    pieces = pieces[np.argsort(-sizes, kind="stable")]
+    lengths = bounds[1:] - bounds[:-1]
+    return pieces, limit, np.flatnonzero(lengths > limit).tolist() if lengths.max() > limit else []
 
 
 def _extent(batch: Batch, gradient: Array | None, sequence: int, result: Result) -> tuple[int, int, int]:

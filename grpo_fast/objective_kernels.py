@@ -6,7 +6,8 @@ through, `staging` says. From the inside out:
 
     _load, _load_carefully      one vector of samples; wherever the first does not do, the second
     _prepare                    memory → ρ, A, and r = π_ref/π_θ reduced → scratch
-    _surrogate_sum, _kl_sum …   scratch → what a run adds to the sums
+    _kl_sum, _surrogate_sum …   scratch → what a run adds to the sums
+    _begin_run                  the first two, in the near way if that will do
     sum_block, sweep_block      block → float64 sums
     totals, sweep, *_parallel   blocks → exact sums, on one thread or on all; what `objective` calls
 
@@ -20,7 +21,18 @@ import numba
 import numpy as np
 
 from . import exact
-from .elementary import LN2, ReducedRatio, k3, layout, log, reduce_ratio, split
+from .elementary import (
+    LN2,
+    NEAR,
+    ReducedRatio,
+    k3,
+    k3_near,
+    layout,
+    log,
+    reduce_near_ratio,
+    reduce_ratio,
+    split,
+)
 from .simd import (
     align_stack,
     bits,
@@ -47,7 +59,7 @@ from .simd import (
 )
 from .staging import BLOCK, RUN, ask_ahead, get, put, scratch_like
 
-INLINED = "1be6b4d6422e74a2"
+INLINED = "d74039046e6de244"
 
 # Rows of the scratch array, each RUN vectors long.
 _RHO, _ADVANTAGE, _POWER, _F, _S, _PRESENT, _ROWS = range(7)
@@ -110,8 +122,8 @@ def _load_carefully(ratio, advantage, old, ref, i, stop):
 
 
 @inlined
-def _prepare(ratio, advantage, old, ref, start, stop, careful, diagnostics, scratch):
-    """Fill the scratch array with up to RUN vectors of samples from ``start`` on.
+def _prepare(ratio, advantage, old, ref, start, stop, careful, diagnostics, near, scratch):
+    """Fill the scratch array with up to RUN vectors of samples from ``start`` on, ``near`` ones or any.
 
     Returns the smallest and the largest of the numbers that must be far from the limits of the format for the result
     to be right, one in each lane, and whether the samples that were looked at one by one are legal. What overflows
@@ -136,7 +148,13 @@ def _prepare(ratio, advantage, old, ref, start, stop, careful, diagnostics, scra
         if diagnostics is not None:
             put(scratch, _PRESENT, v, present)
         least = where(rho < least, rho, least)
-        if old is not None:
+        if old is not None and near:
+            f, s = reduce_near_ratio(x, y, z)
+            put(scratch, _F, v, f)
+            put(scratch, _S, v, s)
+            least = where(z < least, z, least)
+            most = where(z > most, z, most)
+        elif old is not None:
             r = reduce_ratio(x, y, z)
             put(scratch, _POWER, v, r.power)
             put(scratch, _F, v, r.f)
@@ -165,15 +183,41 @@ def _surrogate_sum(scratch, vectors, low, high, advantage, start):
 
 
 @inlined
-def _kl_sum(scratch, vectors, old, ref, start):
-    """Σ ρ·(r − 1 − log r)."""
+def _kl_sum(scratch, vectors, old, ref, start, near):
+    """Σ ρ·(r − 1 − log r), and whether all r are near 1; they need to be if that is how they were reduced."""
     total = full(scratch, 0.0)
+    farthest = total
     for v in range(vectors):
         ask_ahead(old, start, v)
         ask_ahead(ref, start, v)
-        r = ReducedRatio(get(scratch, _POWER, v), get(scratch, _F, v), get(scratch, _S, v))
-        total = fma(get(scratch, _RHO, v), k3(r), total)
-    return total
+        if near:
+            k, z = k3_near(get(scratch, _F, v), get(scratch, _S, v))
+            farthest = where(z > farthest, z, farthest)
+        else:
+            k = k3(ReducedRatio(get(scratch, _POWER, v), get(scratch, _F, v), get(scratch, _S, v)))
+        total = fma(get(scratch, _RHO, v), k, total)
+    return total, lane_max(farthest) <= NEAR
+
+
+@inlined
+def _begin_run(ratio, advantage, old, ref, run, stop, careful, diagnostics, near, scratch):
+    """Prepare a run and sum its KL, in the near way if ``near`` and if that will do; returned last: whether it did.
+
+    Near 1, where policies in training are, r needs no power of two taken out: of 160 instructions for 8 float64
+    samples that saves 44 (AVX2; all of grpo_objective in cache takes two thirds of the time).
+    """
+    vectors = min(RUN, (stop - run + lanes(ratio) - 1) // lanes(ratio))
+    kl = full(ratio, 0.0)
+    if near:
+        least, most, legal = _prepare(ratio, advantage, old, ref, run, stop, careful, diagnostics, True, scratch)
+        if old is not None:
+            kl, near = _kl_sum(scratch, vectors, old, ref, run, True)
+        if near:
+            return vectors, least, most, legal, kl, True
+    least, most, legal = _prepare(ratio, advantage, old, ref, run, stop, careful, diagnostics, False, scratch)
+    if old is not None:
+        kl, _ = _kl_sum(scratch, vectors, old, ref, run, False)
+    return vectors, least, most, legal, kl, False
 
 
 @inlined
@@ -224,15 +268,16 @@ def _attempt_block(ratio, advantage, old, ref, start, stop, low, high, diagnosti
     least = full_like(zero, 1.0)
     most = least
     legal = True
+    near = not careful  # until a run is not: for the rest of the block
     for run in range(start, stop, RUN * step):
-        vectors = min(RUN, (stop - run + step - 1) // step)
-        lower, upper, fine = _prepare(ratio, advantage, old, ref, run, stop, careful, diagnostics, scratch)
+        vectors, lower, upper, fine, kl_of_run, near = _begin_run(
+            ratio, advantage, old, ref, run, stop, careful, diagnostics, near, scratch
+        )
         least = where(lower < least, lower, least)
         most = where(upper > most, upper, most)
         legal = legal and fine
+        kl += wide(kl_of_run)
         surrogate += wide(_surrogate_sum(scratch, vectors, low, high, advantage, run))
-        if old is not None:
-            kl += wide(_kl_sum(scratch, vectors, old, ref, run))
         if diagnostics is not None:
             clipped_low, clipped_high = _count_clipped(scratch, vectors, low, high, clipped_low, clipped_high)
             ratio_of_run = zero
@@ -335,17 +380,18 @@ def _attempt_sweep_block(ratio, advantage, old, ref, start, stop, lows, highs, s
     least = full_like(zero, 1.0)
     most = least
     legal = True
+    near = not careful  # until a run is not: for the rest of the block
     surrogates[:] = 0.0
     tallies[:] = 0.0
     plus = 0
     for run in range(start, stop, RUN * step):
-        vectors = min(RUN, (stop - run + step - 1) // step)
-        lower, upper, fine = _prepare(ratio, advantage, old, ref, run, stop, careful, None, scratch)
+        vectors, lower, upper, fine, kl_of_run, near = _begin_run(
+            ratio, advantage, old, ref, run, stop, careful, None, near, scratch
+        )
         least = where(lower < least, lower, least)
         most = where(upper > most, upper, most)
         legal = legal and fine
-        if old is not None:
-            kl += wide(_kl_sum(scratch, vectors, old, ref, run))
+        kl += wide(kl_of_run)
         plus += np.int64(lane_sum(_fold(scratch, vectors, advantage, run)))
         for e in range(len(lows)):
             low = full_like(zero, lows[e])

@@ -54,7 +54,7 @@ from .simd import (
 )
 from .staging import BLOCK, RUN, ask_ahead
 
-INLINED = "03d3c8a584b8d72d"
+INLINED = "cbc468263db15e35"
 
 
 # --- collect ----------------------------------------------------------------------------------------------------------

@@ -131,6 +131,7 @@ class Stats(_Additive):
         """
         surrogate, kl, ratio, ratio_squared, log_ratio, *totals = sums
         low, high, beyond = clipped
+        least, largest = zip(*extremes.tolist(), strict=True)  # of a few tasks: NumPy's min and max take longer
         return cls(
             options=options,
             tokens=tokens,
@@ -145,8 +146,8 @@ class Stats(_Additive):
             clipped_low=low,
             clipped_high=high,
             clipped_beyond=beyond,
-            least_ratio=float(extremes[:, 0].min()),
-            largest_ratio=float(extremes[:, 1].max()),
+            least_ratio=min(least),
+            largest_ratio=max(largest),
         )
 
     def _mean(self, total: Exact | int) -> float:
