@@ -1,7 +1,6 @@
-"""What no kernel can beat: reading the same arrays, or reading three and writing a fourth, and nothing else.
+"""What no kernel can beat in memory: reading the same arrays, or reading three and writing a fourth, nothing else.
 
-``python bench/roofs.py`` shows the other roof, that of arithmetic, for what fits into a cache: it counts the
-instructions of the kernels' inner loops by the unit that executes them.
+The other roof, that of arithmetic, which holds for what fits into a cache, ``python bench/machine_code.py`` counts.
 """
 
 from typing import Any

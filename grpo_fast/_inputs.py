@@ -49,7 +49,13 @@ def same_shape(
         dtype, size = first.dtype, first.size
         if (dtype is FLOAT64 or dtype is FLOAT32) and size:
             for a in values:
-                if type(a) is not ndarray or a.dtype is not dtype or a.size != size or a.ndim != 1 or not a.flags.carray:
+                if (
+                    type(a) is not ndarray
+                    or a.dtype is not dtype
+                    or a.size != size
+                    or a.ndim != 1
+                    or not a.flags.carray
+                ):
                     break
             else:
                 return values, (size,)

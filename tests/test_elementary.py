@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 from conftest import DTYPES
 
-from grpo_fast.elementary import exp, exp_of_any, k3, k3_of_any_log, k3_of_log, log, reduce_ratio
+from grpo_fast.elementary import (
+    NEAR,
+    exp,
+    exp_of_any,
+    k3,
+    k3_near,
+    k3_of_any_log,
+    k3_of_log,
+    log,
+    reduce_near_ratio,
+    reduce_ratio,
+)
 from grpo_fast.simd import lanes, load, store
 
 mpmath.mp.prec = 400  # as in test_against_reference.py
@@ -27,6 +38,21 @@ def logs(x, out):
 def k3s(rho, old, ref, out):
     for i in range(0, len(rho), lanes(rho)):
         store(out, i, k3(reduce_ratio(load(rho, i), load(old, i), load(ref, i))))
+
+
+@numba.njit(error_model="numpy")
+def near_k3s(rho, old, ref, far, out):
+    for i in range(0, len(rho), lanes(rho)):
+        f, s = reduce_near_ratio(load(rho, i), load(old, i), load(ref, i))
+        k, z = k3_near(f, s)
+        store(far, i, z)
+        store(out, i, k)
+
+
+def near_ones(rho, old, ref):
+    """k3 in the near way, and which of them it is good for."""
+    far = np.empty_like(rho)
+    return apply(near_k3s, rho, old, ref, far), far <= NEAR
 
 
 def apply(kernel, *arrays):
@@ -98,8 +124,14 @@ def test_k3_of_composed_ratios(dtype):
     rho, old = (rng.lognormal(0, 1, len(r)).astype(dtype) for _ in "12")
     ref = (rho.astype(float) * old * r).astype(dtype)
     values = apply(k3s, rho, old, ref)
+    exact = np.array([exact_k3(*x) for x in zip(rho, old, ref, strict=True)])
     assert (values >= 0).all()
-    assert ulps(values, map(exact_k3, rho, old, ref)) <= 8
+    assert ulps(values, exact) <= 8
+    values, near = near_ones(rho, old, ref)
+    assert near[abs(np.log(r)) < 0.4].all()
+    assert not near[abs(np.log(r)) > 0.41].any()
+    assert (values[near] >= 0).all()
+    assert ulps(values[near], exact[near]) <= 8
 
 
 def test_k3_of_every_float32_between_a_half_and_two():
@@ -108,9 +140,13 @@ def test_k3_of_every_float32_between_a_half_and_two():
     f = r.astype(float) - 1
     small = f * f * (1 / 2 - f * (1 / 3 - f * (1 / 4 - f * (1 / 5 - f / 6))))  # for |f| < 2⁻¹⁰ better than …
     exact = np.where(abs(f) < 2**-10, small, f - np.log1p(f))  # … this, which is good to 2⁻⁴¹ for others
+    ulp = np.spacing(exact.astype(np.float32))
     values = apply(k3s, one, one, r)
     assert (values >= 0).all()
-    assert (abs(values - exact) <= (8 + 2**-10) * np.spacing(exact.astype(np.float32))).all()
+    assert (abs(values - exact) <= (8 + 2**-10) * ulp).all()
+    values, near = near_ones(one, one, r)
+    assert (values[near] >= 0).all()
+    assert (abs(values - exact) <= (8 + 2**-10) * ulp)[near].all()
 
 
 # --- of logarithms ----------------------------------------------------------------------------------------------------

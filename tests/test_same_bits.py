@@ -95,12 +95,13 @@ def test_a_sample_at_the_limits_does_not_change_the_others(dtype, at):
 # --- CPUs -------------------------------------------------------------------------------------------------------------
 SCRIPT = """
 import hashlib
+import itertools
 import numpy as np
 from conftest import BLOCK, samples
 from grpo_fast import grpo_stats
 
-for dtype in {dtypes}:
-    rho, a, old, ref = samples(2 * BLOCK + 13, dtype)
+for dtype, drift in itertools.product({dtypes}, (0.3, 0.05)):  # far from 1, and near
+    rho, a, old, ref = samples(2 * BLOCK + 13, dtype, drift=drift)
     ref[:100] = (rho * old)[:100]  # r within an ulp of 1
     rho[-9], old[-9], ref[-9] = 1e-30, 1e-5, 1e-10  # and not at all
     stats = grpo_stats(rho, a, old, ref)
