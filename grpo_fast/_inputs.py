@@ -29,7 +29,7 @@ class _Alias:
 
 
 def same_shape(
-    names: Sequence[str], values: tuple[Any, ...], ndarray: type = np.ndarray
+    names: Sequence[str], values: tuple[Any, ...], ndarray: Any = np.ndarray
 ) -> tuple[tuple[Array, ...], tuple[int, ...]]:
     """The named arguments as one-dimensional arrays of one dtype, float64 or float32, and the shape they all have.
 
@@ -44,7 +44,7 @@ def same_shape(
     """
     # Nearly always there is nothing to convert, and looking whether is a third of a call on a few samples: a loop takes
     # half the time of all(…), size and ndim are had for less than a shape, and np.ndarray has been looked up.
-    first = values[0]
+    first: Any = values[0]
     if type(first) is ndarray:
         dtype, size = first.dtype, first.size
         if (dtype is FLOAT64 or dtype is FLOAT32) and size:
