@@ -2,6 +2,7 @@
 
 from . import reference
 from .advantages import group_advantages
+from .files import evaluate
 from .loss import LossResult, grpo_loss
 from .objective import grpo_objective, grpo_stats, grpo_sweep
 from .staging import BLOCK
@@ -19,6 +20,7 @@ __all__ = [
     "LossResult",
     "Stats",
     "Sweep",
+    "evaluate",
     "group_advantages",
     "grpo_loss",
     "grpo_objective",

@@ -16,6 +16,7 @@ import numba
 WORTH_SHARING = 1 << 16
 
 _region = threading.Lock()
+_here = threading.local()
 _forked = False
 
 
@@ -31,10 +32,20 @@ if hasattr(os, "register_at_fork"):
 @contextmanager
 def tasks(items: int) -> Iterator[int]:
     """Into how many tasks to cut the work of the ``with`` block; more than one means that it may be parallel."""
-    if items < WORTH_SHARING or _forked or not _region.acquire(blocking=False):
+    if items < WORTH_SHARING or _forked or getattr(_here, "serial", False) or not _region.acquire(blocking=False):
         yield 1
         return
     try:
         yield numba.get_num_threads()
     finally:
         _region.release()
+
+
+@contextmanager
+def serially() -> Iterator[None]:
+    """Keep this thread from sharing its work within the ``with`` block: it is one of many that work side by side."""
+    _here.serial = True
+    try:
+        yield
+    finally:
+        _here.serial = False

@@ -125,18 +125,7 @@ def grpo_loss(
     >>> round(result.loss, 6)
     0.2
     """
-    if type(surrogate) not in (Clip, CISPO, SAPO):
-        raise TypeError(f"surrogate must be a Clip, CISPO or SAPO, got {surrogate!r}")
-    if kl is not None and type(kl) not in (K1, K2, K3):
-        raise TypeError(f"kl must be a K1, K2, K3 or None, got {kl!r}")
-    level = one_of("importance_sampling_level", importance_sampling_level, ("token", "sequence"))
-    options = Options(
-        surrogate,
-        kl,
-        level,
-        one_of("aggregation", aggregation, ("token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum")),
-        None if normalizer is None else positive("normalizer", normalizer),
-    )
+    options = options_of(surrogate, kl, importance_sampling_level, aggregation, normalizer)
     array = real("logps", logps)
     if array.ndim not in (1, 2) or array.size == 0:
         raise ValueError(f"logps must be (B, T) or (N,) and not empty, got shape {array.shape}")
@@ -154,6 +143,27 @@ def grpo_loss(
     place = place_for_gradient(grad, array.shape, batch.logps.dtype, inputs | {"cu_seqlens": cu_seqlens})
     stats = _compute(batch, options, place, array.shape)
     return LossResult(stats.loss, place, stats)
+
+
+def options_of(
+    surrogate: Surrogate = Clip(epsilon=0.2),  # noqa: B008 - an immutable value
+    kl: KL | None = None,
+    importance_sampling_level: Level = "token",
+    aggregation: Aggregation = "seq-mean-token-mean",
+    normalizer: float | None = None,
+) -> Options:
+    """The options of `grpo_loss`, checked."""
+    if type(surrogate) not in (Clip, CISPO, SAPO):
+        raise TypeError(f"surrogate must be a Clip, CISPO or SAPO, got {surrogate!r}")
+    if kl is not None and type(kl) not in (K1, K2, K3):
+        raise TypeError(f"kl must be a K1, K2, K3 or None, got {kl!r}")
+    return Options(
+        surrogate,
+        kl,
+        one_of("importance_sampling_level", importance_sampling_level, ("token", "sequence")),
+        one_of("aggregation", aggregation, ("token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum")),
+        None if normalizer is None else positive("normalizer", normalizer),
+    )
 
 
 # --- drivers --------------------------------------------------------------------------------------------------------

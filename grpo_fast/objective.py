@@ -100,7 +100,8 @@ def grpo_stats(
 ) -> Stats:
     """The objective and every diagnostic, in the same pass.
 
-    Parameters, errors and sources are those of `grpo_objective`; but all arrays are read, whatever β is.
+    Parameters, errors and sources are those of `grpo_objective`; but all arrays are read, whatever β is, unless with
+    ``beta=0`` both probabilities are None: then there is no KL term, and ``kl`` is NaN.
 
     Returns
     -------
@@ -109,13 +110,14 @@ def grpo_stats(
         exactly if the shards are cut at multiples of ``grpo_fast.BLOCK`` samples, and to rounding otherwise.
     """
     clip, penalty, low, high = _options(epsilon, beta)
-    arrays, shape = _samples((rhos, A, pi_theta_old, pi_theta_ref), True)
+    with_kl = penalty.beta != 0.0 or pi_theta_old is not None or pi_theta_ref is not None
+    arrays, shape = _samples((rhos, A, pi_theta_old, pi_theta_ref), with_kl)
     rows, counts, extremes = _totals(arrays, low, high, True)
     clipped_low, clipped_high, illegal = counts.sum(axis=0).tolist()
     if illegal:
         _refuse(arrays, shape)
     return Stats.of(
-        Options(clip, penalty),
+        Options(clip, penalty if with_kl else None),
         tokens=arrays[0].size,
         sequence_count=None,
         sums=Exact.of_rows(rows),
@@ -151,10 +153,7 @@ def grpo_sweep(
     TypeError, ValueError
         As `grpo_objective`.
     """
-    grid = (
-        tuple(Clip(epsilon).epsilon for epsilon in _numbers("epsilons", epsilons)),
-        tuple(K3(beta).beta for beta in _numbers("betas", betas)),
-    )
+    grid = grid_of(epsilons, betas)
     arrays, shape = _samples((rhos, A, pi_theta_old, pi_theta_ref), any(grid[1]))
     steps = np.array(grid[0])
     n = arrays[0].size
@@ -172,10 +171,22 @@ def grpo_sweep(
     return Sweep(
         grid=grid,
         tokens=n,
-        surrogate_sums=tuple(surrogate_sums),
+        sequence_count=None,
+        surrogate_totals=tuple(surrogate_sums),
+        kl_total=kl_sum,
         kl_sum=kl_sum,
         clipped_low=clipped_low,
         clipped_high=clipped_high,
+        aggregation="token-mean",
+        normalizer=None,
+    )
+
+
+def grid_of(epsilons: ArrayLike, betas: ArrayLike) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The ε and the β of a sweep, checked."""
+    return (
+        tuple(Clip(epsilon).epsilon for epsilon in _numbers("epsilons", epsilons)),
+        tuple(K3(beta).beta for beta in _numbers("betas", betas)),
     )
 
 

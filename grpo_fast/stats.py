@@ -56,6 +56,14 @@ def _each(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(x + y for x, y in zip(a, b, strict=True))
 
 
+def _denominator(aggregation: Aggregation, normalizer: float | None, tokens: int, sequences: int | None) -> float:
+    """What the aggregation divides by; the normalizer, if there is one."""
+    if normalizer is not None:
+        return normalizer
+    counted = {"token-mean": tokens, "token-sum": 1}.get(aggregation, sequences)
+    return max(counted or 0, 1)
+
+
 class Options(NamedTuple):
     """What the sums of a `Stats` are sums of; only those of the same options can be added."""
 
@@ -159,11 +167,7 @@ class Stats(_Additive):
     @property
     def denominator(self) -> float:
         """What the aggregation divides by; ``normalizer``, if there is one."""
-        options = self.options
-        if options.normalizer is not None:
-            return options.normalizer
-        counted = {"token-mean": self.tokens, "token-sum": 1}.get(options.aggregation, self.sequence_count)
-        return max(counted or 0, 1)
+        return _denominator(self.options.aggregation, self.options.normalizer, self.tokens, self.sequence_count)
 
     @property
     def objective(self) -> float:
@@ -261,7 +265,8 @@ class Sweep(_Additive):
     epsilons, betas : (E,), (B,) float64 arrays
     objective : (E, B) float64 array
         Row e, column b is ``grpo_objective(…, epsilon=epsilons[e], beta=betas[b])``, to the bit if all arrays are of
-        one dtype. (Of mixed ones ``beta=0`` leaves two out, which may leave a narrower dtype to compute in.)
+        one dtype. (Of mixed ones ``beta=0`` leaves two out, which may leave a narrower dtype to compute in.) Of
+        log-probabilities, the objective of `grpo_loss` with ``Clip(epsilons[e])`` and a KL term of ``betas[b]``.
     clip_ratio_low, clip_ratio_high : (E,) float64 arrays
         As in `Stats`.
     kl : float
@@ -271,10 +276,14 @@ class Sweep(_Additive):
 
     grid: tuple[tuple[float, ...], tuple[float, ...]] = _added_by(_same)
     tokens: int
-    surrogate_sums: tuple[Exact, ...] = _added_by(_each)
+    surrogate_totals: tuple[Exact, ...] = _added_by(_each)  # of the objective's numerator, as in Stats
+    kl_total: Exact
     kl_sum: Exact
     clipped_low: tuple[int, ...] = _added_by(_each)
     clipped_high: tuple[int, ...] = _added_by(_each)
+    sequence_count: int | None = _added_by(_if_known)
+    aggregation: Aggregation = _added_by(_same)  # noqa: RUF009 - a dataclass field
+    normalizer: float | None = _added_by(_same)
 
     @property
     def epsilons(self) -> NDArray[np.float64]:
@@ -286,17 +295,18 @@ class Sweep(_Additive):
 
     @property
     def kl(self) -> float:
-        return float(self.kl_sum) / self.tokens if any(self.grid[1]) else math.nan
+        return float(self.kl_sum) / self.tokens if any(self.grid[1]) and self.tokens else math.nan
 
     @property
     def objective(self) -> NDArray[np.float64]:
-        surrogates = [float(total) / self.tokens for total in self.surrogate_sums]
-        return np.array([[objective_of(s, self.kl, beta) for beta in self.grid[1]] for s in surrogates])
+        denominator = _denominator(self.aggregation, self.normalizer, self.tokens, self.sequence_count)
+        kl, *surrogates = (float(total) / denominator for total in (self.kl_total, *self.surrogate_totals))
+        return np.array([[objective_of(s, kl, beta) for beta in self.grid[1]] for s in surrogates])
 
     @property
     def clip_ratio_low(self) -> NDArray[np.float64]:
-        return np.array(self.clipped_low) / self.tokens
+        return np.array(self.clipped_low) / (self.tokens or math.nan)
 
     @property
     def clip_ratio_high(self) -> NDArray[np.float64]:
-        return np.array(self.clipped_high) / self.tokens
+        return np.array(self.clipped_high) / (self.tokens or math.nan)

@@ -1,0 +1,92 @@
+"""The two kinds of rollout file, Parquet and Arrow IPC: their columns, and their rows as batches. All needs pyarrow."""
+
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+from .staging import BLOCK
+
+try:
+    import pyarrow as pa
+    from pyarrow import parquet, types
+except ImportError as error:
+    raise ImportError("reading rollouts needs pyarrow: pip install 'grpo_fast[data]'") from error
+
+_BATCH_BYTES = 32 << 20  # of numbers in a batch, when batch_size is left to us; three batches are alive at a time
+_BUFFER = 1 << 20  # bytes of a column that pyarrow reads at once; without it, a row group's columns as a whole
+#: What pyarrow raises about bad data.
+UNREADABLE = (pa.ArrowException, OSError)
+
+
+def is_list(of: Any) -> bool:
+    """Whether a column's type is one of the kinds of list."""
+    return bool(types.is_list(of) or types.is_large_list(of) or types.is_fixed_size_list(of))
+
+
+class _Parquet:
+    unit = "row group"
+
+    def __init__(self, path: str) -> None:
+        # Where the writer left the checksums out, looking for them costs nothing.
+        self._file = parquet.ParquetFile(path, page_checksum_verification=True, pre_buffer=False, buffer_size=_BUFFER)
+        self.schema = self._file.schema_arrow
+        self.units = self._file.num_row_groups
+        self.rows = self._file.metadata.num_rows
+
+    def batches(self, index: int, columns: list[str], batch_size: int | None, threads: bool) -> Iterator[Any]:
+        group = self._file.metadata.row_group(index)
+        size = batch_size or self._fitting(group, columns)
+        if not any(is_list(self.schema.field(column).type) for column in columns):
+            size = max(1, round(size / BLOCK)) * BLOCK  # so that the blocks are those of the row group
+        size = min(size, max(group.num_rows, 1))
+        rows = 0
+        for batch in self._file.iter_batches(size, row_groups=[index], columns=columns, use_threads=threads):
+            rows += batch.num_rows
+            yield batch
+        if rows != group.num_rows:
+            raise pa.ArrowInvalid(f"{rows} rows where the footer says {group.num_rows}")
+
+    def _fitting(self, group: Any, columns: list[str]) -> int:
+        """As many rows as decode to about _BATCH_BYTES; encoded, a column of few different numbers is tiny."""
+        chunks = [group.column(j) for j in range(group.num_columns)]
+        numbers = sum(chunk.num_values for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
+        return int(max(1, group.num_rows * (_BATCH_BYTES // 8) // max(numbers, 1)))
+
+
+class _Arrow:
+    unit = "record batch"
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        with pa.OSFile(path) as source:
+            file = pa.ipc.open_file(source)
+            self.schema = file.schema
+            self.units = file.num_record_batches
+            self.rows = file.count_rows()
+
+    def batches(self, index: int, columns: list[str], batch_size: int | None, threads: bool) -> Iterator[Any]:
+        fields = [self.schema.get_field_index(column) for column in columns]
+        # Not mapped into memory: of a file that shrinks meanwhile that would be a bus error.
+        with pa.OSFile(self._path) as source:
+            options = pa.ipc.IpcReadOptions(included_fields=fields, use_threads=threads)
+            batch = pa.ipc.open_file(source, options=options).get_batch(index)
+        batch.validate(full=True)  # list offsets are followed without a look otherwise
+        yield batch
+
+
+File: TypeAlias = _Parquet | _Arrow
+
+
+def opened(path: str) -> File:
+    """The file, told by how it begins; ValueError, FileNotFoundError or PermissionError if it cannot be."""
+    with open(path, "rb") as file:
+        magic = file.read(6)
+    kind = _Parquet if magic[:4] == b"PAR1" else _Arrow if magic == b"ARROW1" else None
+    if kind is not None:
+        try:
+            return kind(path)
+        except UNREADABLE as error:
+            raise ValueError(f"{path}: cannot be read: {error}") from error
+    raise ValueError(
+        f"{path}: neither a Parquet nor an Arrow IPC file: it begins with {magic!r}. (A stream of Arrow IPC is refused "
+        f"since one that was cut off looks complete: write it with pyarrow.ipc.new_file.)"
+    )

@@ -1,0 +1,58 @@
+"""How work is spread over time and machines: reading ahead, an executor's workers, a bar that shows how far it is."""
+
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from itertools import islice
+from typing import TypeVar
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+#: Tasks handed to an executor at a time: more than most clusters have threads, few enough to list and to cancel.
+_IN_FLIGHT = 1024
+
+
+def ahead(items: Iterator[T]) -> Generator[T]:
+    """The same items; while one is in use, another thread makes the next."""
+    with ThreadPoolExecutor(1, "grpo_fast-reader") as reader:
+        upcoming = reader.submit(next, items, None)
+        while (item := upcoming.result()) is not None:
+            upcoming = reader.submit(next, items, None)
+            yield item
+
+
+def mapped(executor: Executor, work: Callable[[S], T], items: Iterable[S]) -> Generator[T]:
+    """The results of all items, as they come; what was not begun is cancelled when one fails or nobody wants more."""
+    waiting = iter(items)
+    pending: set[Future[T]] = set()
+    try:
+        while True:
+            pending |= {executor.submit(work, item) for item in islice(waiting, _IN_FLIGHT - len(pending))}
+            if not pending:
+                return
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+    finally:
+        for future in pending:
+            future.cancel()
+
+
+class Progress:
+    """A bar of rows on stderr, or nothing."""
+
+    def __init__(self, rows: int, shown: bool) -> None:
+        self._bar = None
+        if shown:
+            try:
+                from tqdm import tqdm
+            except ImportError as error:
+                raise ImportError("progress needs tqdm: pip install 'grpo_fast[data]'") from error
+            self._bar = tqdm(total=rows, unit=" rows", unit_scale=True)
+
+    def __enter__(self) -> Callable[[int], object]:
+        return self._bar.update if self._bar is not None else lambda rows: None
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()

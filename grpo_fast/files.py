@@ -1,0 +1,314 @@
+"""The objective over rollouts in files, larger than memory or on many machines: `evaluate` and `sweep`.
+
+First the two functions; then what is computed of one batch; then how batches are taken in turns with reading, and row
+groups are spread over an executor.
+"""
+
+from collections.abc import Callable, Generator, Iterable, Mapping
+from concurrent.futures import Executor
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from . import _parallel, _spread
+from ._inputs import Array
+from .loss import grpo_loss, options_of
+from .objective import grid_of, grpo_stats, grpo_sweep
+from .staging import BLOCK
+from .stats import Options, Stats, Sweep
+from .terms import K3, KL, Clip, not_negative
+
+if TYPE_CHECKING:
+    from ._rollouts import Part, Paths, Piece, Rollouts
+
+#: What is computed of a batch; None if there is nothing in it.
+Job: TypeAlias = Callable[[dict[str, Array]], Any]
+
+
+def evaluate(
+    paths: "Paths",
+    *,
+    columns: Mapping[str, str | None] | None = None,
+    batch_size: int | None = None,
+    executor: Executor | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> Stats:
+    """The objective and every diagnostic over Parquet or Arrow IPC files of any size, in bounded memory.
+
+    A row is a sequence if its columns hold lists (of one length within the row), and otherwise one sample or token.
+
+    Parameters
+    ----------
+    paths : str, path, or an iterable of them
+        Files, or globs of files. No file twice.
+    columns : mapping of argument to column, or None
+        Where the files call a column otherwise than the argument of `grpo_stats` or `grpo_loss`. With None as the
+        column, ``old_logps`` (then all is on-policy), ``mask`` and ``rollout_is_weights`` are left out. The files hold
+        either probabilities (``rhos, A, pi_theta_old, pi_theta_ref``) or log-probabilities (``logps, old_logps,
+        advantages, ref_logps`` and, if there are such columns, ``mask, rollout_is_weights``); where they hold both,
+        those named here are taken. Beside lists, ``advantages`` and ``rollout_is_weights`` are lists, too, or one
+        number for each sequence.
+    batch_size : int, or None
+        Rows of a Parquet file to read at a time; None for about 32 MiB of numbers. Three batches are alive at a time.
+        Of flat columns it is rounded to a multiple of ``grpo_fast.BLOCK``. Arrow's record batches are read whole.
+    executor : concurrent.futures.Executor, or None
+        Takes the row groups (record batches), each on one thread: a process pool, a Dask client's ``get_executor()``.
+        Its processes must see the same paths. None reads ahead in a thread and computes on all of them.
+    progress : bool
+        Whether to show a bar on stderr (needs tqdm).
+    **options
+        Of probabilities ``epsilon`` and ``beta``; with ``beta=0`` their last two columns are not read. Of
+        log-probabilities ``surrogate``, ``kl``, ``importance_sampling_level``, ``aggregation`` and ``normalizer``;
+        without a ``kl``, ``ref_logps`` is not read. Flat ones know no sequences: token level, ``"token-mean"`` or
+        ``"token-sum"``.
+
+    Returns
+    -------
+    Stats
+        The sums of sequences are the same bits in whatever files, row groups and batches, on whatever executor. Flat
+        columns are cut into blocks of ``BLOCK`` from the beginning of each row group: the bits of one array where row
+        groups are multiples of that, and in any case those of any ``batch_size``, order and executor. (Lists of
+        probabilities are strung together batch by batch, and equal to rounding.)
+
+    Raises
+    ------
+    TypeError, ValueError
+        A file is truncated or corrupt, a column missing or not of numbers, a value null or bad; the message names file,
+        row group, row and column. Parquet's page checksums are verified where the writer made some. Arrow IPC has none:
+        there a number whose bits flip is another number.
+    FileNotFoundError, PermissionError
+        As `open` raises them.
+    ImportError
+        pyarrow, or for ``progress`` tqdm, is missing: ``pip install 'grpo_fast[data]'``.
+    """
+    stats: Stats = _run(paths, columns, batch_size, executor, progress, partial(_evaluation, options=options))
+    return stats
+
+
+def sweep(
+    paths: "Paths",
+    *,
+    epsilons: ArrayLike,
+    betas: ArrayLike,
+    columns: Mapping[str, str | None] | None = None,
+    batch_size: int | None = None,
+    executor: Executor | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> Sweep:
+    """The objective for every ε × β over files, from one read of the data.
+
+    Parameters
+    ----------
+    paths, columns, batch_size, executor, progress
+        As in `evaluate`.
+    epsilons, betas : (E,), (B,) array-like, or a single number
+        As in `grpo_sweep`.
+    **options
+        Of log-probabilities, which are clipped at token level: ``kl``, a KL term without its β (K1, K2 or K3, the
+        default; ``functools.partial(K3, importance_weighted=False)``), ``aggregation`` and ``normalizer``.
+
+    Returns
+    -------
+    Sweep
+        Its ``objective[e, b]`` is that of `evaluate` with ``epsilons[e]`` and ``betas[b]``, to the bit.
+
+    Raises
+    ------
+    TypeError, ValueError, FileNotFoundError, PermissionError, ImportError
+        As `evaluate`.
+    """
+    grid = grid_of(epsilons, betas)
+    preparation = partial(_sweeping, grid=grid, options=options)
+    result: Sweep = _run(paths, columns, batch_size, executor, progress, preparation)
+    return result
+
+
+# --- what is computed of a batch --------------------------------------------------------------------------------------
+def _evaluation(probabilities: bool, *, options: dict[str, Any]) -> tuple[Job, set[str], Options | None]:
+    """The job, the arguments that it does not read, and its options where it is about log-probabilities."""
+    if probabilities:
+        _only(options, "probability", ("epsilon", "beta"))
+        epsilon = Clip(options.get("epsilon", 0.2)).epsilon
+        beta = not_negative("beta", options.get("beta", 0.01))
+        return partial(_samples, epsilon=epsilon, beta=beta), set() if beta else {"pi_theta_old", "pi_theta_ref"}, None
+    _only(options, "log-probability", Options._fields)
+    checked = options_of(**options)
+    return partial(_tokens, options=checked), set() if checked.kl else {"ref_logps"}, checked
+
+
+def _sweeping(
+    probabilities: bool, *, grid: tuple[tuple[float, ...], ...], options: dict[str, Any]
+) -> tuple[Job, set[str], Options | None]:
+    """As `_evaluation`."""
+    with_kl = any(grid[1])
+    if probabilities:
+        _only(options, "probability", ())
+        return partial(_sample_grid, grid=grid), set() if with_kl else {"pi_theta_old", "pi_theta_ref"}, None
+    _only(options, "log-probability", ("kl", "aggregation", "normalizer"))
+    term: Callable[[float], KL] = options.get("kl", K3)
+    if not callable(term):
+        raise TypeError(f"kl must be K1, K2, K3 or a function of β that returns one, got {term!r}")
+    checked = options_of(**options | {"kl": term(1.0) if with_kl else None})
+    return partial(_token_grid, grid=grid, options=checked), set() if with_kl else {"ref_logps"}, checked
+
+
+def _only(options: Mapping[str, Any], kind: str, allowed: tuple[str, ...]) -> None:
+    for name in options:
+        if name not in allowed:
+            raise TypeError(f"options of {kind} columns are {', '.join(allowed) or 'none'}; got {name}")
+
+
+def _samples(arrays: dict[str, Array], *, epsilon: float, beta: float) -> Stats | None:
+    samples = _four(arrays)
+    return grpo_stats(*samples, epsilon, beta) if samples[0].size else None
+
+
+def _sample_grid(arrays: dict[str, Array], *, grid: tuple[tuple[float, ...], ...]) -> Sweep | None:
+    samples = _four(arrays)
+    return grpo_sweep(*samples, *grid) if samples[0].size else None
+
+
+def _four(arrays: dict[str, Array]) -> tuple[Array, Array, Any, Any]:
+    return arrays["rhos"], arrays["A"], arrays.get("pi_theta_old"), arrays.get("pi_theta_ref")
+
+
+def _tokens(arrays: dict[str, Array], *, options: Options) -> Stats:
+    return _losses(arrays, [options])[0]
+
+
+def _token_grid(arrays: dict[str, Array], *, grid: Any, options: Options) -> Sweep:
+    each = [options._replace(surrogate=Clip(epsilon), kl=None) for epsilon in grid[0]]
+    each[0] = each[0]._replace(kl=options.kl)  # of which any one knows all
+    stats = _losses(arrays, each)
+    return Sweep(
+        grid=grid,
+        tokens=stats[0].tokens,
+        sequence_count=stats[0].sequence_count,
+        surrogate_totals=tuple(one.surrogate_total for one in stats),
+        kl_total=stats[0].kl_total,
+        kl_sum=stats[0].kl_sum,
+        clipped_low=tuple(one.clipped_low for one in stats),
+        clipped_high=tuple(one.clipped_high for one in stats),
+        aggregation=options.aggregation,
+        normalizer=options.normalizer,
+    )
+
+
+def _losses(arrays: dict[str, Array], each: Iterable[Options]) -> list[Stats]:
+    """The Stats of a batch of tokens under each of the options."""
+    size, flat = arrays["logps"].size, "cu_seqlens" not in arrays
+    if flat:  # blocks as sequences, so that a mask does not move them, wherever a batch begins
+        arrays = arrays | {"cu_seqlens": np.append(np.arange(0, size, BLOCK), size)}
+    elif not size:  # sequences without a token count, too; grpo_loss wants at least a masked one
+        arrays = _one_masked(arrays)
+    batch: dict[str, Any] = {"old_logps": None, **arrays}
+    results = [grpo_loss(**batch, **options._asdict()).stats for options in each]
+    return [replace(stats, sequence_count=None) for stats in results] if flat else results
+
+
+def _one_masked(arrays: dict[str, Array]) -> dict[str, Array]:
+    """The same sequences, of which the last has one token, which is masked."""
+    sequences = arrays["cu_seqlens"].size - 1
+    padded = {name: np.zeros(1, array.dtype) for name, array in arrays.items() if not array.size}
+    bounds = np.append(np.zeros(sequences, np.int64), 1)
+    return arrays | padded | {"mask": np.zeros(1, np.bool_), "cu_seqlens": bounds}
+
+
+# --- how it is spread over time and machines --------------------------------------------------------------------------
+def _run(
+    paths: "Paths",
+    columns: Mapping[str, str | None] | None,
+    batch_size: int | None,
+    executor: Executor | None,
+    progress: bool,
+    preparation: Callable[[bool], tuple[Job, set[str], Options | None]],
+) -> Any:
+    """Check all that can be checked without reading, then read, compute and add up."""
+    from . import _rollouts
+
+    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+        raise ValueError(f"batch_size must be an int of at least 1, or None, got {batch_size!r}")
+    if executor is not None and not hasattr(executor, "submit"):
+        raise TypeError(f"executor must be a concurrent.futures.Executor, got {executor!r}")
+    files = _rollouts.find(paths)
+    kind = _rollouts.kind_of(files[0], columns)
+    job, unread, options = preparation(kind == _rollouts.PROBABILITIES)
+    rollouts, parts, rows = _rollouts.plan(files, kind, unread, columns)
+    if options and not rollouts.sequences:
+        _refuse_sequences(files[0], options)
+    if executor is None:
+        results = _each_batch(parts, rollouts, batch_size, job, threads=True)
+    else:
+        work = partial(_row_group, rollouts=rollouts, batch_size=batch_size, job=job)
+        results = _spread.mapped(executor, work, parts)
+    with closing(results), _spread.Progress(rows, progress) as advance:
+        _, total = _added(results, advance)
+    if total is None:
+        raise ValueError(f"{', '.join(files)}: no samples")
+    return total
+
+
+def _refuse_sequences(path: str, options: Options) -> None:
+    if options.importance_sampling_level != "token" or options.aggregation not in ("token-mean", "token-sum"):
+        raise ValueError(
+            f"{path}: the columns are flat, so that nobody knows where sequences begin: importance_sampling_level must "
+            f"be 'token' and aggregation 'token-mean' or 'token-sum', got {options.importance_sampling_level!r} and "
+            f"{options.aggregation!r}. For the others, store each sequence as a list"
+        )
+
+
+def _row_group(part: "Part", *, rollouts: "Rollouts", batch_size: int | None, job: Job) -> tuple[int, Any]:
+    """What an executor calls: the rows of one part, and its result."""
+    with _parallel.serially():
+        return _added(_each_batch([part], rollouts, batch_size, job, threads=False))
+
+
+def _added(results: Iterable[tuple[int, Any]], advance: Callable[[int], object] = lambda rows: None) -> tuple[int, Any]:
+    """The rows and the results, added up; None if there are none."""
+    rows, total = 0, None
+    for done, result in results:
+        advance(done)
+        rows += done
+        if result is not None:
+            total = result if total is None else total + result
+    return rows, total
+
+
+def _each_batch(
+    parts: Iterable["Part"], rollouts: "Rollouts", batch_size: int | None, job: Job, *, threads: bool
+) -> Generator[tuple[int, Any]]:
+    """Rows and result of each batch; the next one is read meanwhile."""
+    from . import _rollouts
+
+    with closing(_spread.ahead(_rollouts.pieces(parts, rollouts, batch_size, threads))) as pieces:
+        for piece in pieces:
+            try:
+                result = job(_rollouts.arrays(piece.batch, rollouts)) if piece.batch.num_rows else None
+            except ValueError as error:
+                raise _first_bad(piece, rollouts, job, error) from error
+            yield piece.batch.num_rows, result
+
+
+def _first_bad(piece: "Piece", rollouts: "Rollouts", job: Job, error: ValueError) -> ValueError:
+    """What is wrong with the first bad row, which is found by halving; indices in the message count within it."""
+    from . import _rollouts
+
+    low, high = 0, piece.batch.num_rows
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            job(_rollouts.arrays(piece.batch.slice(low, middle - low), rollouts))
+            low = middle
+        except ValueError:
+            high = middle
+    try:
+        job(_rollouts.arrays(piece.batch.slice(low, 1), rollouts))
+    except ValueError as alone:
+        return ValueError(f"{piece.part}, row {piece.first_row + low}: {alone}{rollouts.renamed}")
+    return ValueError(f"{piece.part}, rows from {piece.first_row}: {error}{rollouts.renamed}")

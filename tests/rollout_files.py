@@ -1,0 +1,58 @@
+"""What the tests about files share: rollouts as arrays and as tables, and the ways to write a table."""
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
+
+PROBABILITIES = ("rhos", "A", "pi_theta_old", "pi_theta_ref")
+PER_TOKEN = ("logps", "old_logps", "ref_logps", "mask", "rollout_is_weights")
+
+
+def tokens(sequences, seed=0, longest=300, optional=False):
+    """Packed arguments of grpo_loss for sequences of 0 … ``longest`` tokens; some masked and weighted, if asked for."""
+    rng = np.random.default_rng([sequences, seed])
+    lengths = rng.integers(0, longest + 1, sequences)
+    n = int(lengths.sum())
+    old = -rng.exponential(size=n)
+    arrays = {
+        "logps": old + rng.normal(0, 0.2, n),
+        "old_logps": old,
+        "advantages": rng.normal(size=sequences),
+        "ref_logps": old + rng.normal(0, 0.2, n),
+        "cu_seqlens": np.append(0, np.cumsum(lengths)),
+    }
+    if optional:
+        arrays |= {"mask": rng.random(n) < 0.9, "rollout_is_weights": rng.uniform(0.5, 2, n)}
+    return arrays
+
+
+def lists(values, bounds, kind=pa.large_list):
+    """Sequences as an Arrow array of lists."""
+    make = pa.LargeListArray if kind is pa.large_list else pa.ListArray
+    offsets = pa.array(bounds, pa.int64() if kind is pa.large_list else pa.int32())
+    return make.from_arrays(offsets, pa.array(values))
+
+
+def table(arrays, kind=pa.large_list):
+    """Arguments of grpo_loss or grpo_stats as a table: lists where there are sequences."""
+    bounds = arrays.get("cu_seqlens")
+    return pa.table(
+        {
+            name: lists(array, bounds, kind) if bounds is not None and name in PER_TOKEN else pa.array(array)
+            for name, array in arrays.items()
+            if name != "cu_seqlens"
+        }
+    )
+
+
+def write(path, *tables):
+    """A Parquet or Arrow file, told by its name, of which each table becomes a row group or record batch."""
+    if path.suffix == ".arrow":
+        with pa.ipc.new_file(path, tables[0].schema) as file:
+            for each in tables:
+                file.write_table(each)
+    else:
+        with parquet.ParquetWriter(path, tables[0].schema, write_page_checksum=True) as file:
+            for each in tables:
+                file.write_table(each, row_group_size=max(len(each), 1))
+    return path

@@ -1,0 +1,388 @@
+"""Files give the bits of arrays: whatever the format, the shards, their order, the batches; and refuse what is bad."""
+
+import random
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from conftest import BLOCK, samples
+
+from grpo_fast import K3, Clip, evaluate, grpo_loss, grpo_stats, grpo_sweep
+from grpo_fast.files import sweep
+
+pa = pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[data]'")
+from rollout_files import PER_TOKEN, PROBABILITIES, lists, table, tokens, write  # noqa: E402
+
+FORMATS = ["parquet", "arrow"]
+LISTS = [pa.list_, pa.large_list]
+OPTIONS = {"surrogate": Clip(0.2), "kl": K3(0.04)}
+GRID = {"epsilons": [0.1, 0.2], "betas": [0, 0.04]}
+
+
+def probabilities(n, dtype=np.float64):
+    return dict(zip(PROBABILITIES, samples(n, dtype), strict=True))
+
+
+def loss_stats(arrays, **options):
+    return grpo_loss(**arrays, **OPTIONS | options).stats
+
+
+# --- the same bits ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("batch_size", [None, 1, BLOCK, 2 * BLOCK + 1])
+def test_samples_in_any_batches(batch_size, dtype, tmp_path):
+    arrays = probabilities(7 * BLOCK + 77, dtype)
+    path = write(tmp_path / "rollouts.parquet", table(arrays))
+    assert evaluate(path, batch_size=batch_size) == grpo_stats(**arrays)
+    swept = sweep(str(path), batch_size=batch_size, **GRID)
+    assert swept == grpo_sweep(**arrays, **GRID)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_samples_in_shuffled_shards(suffix, tmp_path):
+    arrays = probabilities(7 * BLOCK + 77)
+    whole = table(arrays)
+    cuts = [0, 3 * BLOCK, 4 * BLOCK, 6 * BLOCK, len(whole)]
+    parts = [whole.slice(i, j - i) for i, j in pairwise(cuts)]
+    paths = [
+        write(tmp_path / f"a.{suffix}", parts[2], parts[0]),
+        write(tmp_path / f"b.{suffix}", parts[3]),
+        write(tmp_path / f"c.{suffix}", whole.slice(0, 0), parts[1]),  # an empty row group is nothing
+    ]
+    expected = grpo_stats(**arrays)
+    assert evaluate(paths) == expected
+    random.Random(0).shuffle(paths)
+    assert evaluate(iter(paths)) == expected
+    assert evaluate(str(tmp_path / f"*.{suffix}")) == expected
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("kind", LISTS)
+@pytest.mark.parametrize("batch_size", [None, 1, 7])
+def test_sequences_in_any_batches(batch_size, kind, suffix, tmp_path):
+    arrays = tokens(40)
+    whole = table(arrays, kind)
+    path = write(tmp_path / f"rollouts.{suffix}", whole.slice(0, 23), whole.slice(23))  # Arrow keeps the offset
+    expected = loss_stats(arrays)
+    assert evaluate(path, batch_size=batch_size, **OPTIONS) == expected
+    swept = sweep(path, batch_size=batch_size, **GRID)
+    assert swept.objective[1, 1] == expected.objective
+    assert (swept.kl, swept.clip_ratio_low[1], swept.clip_ratio_high[1]) == (
+        expected.kl,
+        expected.clip_ratio_low,
+        expected.clip_ratio_high,
+    )
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum"])
+@pytest.mark.parametrize("normalizer", [None, 48.0])
+def test_every_aggregation_is_that_of_the_whole(aggregation, normalizer, tmp_path):
+    options = {"aggregation": aggregation, "normalizer": normalizer}
+    arrays = tokens(30)
+    whole = table(arrays)
+    paths = [write(tmp_path / f"{i}.parquet", whole.slice(i, 10)) for i in (20, 0, 10)]
+    assert evaluate(paths, batch_size=3, **OPTIONS, **options) == loss_stats(arrays, **options)
+    swept = sweep(paths, batch_size=3, **GRID, **options)
+    for e, epsilon in enumerate(GRID["epsilons"]):
+        expected = loss_stats(arrays, **options, surrogate=Clip(epsilon))
+        assert swept.objective[e].tolist() == [
+            loss_stats(arrays, **options, surrogate=Clip(epsilon), kl=K3(0)).objective,
+            expected.objective,
+        ]
+        assert (swept.clip_ratio_low[e], swept.clip_ratio_high[e]) == (
+            expected.clip_ratio_low,
+            expected.clip_ratio_high,
+        )
+
+
+def test_another_kl_term_in_a_sweep(tmp_path):
+    arrays = tokens(10)
+    path = write(tmp_path / "rollouts.parquet", table(arrays))
+    kl = partial(K3, importance_weighted=False)
+    assert sweep(path, epsilons=0.2, betas=0.04, kl=kl).objective == loss_stats(arrays, kl=kl(0.04)).objective
+
+
+# --- columns ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("per_token", [False, True])
+def test_all_columns(per_token, tmp_path):
+    arrays = tokens(30, optional=True)
+    whole = table(arrays)
+    if per_token:
+        arrays["advantages"] = np.repeat(arrays["advantages"], np.diff(arrays["cu_seqlens"]))
+        whole = whole.set_column(2, "advantages", lists(arrays["advantages"], arrays["cu_seqlens"]))
+    path = write(tmp_path / "rollouts.parquet", whole)
+    assert evaluate(path, batch_size=4, **OPTIONS) == loss_stats(arrays)
+
+
+def test_weights_per_sequence(tmp_path):
+    arrays = tokens(30, optional=True) | {"rollout_is_weights": np.linspace(0.5, 2, 30)}
+    columns = {name: lists(x, arrays["cu_seqlens"]) if name in PER_TOKEN[:4] else x for name, x in arrays.items()}
+    del columns["cu_seqlens"]
+    path = write(tmp_path / "rollouts.parquet", pa.table(columns))
+    assert evaluate(path, batch_size=4, **OPTIONS) == loss_stats(arrays)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_lists_of_fixed_size(suffix, tmp_path):
+    n, size = 20, 6
+    arrays = tokens(200) | {"cu_seqlens": np.arange(0, n * size + 1, size)}
+    arrays = {
+        name: x[:n] if name == "advantages" else x[: n * size] if name != "cu_seqlens" else x
+        for name, x in arrays.items()
+    }
+    whole = pa.table(
+        {
+            name: pa.FixedSizeListArray.from_arrays(pa.array(x), size) if name in PER_TOKEN else x
+            for name, x in arrays.items()
+            if name != "cu_seqlens"
+        }
+    )
+    path = write(tmp_path / f"rollouts.{suffix}", whole.slice(0, 7), whole.slice(7))
+    assert evaluate(path, batch_size=3, **OPTIONS) == loss_stats(arrays)
+
+
+@pytest.mark.parametrize("mask_type", [pa.bool_(), pa.int8(), pa.float32()])
+def test_padded_rows_with_a_mask(mask_type, tmp_path):
+    rng = np.random.default_rng(0)
+    mask = np.arange(16) < rng.integers(0, 17, (9, 1))
+    logps, old, ref = np.where(mask, -rng.exponential(size=(3, 9, 16)), np.nan)  # what is masked is not looked at
+    advantages = rng.normal(size=9)
+    columns = {"logps": logps, "old_logps": old, "ref_logps": ref, "mask": mask}
+    columns = {name: pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), 16) for name, x in columns.items()}
+    columns["mask"] = columns["mask"].cast(pa.list_(mask_type, 16))
+    path = write(tmp_path / "rollouts.parquet", pa.table(columns | {"advantages": advantages}))
+    expected = grpo_loss(logps, old, advantages, ref, mask=mask, **OPTIONS).stats
+    assert evaluate(path, **OPTIONS) == expected
+
+
+def test_as_many_tokens_as_sequences(tmp_path):
+    # One advantage for each of two sequences must not pass for one for each of two tokens.
+    rows = {"logps": [[], [-1.0, -1.0]], "old_logps": [[], [-1.1, -1.2]], "ref_logps": [[], [-1.3, -1.0]]}
+    path = write(tmp_path / "rollouts.parquet", pa.table(rows | {"advantages": [5.0, -1.0]}))
+    expected = loss_stats(
+        tokens(1) | {name: np.array(x[1]) for name, x in rows.items()} | {"advantages": -1.0, "cu_seqlens": None}
+    )
+    found = evaluate(path, **OPTIONS)
+    assert (found.sequences, found.tokens, found.surrogate_sum) == (2, 2, expected.surrogate_sum)
+
+
+def test_sequences_without_a_token(tmp_path):
+    empty = {"logps": [[], []], "old_logps": [[], []], "ref_logps": [[], []], "advantages": [1.0, 2.0]}
+    schema = pa.schema({name: pa.float64() if name == "advantages" else pa.list_(pa.float64()) for name in empty})
+    arrays = tokens(5)
+    paths = [
+        write(tmp_path / "empty.parquet", pa.table(empty, schema)),
+        write(tmp_path / "full.parquet", table(arrays, pa.list_)),
+    ]
+    found, full = evaluate(paths, **OPTIONS), loss_stats(arrays)
+    assert (found.sequences, found.tokens) == (7, full.tokens)
+    assert found.surrogate_total == full.surrogate_total
+    assert evaluate(paths[0], **OPTIONS).objective == 0
+
+
+@pytest.mark.parametrize("batch_size", [None, BLOCK])
+def test_flat_tokens(batch_size, tmp_path):
+    arrays = tokens(100)
+    n = arrays.pop("cu_seqlens")[-1]
+    assert n > 3 * BLOCK
+    arrays["advantages"] = np.random.default_rng(0).normal(size=n)
+    path = write(tmp_path / "rollouts.parquet", table(arrays))
+    found = evaluate(path, batch_size=batch_size, aggregation="token-mean", **OPTIONS)
+    expected = loss_stats(arrays, aggregation="token-mean")
+    assert np.isnan(found.sequences)
+    assert (found.objective, found.surrogate_sum, found.kl_sum) == (
+        expected.objective,
+        expected.surrogate_sum,
+        expected.kl_sum,
+    )
+    swept = sweep(path, batch_size=batch_size, aggregation="token-mean", **GRID)
+    assert swept.objective[1, 1] == expected.objective
+
+
+def test_flat_tokens_have_no_sequences(tmp_path):
+    arrays = tokens(3)
+    del arrays["cu_seqlens"]
+    arrays["advantages"] = arrays["logps"]
+    path = write(tmp_path / "rollouts.parquet", table(arrays))
+    for call in (partial(evaluate, path), partial(sweep, path, **GRID)):
+        with pytest.raises(
+            ValueError, match=r"rollouts.parquet: the columns are flat.*'seq-mean-token-mean'.*as a list"
+        ):
+            call()
+    with pytest.raises(ValueError, match=r"the columns are flat.*'sequence'"):
+        evaluate(path, aggregation="token-mean", importance_sampling_level="sequence")
+
+
+def test_probabilities_in_lists(tmp_path):
+    arrays = probabilities(1000)
+    bounds = np.arange(0, 1001, 50)
+    path = write(tmp_path / "rollouts.parquet", pa.table({name: lists(x, bounds) for name, x in arrays.items()}))
+    assert evaluate(path) == grpo_stats(**arrays)
+
+
+def test_columns_of_other_names(tmp_path):
+    arrays = tokens(10)
+    names = {"logps": "policy", "old_logps": "sampler.logps", "advantages": "Â"}
+    whole = table(arrays)
+    whole = whole.rename_columns([names.get(name, name) for name in whole.column_names])
+    path = write(tmp_path / "rollouts.parquet", whole.append_column("rhos", pa.array(["text"] * 10)))
+    assert evaluate(path, columns=names, **OPTIONS) == loss_stats(arrays)
+    on_policy = evaluate(path, columns=names | {"old_logps": None}, **OPTIONS)
+    assert on_policy == loss_stats(arrays | {"old_logps": None})
+
+
+def test_only_what_is_needed_is_read(tmp_path):
+    arrays = probabilities(100)
+    path = write(tmp_path / "samples.parquet", table({name: arrays[name] for name in ("rhos", "A")}))
+    found = evaluate(path, beta=0)
+    assert found == grpo_stats(arrays["rhos"], arrays["A"], None, None, beta=0)
+    assert found.objective == grpo_stats(**arrays, beta=0).objective
+    assert np.isnan(found.kl)
+    assert sweep(path, epsilons=0.2, betas=0).objective == found.objective
+    arrays = tokens(10)
+    del arrays["ref_logps"]
+    path = write(tmp_path / "tokens.parquet", table(arrays))
+    assert evaluate(path) == loss_stats(arrays, kl=None)
+
+
+def test_floats_of_16_bits_and_integers(tmp_path):
+    arrays = {name: x.astype(np.float16) for name, x in probabilities(100).items()}
+    arrays["A"] = np.arange(-50, 50)
+    path = write(tmp_path / "rollouts.arrow", table(arrays))
+    assert evaluate(path) == grpo_stats(**arrays)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+def refused(message, *args, error=ValueError, call=evaluate, **kwargs):
+    with pytest.raises(error, match=message):
+        call(*args, **kwargs)
+
+
+def rows_of(arrays):
+    """A table as lists of Python numbers, in which anything can be put."""
+    return table(arrays).to_pydict()
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("batch_size", [1, 5, None])
+def test_a_bad_number_is_found(suffix, batch_size, tmp_path):
+    for bad, message in (
+        (None, "column 'logps' has a null in a list"),
+        (np.nan, r"logps must be finite where it is not masked, got logps\[2\] = nan"),
+    ):
+        rows = rows_of(tokens(20, longest=9))
+        row = next(i for i, x in enumerate(rows["logps"]) if i > 12 and len(x) > 2)
+        rows["logps"][row][2] = bad
+        whole = pa.table(rows)
+        path = write(tmp_path / f"rollouts.{suffix}", whole.slice(0, 8), whole.slice(8))
+        unit = "row group" if suffix == "parquet" else "record batch"
+        refused(rf"rollouts.{suffix}, {unit} 1, row {row - 8}: {message}", path, batch_size=batch_size, **OPTIONS)
+
+
+def test_a_bad_row_is_found(tmp_path):
+    rows = rows_of(tokens(20, longest=9))
+    row = next(i for i, x in enumerate(rows["logps"]) if i > 12 and x)
+    for name, bad, message in (
+        ("advantages", None, "column 'advantages' has a null"),
+        ("logps", None, "column 'logps' has a null"),
+        ("advantages", np.inf, r"advantages must be finite where it is not masked, got advantages\[0\] = inf"),
+        ("ref_logps", [0.0] * 20, r"lists must be of one length, got 20 in column 'ref_logps', \d in 'logps'"),
+    ):
+        changed = rows | {name: [*rows[name][:row], bad, *rows[name][row + 1 :]]}
+        path = write(tmp_path / "rollouts.parquet", pa.table(changed))
+        refused(f"row group 0, row {row}: {message}", path, **OPTIONS)
+    rows = rows_of(probabilities(3 * BLOCK))
+    rows["A"][2 * BLOCK + 5] = -np.inf
+    path = write(tmp_path / "rollouts.parquet", pa.table({"ρ": rows.pop("rhos")} | rows))
+    message = rf"row {2 * BLOCK + 5}: A must be finite, got A\[0\] = -inf \(rhos is column 'ρ'\)"
+    refused(message, path, columns={"rhos": "ρ"}, batch_size=BLOCK)
+    refused(message, path, columns={"rhos": "ρ"}, call=sweep, **GRID)
+
+
+def test_columns_that_do_not_fit(tmp_path):
+    def file(name, **columns):
+        return write(tmp_path / f"{name}.parquet", pa.table(columns))
+
+    x, many, text = [1.0, 2.0], [[1.0], [2.0]], ["a", "b"]
+    refused("m.parquet: column 'pi_theta_ref' is missing; it has rhos, A, pi", file("m", rhos=x, A=x, pi_theta_old=x))
+    refused(r"column 'z' \(for A\) is missing", file("z", rhos=x, A=x), columns={"A": "z"}, beta=0)
+    refused(
+        "'old_logps' is missing.*if there is none, columns={'old_logps': None}", file("o", logps=many, advantages=x)
+    )
+    refused("'ref_logps' is missing", file("r", logps=many, old_logps=many, advantages=x), **OPTIONS)
+    refused(
+        "t.parquet: column 'A' must hold real numbers, or lists of them, got string", file("t", rhos=x, A=text), beta=0
+    )
+    refused("must hold bools or 0/1", file("b", logps=x, old_logps=x, advantages=x, mask=text), aggregation="token-sum")
+    refused("'old_logps' holds numbers, but column 'logps' lists", file("l", logps=many, old_logps=x, advantages=x))
+    refused("'A' holds lists, but column 'rhos' numbers", file("n", rhos=x, A=many), beta=0)
+    refused("must have either rhos.* or logps.*, got both in rhos, logps", file("2", rhos=x, logps=x))
+    refused("must have either rhos.* or logps.*, got neither in A, mask", file("0", A=x, mask=x))
+    one = file("1", logps=many, old_logps=many, advantages=x)
+    refused("3.parquet differs from .*1.parquet", [one, file("3", logps=many, old_logps=many, advantages=x, mask=many)])
+    refused("4.parquet: column 'logps' is missing", [one, file("4", old_logps=x, advantages=x)])
+    refused("5.parquet: no rows", write(tmp_path / "5.parquet", pa.table({"rhos": x, "A": x}).slice(0, 0)), beta=0)
+    table_of_two = pa.table([x, x, x], names=["rhos", "A", "A"])
+    refused("column 'A' is there more than once", write(tmp_path / "6.parquet", table_of_two), beta=0)
+
+
+def test_arguments_that_do_not_fit(tmp_path):
+    path = write(tmp_path / "a.parquet", table(probabilities(10)))
+    other = write(tmp_path / "b.parquet", table(tokens(3)))
+    refused("no such file: .*nothing", tmp_path / "nothing.parquet", error=FileNotFoundError)
+    refused(r"no such file: .*\*.csv", str(tmp_path / "*.csv"), error=FileNotFoundError)
+    refused(r"is a directory; name its files, for example .*\*.parquet", tmp_path)
+    refused("a.parquet is named twice", [path, str(tmp_path / "*.parquet")])
+    refused("paths must name at least one file", [])
+    refused("columns must name arguments among rhos.*'what'", path, columns={"what": "A"})
+    refused("columns must have either rhos.*got both", path, columns={"rhos": "rhos", "logps": "logps"})
+    refused(r"columns\['rhos'\] must be the name of a column, got None", path, columns={"rhos": None}, error=TypeError)
+    refused("columns must map", path, columns=["rhos"], error=TypeError)
+    for batch_size in (0, 1.5, True):
+        refused("batch_size must be an int of at least 1", path, batch_size=batch_size)
+    refused("executor must be", path, executor=2, error=TypeError)
+    refused("options of probability columns are epsilon, beta; got kl", path, kl=K3(0.1), error=TypeError)
+    refused("options of log-probability columns are surrogate, .*; got epsilon", other, epsilon=0.1, error=TypeError)
+    refused("epsilon must be", path, epsilon=-1)
+    refused("beta must be", path, beta=-1)
+    refused("^aggregation must be one of", other, aggregation="mean")
+    refused("^epsilon must be", path, call=sweep, epsilons=2, betas=0)
+    refused("columns are none; got epsilon", path, call=sweep, epsilon=0.1, **GRID, error=TypeError)
+    refused("columns are kl, aggregation, normalizer; got sur", other, call=sweep, surrogate=1, **GRID, error=TypeError)
+    refused("kl must be K1, K2, K3 or a function", other, call=sweep, kl=K3(0.1), **GRID, error=TypeError)
+
+
+def test_files_of_another_kind(tmp_path):
+    text, stream = tmp_path / "a.csv", tmp_path / "b.arrow"
+    text.write_text("rhos,A\n1,1\n")
+    refused(r"a.csv: neither a Parquet nor an Arrow IPC file: it begins with b'rhos,A'", text)
+    whole = table(probabilities(10))
+    with pa.ipc.new_stream(stream, whole.schema) as file:
+        file.write_table(whole)
+    refused("b.arrow: neither .*stream of Arrow IPC is refused", stream)
+
+
+def test_a_bar_on_request(tmp_path, capsys):
+    pytest.importorskip("tqdm", reason="the bar needs pip install 'grpo_fast[data]'")
+    path = write(tmp_path / "rollouts.parquet", table(probabilities(100)))
+    evaluate(path)
+    assert capsys.readouterr() == ("", "")
+    evaluate(path, progress=True)
+    out, err = capsys.readouterr()
+    assert (out, "100%" in err, "100/100" in err) == ("", True, True)
+
+
+def test_without_pyarrow():
+    from conftest import python
+
+    script = """
+import sys
+sys.modules["pyarrow"] = None
+import grpo_fast
+try:
+    grpo_fast.evaluate("x.parquet")
+except ImportError as error:
+    print(error)
+"""
+    assert python(script) == "reading rollouts needs pyarrow: pip install 'grpo_fast[data]'\n"
