@@ -1,4 +1,7 @@
-"""The command: ``python -m grpo_fast``, also installed as ``grpo-fast``, runs the main job on synthetic samples."""
+"""The command: ``python -m grpo_fast``, also installed as ``grpo-fast``.
+
+Alone it runs the main job on synthetic samples; with ``evaluate`` or ``sweep``, on rollouts in files.
+"""
 
 import argparse
 import sys
@@ -11,7 +14,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from . import __version__, grpo_objective, grpo_stats, reference
+from . import __version__, _command, grpo_objective, grpo_stats, reference
 from .measure import ratio, read, side_by_side
 
 Array: TypeAlias = NDArray[Any]
@@ -32,8 +35,11 @@ def synthetic_samples(n: int, dtype: str, seed: int) -> Samples:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="grpo-fast",
-        description="Compute the GRPO objective and its diagnostics over synthetic samples, and time it beside NumPy.",
+        description="Compute the GRPO objective and its diagnostics over synthetic samples, and time it beside NumPy; "
+        "or over rollouts in files.",
     )
+    _command.add_to(parser.add_subparsers(title="rollouts in files", metavar="evaluate | sweep"))
+    parser.set_defaults(run=None)
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--samples", type=int, default=10_000_000, help="how many (default: 10 million)")
     parser.add_argument("--dtype", choices=("float64", "float32"), default="float64")
@@ -47,8 +53,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit code is 2 for bad arguments and 1 if fast and reference disagree."""
+    """Run the command; the exit code is 2 for bad input, 130 after Ctrl-C, and 1 if fast and reference disagree."""
     arguments = _arguments(argv)
+    if arguments.run:
+        return _command.run(arguments)
     n, epsilon, beta = arguments.samples, arguments.epsilon, arguments.beta
     print(
         f"grpo_fast {__version__}: {n:,} synthetic samples, {arguments.dtype}, epsilon {epsilon}, beta {beta}, "

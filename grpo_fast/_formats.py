@@ -7,12 +7,14 @@ from .staging import BLOCK
 
 try:
     import pyarrow as pa
-    from pyarrow import parquet, types
+    from pyarrow import parquet
 except ImportError as error:
     raise ImportError("reading rollouts needs pyarrow: pip install 'grpo_fast[data]'") from error
 
 _BATCH_BYTES = 32 << 20  # of numbers in a batch, when batch_size is left to us; three batches are alive at a time
 _BUFFER = 1 << 20  # bytes of a column that pyarrow reads at once; without it, a row group's columns as a whole
+types: Any = pa.types
+_PROBE = 64  # rows read to see how many fit into a batch
 #: What pyarrow raises about bad data.
 UNREADABLE = (pa.ArrowException, OSError)
 
@@ -31,25 +33,33 @@ class _Parquet:
         self.schema = self._file.schema_arrow
         self.units = self._file.num_row_groups
         self.rows = self._file.metadata.num_rows
+        self._fits: int | None = None
 
     def batches(self, index: int, columns: list[str], batch_size: int | None, threads: bool) -> Iterator[Any]:
-        group = self._file.metadata.row_group(index)
-        size = batch_size or self._fitting(group, columns)
+        told = self._file.metadata.row_group(index).num_rows
+        size = batch_size or self._fitting(index, columns)
         if not any(is_list(self.schema.field(column).type) for column in columns):
             size = max(1, round(size / BLOCK)) * BLOCK  # so that the blocks are those of the row group
-        size = min(size, max(group.num_rows, 1))
         rows = 0
-        for batch in self._file.iter_batches(size, row_groups=[index], columns=columns, use_threads=threads):
+        for batch in self._read(index, columns, min(size, max(told, 1)), threads):
             rows += batch.num_rows
             yield batch
-        if rows != group.num_rows:
-            raise pa.ArrowInvalid(f"{rows} rows where the footer says {group.num_rows}")
+        if rows != told:
+            raise pa.ArrowInvalid(f"{rows} rows where the footer says {told}")
 
-    def _fitting(self, group: Any, columns: list[str]) -> int:
-        """As many rows as decode to about _BATCH_BYTES; encoded, a column of few different numbers is tiny."""
-        chunks = [group.column(j) for j in range(group.num_columns)]
-        numbers = sum(chunk.num_values for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
-        return int(max(1, group.num_rows * (_BATCH_BYTES // 8) // max(numbers, 1)))
+    def _fitting(self, index: int, columns: list[str]) -> int:
+        """As many rows as make about _BATCH_BYTES, judged by some that are read for it.
+
+        Metadata know encoded sizes, which for few different numbers are tiny; and a corrupt one, asked about a column,
+        ends the process (pyarrow 26).
+        """
+        if self._fits is None:
+            probe: Any = next(iter(self._read(index, columns, _PROBE, False)), None)
+            self._fits = max(1, _BATCH_BYTES * probe.num_rows // max(probe.nbytes, 1)) if probe else 1
+        return self._fits
+
+    def _read(self, index: int, columns: list[str], size: int, threads: bool) -> Any:
+        return self._file.iter_batches(size, row_groups=[index], columns=columns, use_threads=threads)
 
 
 class _Arrow:

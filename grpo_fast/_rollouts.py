@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+
 from ._formats import UNREADABLE, File, is_list, opened, types
 from ._inputs import Array
 

@@ -1,0 +1,218 @@
+"""The subcommands ``evaluate`` and ``sweep`` of the command line: argparse over the functions of `files`.
+
+First the arguments, then what is printed, then what is run; results go to stdout, the bar to stderr.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from .files import evaluate, sweep
+from .stats import Stats, Sweep
+from .terms import K1, K2, K3, Clip
+
+_KL = {"k1": K1, "k2": K2, "k3": K3}
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+def add_to(commands: Any) -> None:
+    """Add ``evaluate`` and ``sweep`` to argparse's subparsers."""
+    for name, run, about in (
+        ("evaluate", _evaluate, "the objective and its diagnostics over rollouts in files"),
+        ("sweep", _sweep, "the objective for every epsilon and beta over rollouts in files"),
+    ):
+        parser = commands.add_parser(name, help=about, description=f"Compute {about} (Parquet or Arrow IPC).")
+        parser.set_defaults(run=run)
+        parser.add_argument("files", nargs="+", metavar="FILE", help="a file or a glob")
+        _add_options(parser, name == "sweep")
+        parser.add_argument(
+            "--batch-size", type=int, metavar="ROWS", help="rows read at a time (default: about 32 MiB)"
+        )
+        parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: this one)")
+        parser.add_argument("--no-progress", action="store_true", help="no bar on stderr")
+        parser.add_argument("--json", action="store_true", help="print JSON, in which null is what does not apply")
+
+
+def _add_options(parser: argparse.ArgumentParser, grid: bool) -> None:
+    if grid:
+        parser.add_argument("--epsilon", type=_numbers, default="0.1,0.2,0.3", metavar="E,E,…", help="(%(default)s)")
+        parser.add_argument("--beta", type=_numbers, default="0,0.01", metavar="B,B,…", help="(%(default)s)")
+        parser.add_argument("--plot", metavar="OUT", help="draw it into a .png, .svg or .pdf")
+    else:
+        parser.add_argument("--epsilon", type=float, default=0.2, help="(%(default)s)")
+        parser.add_argument("--beta", type=float, default=0.01, help="weight of the KL term; 0: none (%(default)s)")
+        parser.add_argument("--epsilon-high", type=float, help="(as --epsilon)*")
+        parser.add_argument("--delta", type=float, help="hard bound of the ratio*")
+        parser.add_argument("--importance-sampling-level", choices=("token", "sequence"), help="(token)*")
+    parser.epilog = "Options with * are those of log-probability columns."
+    parser.add_argument("--kl", choices=tuple(_KL), help="estimator of the KL term (k3)*")
+    aggregations = ("token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum")
+    parser.add_argument("--aggregation", choices=aggregations, help="(seq-mean-token-mean)*")
+    parser.add_argument("--normalizer", type=float, help="what to divide by instead*")
+    parser.add_argument(
+        "--columns", nargs="+", type=_renamed, metavar="NAME=COLUMN", help="which columns to take for which arguments"
+    )
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
+
+
+def _renamed(text: str) -> tuple[str, str | None]:
+    name, equals, column = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"must be NAME=COLUMN, got {text!r}")
+    return name, column or None
+
+
+# --- what is printed and drawn ----------------------------------------------------------------------------------------
+def _as_json(values: dict[str, Any]) -> str:
+    def plain(value: Any) -> Any:
+        if isinstance(value, list):
+            return [plain(one) for one in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps({name: plain(value) for name, value in values.items()}, indent=2, allow_nan=False)
+
+
+def _columns_of(result: Sweep) -> dict[str, Any]:
+    """What a sweep has to say, as plain lists under the names that `Stats.as_dict` uses."""
+    return {
+        "epsilons": result.epsilons.tolist(),
+        "betas": result.betas.tolist(),
+        "objective": result.objective.tolist(),
+        "clip_ratio/low_mean": result.clip_ratio_low.tolist(),
+        "clip_ratio/high_mean": result.clip_ratio_high.tolist(),
+        "kl": result.kl,
+        "tokens": result.tokens,
+    }
+
+
+def _table_of(result: Sweep) -> str:
+    head = ["epsilon", "clipped low", "clipped high", *(f"beta {beta:g}" for beta in result.betas)]
+    rows = zip(result.epsilons, result.clip_ratio_low, result.clip_ratio_high, result.objective, strict=True)
+    lines = [[f"{x:.6g}" for x in (epsilon, low, high, *objectives)] for epsilon, low, high, objectives in rows]
+    table = "\n".join("".join(f"{cell:>14}" for cell in line) for line in (head, *lines))
+    return f"{table}\n\nobjective by epsilon and beta; mean KL {result.kl:.6g}, {result.tokens:,} tokens"
+
+
+def draw(result: Sweep, path: str) -> None:
+    """Draw objective and clip fractions over ε into a file, which is complete or not there."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("--plot needs matplotlib: pip install 'grpo_fast[plot]'") from error
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for beta, objective in zip(result.betas, result.objective.T, strict=True):
+        left.plot(result.epsilons, objective, marker="o", label=f"β = {beta:g}")
+    right.plot(result.epsilons, result.clip_ratio_low, marker="o", label="ρ < 1 − ε, A < 0")
+    right.plot(result.epsilons, result.clip_ratio_high, marker="o", label="ρ > 1 + ε, A > 0")
+    for axes, title in ((left, "objective"), (right, "fraction of tokens clipped")):
+        axes.set_title(title)
+        axes.set_xlabel("ε")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    with _whole_or_not(path) as temporary:
+        figure.savefig(temporary, metadata={"Date": None} if path.endswith(".svg") else None)
+
+
+@contextmanager
+def _whole_or_not(path: str) -> Iterator[str]:
+    """A name beside ``path`` to write to, which takes its place if all goes well and vanishes if not."""
+    stem, suffix = os.path.splitext(path)
+    temporary = f"{stem}.{os.getpid()}{suffix}"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+# --- what is run ------------------------------------------------------------------------------------------------------
+def run(arguments: argparse.Namespace) -> int:
+    """Run a subcommand; the exit code is 2 for bad input and 130 after Ctrl-C."""
+    try:
+        print(arguments.run(arguments))
+    except (OSError, ImportError, TypeError, ValueError) as error:
+        print(f"grpo-fast: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("grpo-fast: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> str:
+    options: dict[str, Any] = {"epsilon": arguments.epsilon, "beta": arguments.beta}
+    own = ("epsilon_high", "delta", "importance_sampling_level", "kl", "aggregation", "normalizer")
+    given = _given(arguments, own)
+    if _of_tokens(arguments, given):
+        clip = Clip(arguments.epsilon, given.pop("epsilon_high", None), given.pop("delta", None))
+        kl = _KL[given.pop("kl", "k3")](arguments.beta) if arguments.beta else None
+        options = given | {"surrogate": clip, "kl": kl}
+    with _executor(arguments.workers) as executor:
+        stats: Stats = evaluate(arguments.files, executor=executor, **_common(arguments), **options)
+    return _as_json(stats.as_dict()) if arguments.json else str(stats)
+
+
+def _sweep(arguments: argparse.Namespace) -> str:
+    options = _given(arguments, ("kl", "aggregation", "normalizer"))
+    if arguments.plot and os.path.splitext(arguments.plot)[1] not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--plot must end in .png, .svg or .pdf, got {arguments.plot}")
+    if _of_tokens(arguments, options) and "kl" in options:
+        options["kl"] = _KL[options["kl"]]
+    grid = {"epsilons": arguments.epsilon, "betas": arguments.beta}
+    with _executor(arguments.workers) as executor:
+        result = sweep(arguments.files, executor=executor, **grid, **_common(arguments), **options)
+    if arguments.plot:
+        draw(result, arguments.plot)
+    return _as_json(_columns_of(result)) if arguments.json else _table_of(result)
+
+
+def _given(arguments: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+
+
+def _of_tokens(arguments: argparse.Namespace, given: dict[str, Any]) -> bool:
+    """Whether the files hold log-probabilities; if not, what only these know must not be given."""
+    from . import _rollouts
+
+    kind = _rollouts.kind_of(_rollouts.find(arguments.files)[0], _common(arguments)["columns"])
+    if kind == _rollouts.PROBABILITIES and given:
+        options = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ValueError(f"{options}: not for probability columns, which know no tokens and sequences")
+    return kind == _rollouts.LOG_PROBABILITIES
+
+
+def _common(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "columns": dict(arguments.columns) if arguments.columns else None,
+        "batch_size": arguments.batch_size,
+        "progress": not arguments.no_progress,
+    }
+
+
+@contextmanager
+def _executor(workers: int) -> Iterator[Executor | None]:
+    """Processes that leave Ctrl-C to this one, or None."""
+    if workers < 0:
+        raise ValueError(f"--workers must be at least 0, got {workers}")
+    if not workers:
+        yield None
+        return
+    ignore = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    # Spawned, not forked: pyarrow and Numba have threads, which a fork would not take along.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=ignore) as executor:
+        yield executor
