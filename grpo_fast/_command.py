@@ -146,7 +146,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         print(arguments.run(arguments))
     except (OSError, ImportError, TypeError, ValueError) as error:
-        print(f"grpo-fast: error: {error}", file=sys.stderr)
+        print(f"grpo-fast: error: {' '.join(str(error).split())}", file=sys.stderr)  # pyarrow's may have many lines
         return 2
     except KeyboardInterrupt:
         print("grpo-fast: interrupted", file=sys.stderr)
