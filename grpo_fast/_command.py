@@ -35,7 +35,7 @@ def add_to(commands: Any) -> None:
         parser.add_argument("files", nargs="+", metavar="FILE", help="a file or a glob")
         _add_options(parser, name == "sweep")
         parser.add_argument(
-            "--batch-size", type=int, metavar="ROWS", help="rows read at a time (default: about 32 MiB)"
+            "--batch-size", type=int, metavar="ROWS", help="rows read at a time (default: about 16 MiB)"
         )
         parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: this one)")
         parser.add_argument("--no-progress", action="store_true", help="no bar on stderr")

@@ -11,7 +11,7 @@ try:
 except ImportError as error:
     raise ImportError("reading rollouts needs pyarrow: pip install 'grpo_fast[data]'") from error
 
-_BATCH_BYTES = 32 << 20  # of numbers in a batch, when batch_size is left to us; three batches are alive at a time
+_BATCH_BYTES = 16 << 20  # of numbers in a batch, when batch_size is left to us; three batches are alive at a time
 _BUFFER = 1 << 20  # bytes of a column that pyarrow reads at once; without it, a row group's columns as a whole
 types: Any = pa.types
 _PROBE = 64  # rows read to see how many fit into a batch

@@ -200,6 +200,19 @@ def test_flat_tokens(batch_size, tmp_path):
     assert swept.objective[1, 1] == expected.objective
 
 
+def test_a_mask_does_not_move_the_blocks_of_flat_tokens(tmp_path):
+    rng = np.random.default_rng(0)
+    n = 3 * BLOCK + 77
+    logps, old, ref = -rng.exponential(size=(3, n))
+    mask = rng.random(n) < 0.9
+    mask[: BLOCK + 5] = False  # the second batch begins with masked tokens
+    columns = {"logps": logps, "old_logps": old, "ref_logps": ref, "advantages": logps, "mask": mask}
+    path = write(tmp_path / "rollouts.parquet", pa.table(columns))
+    found = [evaluate(path, batch_size=size, aggregation="token-mean", **OPTIONS) for size in (None, 1, 2 * BLOCK)]
+    assert found[0] == found[1] == found[2]
+    assert found[0].tokens == mask.sum()
+
+
 def test_flat_tokens_have_no_sequences(tmp_path):
     arrays = tokens(3)
     del arrays["cu_seqlens"]
