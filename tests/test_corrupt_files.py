@@ -18,11 +18,16 @@ KINDS = ["samples.parquet", "tokens.parquet", "samples.arrow", "tokens.arrow"]
 settings.register_profile("files", settings(derandomize=True, suppress_health_check=[HealthCheck.too_slow]))
 
 
+class Files(dict):
+    def __repr__(self):  # which Hypothesis prints with a failure
+        return "files"
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Of each kind a small file, what is in it, and the right answer."""
     folder = tmp_path_factory.mktemp("corrupt")
-    result = {}
+    result = Files()
     for name in KINDS:
         rows = dict(zip(PROBABILITIES, samples(90), strict=True)) if "samples" in name else tokens(30, longest=9)
         whole = table(rows, pa.list_)

@@ -140,6 +140,11 @@ def test_lists_of_fixed_size(suffix, tmp_path):
     )
     path = write(tmp_path / f"rollouts.{suffix}", whole.slice(0, 7), whole.slice(7))
     assert evaluate(path, batch_size=3, **OPTIONS) == loss_stats(arrays)
+    arrays["logps"][10 * size + 4] = np.inf  # a row of the second part, which is searched for in slices
+    columns = {name: pa.FixedSizeListArray.from_arrays(pa.array(arrays[name]), size) for name in PER_TOKEN[:3]}
+    whole = pa.table(columns | {"advantages": arrays["advantages"]})
+    path = write(tmp_path / f"rollouts.{suffix}", whole.slice(0, 7), whole.slice(7))
+    refused(r" 1, row 3: logps must be finite .*, got logps\[4\] = inf", path, **OPTIONS)
 
 
 @pytest.mark.parametrize("mask_type", [pa.bool_(), pa.int8(), pa.float32()])
