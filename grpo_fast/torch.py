@@ -1,0 +1,256 @@
+"""`grpo_loss` for PyTorch: the same function of tensors, as an operator that autograd and torch.compile know.
+
+First the function, then the operator behind it, of which a schema takes tensors, strings and numbers; last, what goes
+in and out of it: options as a kind and its numbers, tensors as arrays, `Stats` as bytes.
+"""
+
+import pickle
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from .loss import grpo_loss as loss_of_arrays
+from .loss import options_of
+from .stats import Stats
+from .terms import CISPO, K1, K2, K3, KL, SAPO, Aggregation, Clip, Level, Surrogate, positive
+
+try:
+    import torch
+except ImportError as error:
+    raise ImportError("grpo_fast.torch needs PyTorch: pip install 'grpo_fast[torch]'") from error
+
+Tensor: TypeAlias = torch.Tensor
+
+
+def grpo_loss(
+    logps: Tensor,
+    old_logps: Tensor | None,
+    advantages: Tensor,
+    ref_logps: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    surrogate: Surrogate = Clip(epsilon=0.2),  # noqa: B008 - an immutable value
+    kl: KL | None = None,
+    importance_sampling_level: Level = "token",
+    rollout_is_weights: Tensor | None = None,
+    aggregation: Aggregation = "seq-mean-token-mean",
+    normalizer: float | Tensor | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, Stats]:
+    """The loss of `grpo_fast.grpo_loss` as a scalar tensor to call ``backward()`` on.
+
+    The gradient ∂loss/∂logps is computed in the forward pass, if ``logps`` requires one and gradients are enabled; it
+    is all that is kept for the backward pass. The options, shapes and formulas are those of `grpo_fast.grpo_loss`.
+
+    Parameters
+    ----------
+    logps : tensor (B, T) padded, (N,) packed with ``cu_seqlens``, or (N,) alone
+        log π_θ of each token, on the CPU. float32 and float64 compute in their own dtype; bfloat16 and float16 as
+        ``logps.float()``, with the gradient back in theirs.
+    old_logps, advantages, ref_logps, mask, cu_seqlens, rollout_is_weights : tensors, on the CPU
+        As in `grpo_fast.grpo_loss`, of any real dtype. They are taken as constants, whether they require a gradient or
+        not.
+    surrogate, kl, importance_sampling_level, aggregation
+        As in `grpo_fast.grpo_loss`.
+    normalizer : float, or tensor of one number, or None
+        As in `grpo_fast.grpo_loss`. Under `torch.compile` a float is part of what is compiled: one that is another at
+        each step should be a tensor.
+    return_stats : bool
+        Whether to return the diagnostics, too.
+
+    Returns
+    -------
+    loss : scalar tensor
+        Of the dtype that computes: float32 for bfloat16 and float16 too, whose 8 or 11 bits say little about a loss.
+    stats : Stats
+        With ``return_stats=True``. Python numbers cannot be part of a graph: `torch.compile` breaks it there, and with
+        ``fullgraph=True`` refuses.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `grpo_fast.grpo_loss`, and: an argument is not a tensor, not dense, not on the CPU, or not of a dtype named
+        above.
+    RuntimeError
+        The gradient is to be differentiated once more: it is known here as numbers, not as a function of ``logps``.
+
+    Notes
+    -----
+    Not copied: contiguous tensors of the dtype that computes, masks of bools, int64 ``cu_seqlens``. If the gradient
+    that comes to the loss is 1, as from ``loss.backward()``, the one computed in the forward pass is handed on as it
+    is. Otherwise, as from ``(loss / steps).backward()``, a scaled one is made beside it; a ``normalizer`` that counts
+    the steps spares that.
+    """
+    options_of(surrogate, kl, importance_sampling_level, aggregation)  # raises what is to be raised
+    _refuse_unless_plain("logps", logps)
+    if logps.dtype in _HALVES:
+        logps = logps.float()
+    if logps.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"logps must be float32, float64, bfloat16 or float16, got {logps.dtype}")
+    denominator: Any = normalizer
+    if torch.is_tensor(normalizer) and denominator.numel() != 1:
+        raise ValueError(f"normalizer must be one number, got shape {tuple(denominator.shape)}")
+    if normalizer is not None and not torch.is_tensor(normalizer):
+        denominator = torch.tensor(positive("normalizer", normalizer), dtype=torch.float64)
+    loss, _, stats = _operator(
+        logps,
+        _constant("old_logps", old_logps),
+        _constant("advantages", advantages, optional=False),
+        _constant("ref_logps", None if kl is None else ref_logps),
+        _constant("mask", mask),
+        _constant("cu_seqlens", cu_seqlens),
+        _constant("rollout_is_weights", rollout_is_weights),
+        _constant("normalizer", denominator),
+        *_kind_and_numbers(surrogate),
+        *_kind_and_numbers(kl),
+        importance_sampling_level,
+        aggregation,
+        logps.requires_grad and torch.is_grad_enabled(),
+        bool(return_stats),
+    )
+    return (loss, _stats_of(stats)) if return_stats else loss
+
+
+# --- the operator -----------------------------------------------------------------------------------------------------
+@torch.library.custom_op("grpo_fast::grpo_loss", mutates_args=())
+def _operator(
+    logps: Tensor,
+    old_logps: Tensor | None,
+    advantages: Tensor,
+    ref_logps: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    rollout_is_weights: Tensor | None,
+    normalizer: Tensor | None,
+    surrogate: str,
+    surrogate_numbers: list[float],
+    kl: str,
+    kl_numbers: list[float],
+    importance_sampling_level: str,
+    aggregation: str,
+    grad: bool,
+    return_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, ∂loss/∂logps, and the `Stats` as bytes; the last two empty if not wanted."""
+    level: Any = importance_sampling_level
+    how: Any = aggregation
+    result = loss_of_arrays(
+        _array(logps),
+        _array(old_logps),
+        _array(advantages),
+        _array(ref_logps),
+        mask=_array(mask),
+        cu_seqlens=_array(cu_seqlens),
+        surrogate=_option(surrogate, surrogate_numbers),
+        kl=_option(kl, kl_numbers),
+        importance_sampling_level=level,
+        rollout_is_weights=_array(rollout_is_weights),
+        aggregation=how,
+        normalizer=None if normalizer is None else normalizer.item(),
+        grad=grad,
+    )
+    return (
+        torch.tensor(result.loss, dtype=logps.dtype),
+        logps.new_empty(0) if result.grad is None else torch.from_numpy(result.grad),
+        _bytes_of(result.stats) if return_stats else torch.empty(0, dtype=torch.uint8),
+    )
+
+
+@_operator.register_fake
+def _(logps: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The shapes and dtypes of what `_operator` returns."""
+    grad, return_stats = arguments[-2:]
+    size = torch.library.get_ctx().new_dynamic_size() if return_stats else 0
+    return (
+        logps.new_empty(()),
+        logps.new_empty(logps.shape if grad else 0),
+        logps.new_empty(size, dtype=torch.uint8),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, gradient, stats = output
+    ctx.set_materialize_grads(False)  # else each backward pass makes zeros, as many as tokens, for `gradient`'s own
+    ctx.mark_non_differentiable(gradient, stats)
+    ctx.save_for_backward(gradient)
+    ctx.others = (None,) * (len(inputs) - 1)
+
+
+def _backward(ctx: Any, by: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    """∂loss/∂logps times what comes to the loss."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "grpo_loss can be differentiated once: its gradient is known as numbers, not as a function of logps; "
+            "differentiate it without create_graph=True"
+        )
+    if by is None:
+        return None, *ctx.others
+    (gradient,) = ctx.saved_tensors
+    # One pass less over memory, and half of it. While a graph is traced a tensor holds no number to ask for; then it is
+    # of another class.
+    if type(by) is Tensor and by.item() == 1:
+        return gradient, *ctx.others
+    return gradient * by, *ctx.others
+
+
+_operator.register_autograd(_backward, setup_context=_setup_context)
+
+
+# --- what goes in and comes out ---------------------------------------------------------------------------------------
+_HALVES = (torch.bfloat16, torch.float16)
+_INTS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_DTYPES = (torch.float32, torch.float64, *_HALVES, *_INTS)
+_OPTIONS: dict[str, Callable[..., Any]] = {option.__name__: option for option in (Clip, CISPO, SAPO, K1, K2, K3)}
+
+
+def _refuse_unless_plain(name: str, tensor: Any) -> None:
+    """Raise the TypeError for what NumPy could not look at."""
+    if not torch.is_tensor(tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.device.type != "cpu":
+        raise TypeError(f"{name} must be on the CPU, got a tensor on {tensor.device}")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got one that is sparse or nested")
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(f"{name} must hold float64, float32, bfloat16, float16, ints or bools, got {tensor.dtype}")
+
+
+def _constant(name: str, tensor: Any, *, optional: bool = True) -> Tensor | None:
+    """The tensor apart from its graph: else the loss would seem to have a gradient for it."""
+    if tensor is None and optional:
+        return None
+    _refuse_unless_plain(name, tensor)
+    return tensor.detach()
+
+
+def _array(tensor: Any) -> Any:
+    """The same memory as an array, but for bfloat16, which NumPy does not know, and float16."""
+    if tensor is None:
+        return None
+    return (tensor.float() if tensor.dtype in _HALVES else tensor).numpy(force=True)
+
+
+def _kind_and_numbers(option: Any) -> tuple[str, list[float]]:
+    """An option as the schema of an operator can take it."""
+    if option is None:
+        return "", []
+    return type(option).__name__, [float(number) for number in option]
+
+
+def _option(kind: str, numbers: list[float]) -> Any:
+    """The option of which `_kind_and_numbers` made these."""
+    if not kind:
+        return None
+    make = _OPTIONS[kind]
+    return make(numbers[0], bool(numbers[1])) if make in (K1, K2, K3) else make(*numbers)
+
+
+def _bytes_of(stats: Stats) -> Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(stats)), dtype=torch.uint8)
+
+
+@torch.compiler.disable
+def _stats_of(pickled: Tensor) -> Stats:
+    """The `Stats` of which `_bytes_of` made these."""
+    stats: Stats = pickle.loads(pickled.numpy(force=True).tobytes())
+    return stats
