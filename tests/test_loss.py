@@ -2,11 +2,26 @@
 
 import itertools
 import math
-from typing import Any, NamedTuple
 
 import mpmath
 import numpy as np
 import pytest
+from combinations import (
+    ARRAYS,
+    COMBINATIONS,
+    F4,
+    F8,
+    LEVELS,
+    MEAN,
+    SEQ,
+    SEQ_MEAN,
+    SEQ_SUM,
+    SUM,
+    TOKEN,
+    Row,
+    batch,
+    textbook,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
@@ -14,62 +29,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from grpo_fast import CISPO, K1, K2, K3, SAPO, Clip, grpo_loss, reference
 from grpo_fast.reference import shared, surrogate_term, times
 
-F8, F4 = np.float64, np.float32
-LEVELS = TOKEN, SEQ = "token", "sequence"
-MEAN, SUM, SEQ_MEAN, SEQ_SUM = "token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum"
-
 
 # --- the combinations -------------------------------------------------------------------------------------------------
-class Row(NamedTuple):
-    """One choice of everything."""
-
-    surrogate: Any
-    kl: Any
-    level: str
-    dtype: Any
-    layout: str  # padded, with a mask; packed, without; holes: packed with a mask; plain: one sequence, without
-    advantages: str  # one per …
-    weights: str | None  # one per …
-    aggregation: str
-    normalizer: float | None
-    on_policy: bool
-    grad: bool | str
-
-
-# fmt: off
-COMBINATIONS = [Row(*values) for values in [
-    (Clip(),              None,           SEQ,   F8, "holes",  TOKEN, TOKEN, SUM,      None, True,  "array"),
-    (Clip(0.1, 0.3, 1.8), None,           SEQ,   F4, "plain",  SEQ,   SEQ,   MEAN,     3.7,  False, "array"),
-    (CISPO(1.2, 0.8),     None,           TOKEN, F8, "packed", TOKEN, None,  SEQ_SUM,  None, False, True),
-    (SAPO(),              None,           SEQ,   F4, "padded", TOKEN, TOKEN, SEQ_MEAN, 3.7,  False, False),
-    (Clip(),              K1(0.3),        SEQ,   F4, "padded", SEQ,   None,  SEQ_SUM,  3.7,  False, "array"),
-    (Clip(0.1, 0.3, 1.8), K1(0.3),        TOKEN, F8, "holes",  SEQ,   TOKEN, MEAN,     3.7,  True,  False),
-    (CISPO(1.2, 0.8),     K1(0.3),        SEQ,   F4, "plain",  TOKEN, TOKEN, SUM,      3.7,  False, True),
-    (SAPO(),              K1(0.3),        TOKEN, F8, "packed", SEQ,   SEQ,   SEQ_MEAN, None, False, "array"),
-    (Clip(),              K1(0.3, False), SEQ,   F8, "holes",  SEQ,   SEQ,   SUM,      None, False, "array"),
-    (Clip(0.1, 0.3, 1.8), K1(0.3, False), TOKEN, F8, "padded", TOKEN, TOKEN, MEAN,     3.7,  True,  False),
-    (CISPO(1.2, 0.8),     K1(0.3, False), TOKEN, F4, "packed", TOKEN, None,  SEQ_MEAN, 3.7,  False, "array"),
-    (SAPO(),              K1(0.3, False), TOKEN, F8, "plain",  SEQ,   TOKEN, SEQ_SUM,  None, False, True),
-    (Clip(),              K2(0.3),        SEQ,   F8, "packed", TOKEN, TOKEN, MEAN,     None, False, "array"),
-    (Clip(0.1, 0.3, 1.8), K2(0.3),        TOKEN, F8, "holes",  TOKEN, SEQ,   SEQ_SUM,  3.7,  False, "array"),
-    (CISPO(1.2, 0.8),     K2(0.3),        SEQ,   F4, "plain",  SEQ,   TOKEN, SEQ_MEAN, None, True,  False),
-    (SAPO(),              K2(0.3),        TOKEN, F4, "padded", SEQ,   None,  SUM,      None, False, True),
-    (Clip(),              K2(0.3, False), TOKEN, F4, "packed", SEQ,   None,  SEQ_SUM,  3.7,  True,  True),
-    (Clip(0.1, 0.3, 1.8), K2(0.3, False), SEQ,   F8, "padded", SEQ,   TOKEN, SEQ_MEAN, None, False, True),
-    (CISPO(1.2, 0.8),     K2(0.3, False), SEQ,   F4, "plain",  SEQ,   SEQ,   SUM,      3.7,  True,  False),
-    (SAPO(),              K2(0.3, False), TOKEN, F4, "holes",  TOKEN, None,  MEAN,     3.7,  False, "array"),
-    (Clip(),              K3(0.3),        TOKEN, F4, "plain",  TOKEN, None,  SEQ_MEAN, None, False, True),
-    (Clip(0.1, 0.3, 1.8), K3(0.3),        TOKEN, F8, "padded", TOKEN, SEQ,   SUM,      3.7,  False, True),
-    (CISPO(1.2, 0.8),     K3(0.3),        SEQ,   F8, "holes",  SEQ,   TOKEN, SEQ_SUM,  3.7,  False, "array"),
-    (SAPO(),              K3(0.3),        SEQ,   F4, "packed", TOKEN, None,  MEAN,     None, True,  False),
-    (Clip(),              K3(0.3, False), TOKEN, F8, "plain",  SEQ,   SEQ,   SEQ_SUM,  None, True,  False),
-    (Clip(0.1, 0.3, 1.8), K3(0.3, False), TOKEN, F4, "packed", SEQ,   None,  SUM,      3.7,  False, "array"),
-    (CISPO(1.2, 0.8),     K3(0.3, False), TOKEN, F8, "padded", TOKEN, SEQ,   MEAN,     3.7,  False, True),
-    (SAPO(),              K3(0.3, False), SEQ,   F8, "holes",  SEQ,   TOKEN, SEQ_MEAN, None, False, True),
-]]
-# fmt: on
-
-
 def test_the_table_holds_every_pair_of_choices_and_needs_few_kernels():
     columns = [set(column) for column in zip(*COMBINATIONS, strict=True)]
     assert [len(column) for column in columns] == [4, 7, 2, 2, 4, 2, 3, 4, 2, 2, 3]
@@ -84,64 +45,7 @@ def test_the_table_holds_every_pair_of_choices_and_needs_few_kernels():
     assert len(set(zip(kernels, given, strict=True))) <= 30
 
 
-# --- the data ---------------------------------------------------------------------------------------------------------
-BOUNDS = np.array([1 - 0.2, 1 + 0.2, 1 - 0.1, 1 + 0.3, 1.8, 0.8, 1.2])
-
-
-def batch(row, lengths, drift=0.5, ref_drift=0.5, seed=0):
-    """The arguments of a call: sequences of so many tokens, of which some are masked, and garbage wherever one is.
-
-    No ρ is within 10⁻⁴ of a bound. Two ways to compute it differ by some (2 + |log ρ|)·eps, where one may find a token
-    clipped and the other not; so far away both decide alike, in float32, too.
-    """
-    rng = np.random.default_rng(seed)
-    lengths = [max(sum(lengths), 1)] if row.layout == "plain" else lengths if any(lengths) else [*lengths, 1]
-    which = np.repeat(np.arange(len(lengths)), lengths)  # the sequence of each token
-    keep = np.ones(which.size, bool)
-    if row.layout == "padded":
-        width, n = max(lengths) + int(rng.integers(3)), np.array(lengths)
-        begin = rng.choice([np.zeros_like(n), width - n, rng.integers(0, width - n + 1)])[:, None]
-        keep = (begin <= np.arange(width)) & (np.arange(width) < begin + n[:, None])
-        which = np.broadcast_to(np.arange(n.size)[:, None], keep.shape)
-    masked = row.layout in ("padded", "holes")
-    if masked:
-        keep &= (rng.random(keep.shape) >= rng.choice([0, 0.1, 0.9])) & (rng.random(len(lengths)) < 0.8)[which]
-
-    old = rng.uniform(-4, 0, keep.shape).astype(row.dtype)
-    logps = (old + drift * rng.normal(size=keep.shape)).astype(row.dtype)
-    log_ratio = logps.astype(F8) - old
-    if row.level == SEQ:
-        tokens, total = (np.bincount(which[keep], x, len(lengths)) for x in (None, log_ratio[keep]))
-        log_ratio = (total / np.maximum(tokens, 1))[which]
-    logps = np.where(np.isclose(np.exp(log_ratio)[..., None], BOUNDS, rtol=1e-4, atol=0).any(axis=-1), old, logps)
-
-    def values(per, draw):
-        size = keep.shape if per == TOKEN else len(lengths)
-        return (draw(size=size) * (rng.random(size) < 0.9)).astype(row.dtype)
-
-    arrays = {
-        "logps": logps,
-        "old_logps": None if row.on_policy else old,
-        "advantages": values(row.advantages, rng.normal),
-        "ref_logps": None if row.kl is None else (logps + ref_drift * rng.normal(size=keep.shape)).astype(row.dtype),
-        "rollout_is_weights": None if row.weights is None else values(row.weights, rng.lognormal),
-    }
-    garbage = np.resize(np.array([np.nan, np.inf, -np.inf], row.dtype), keep.shape)
-    return {name: np.where(keep, x, garbage) if np.shape(x) == keep.shape else x for name, x in arrays.items()} | {
-        "mask": keep.astype([bool, np.uint8, row.dtype][rng.integers(3)]) if masked else None,
-        "cu_seqlens": np.append(0, np.cumsum(lengths)) if row.layout in ("packed", "holes") else None,
-        "surrogate": row.surrogate,
-        "kl": row.kl,
-        "importance_sampling_level": row.level,
-        "aggregation": row.aggregation,
-        "normalizer": row.normalizer,
-    }
-
-
 # --- the comparison ---------------------------------------------------------------------------------------------------
-ARRAYS = ["logps", "old_logps", "advantages", "ref_logps", "rollout_is_weights"]
-
-
 def limits(arguments, eps):
     """How far the loss, the gradient and each diagnostic may be off, from the sizes of the parts they are made of.
 
@@ -252,28 +156,6 @@ def test_gradient_is_the_slope_of_the_loss(row):
     assert_allclose(grpo_loss(**arguments, grad=True).grad, expected, rtol=1e-6, atol=1e-8)
 
 
-def textbook(surrogate, kl, level, aggregation, logps, old, A, ref, mask, weights):
-    """The loss as trainers write it."""
-    import torch
-
-    log_ratio = logps - old
-    if level == SEQ:
-        log_ratio = (log_ratio * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
-    ratio = torch.exp(log_ratio)
-    if isinstance(surrogate, Clip):
-        clipped = torch.clamp(ratio, 1 - surrogate.epsilon, 1 + surrogate.epsilon_high)
-        losses = -torch.min(torch.clamp(ratio, max=surrogate.delta) * A, clipped * A)
-    elif isinstance(surrogate, CISPO):
-        losses = -torch.clamp(ratio, surrogate.ratio_min, surrogate.ratio_max).detach() * A * logps
-    else:
-        losses = -torch.where(A > 0, *(4 / tau * torch.sigmoid(tau * (ratio - 1)) for tau in surrogate)) * A
-    k3 = torch.exp(ref - logps) - (ref - logps) - 1
-    losses = losses * weights + kl.beta * (ratio * k3 if kl.importance_weighted else k3)
-    if aggregation == MEAN:
-        return (losses * mask).sum() / mask.sum()
-    return ((losses * mask).sum(-1) / mask.sum(-1).clamp(min=1)).mean()
-
-
 @pytest.mark.parametrize("aggregation", [SEQ_MEAN, MEAN])
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("kl", [K3(0.3), K3(0.3, False)], ids=str)
@@ -286,14 +168,16 @@ def test_is_what_autograd_makes_of_the_textbook_formula(surrogate, kl, level, ag
     logps = old + 0.4 * rng.normal(size=mask.shape)
     ref, weights = logps + 0.8 * rng.normal(size=mask.shape), rng.uniform(0, 2, mask.shape)
 
-    tensors = [torch.tensor(x) for x in (logps, old, A, ref, mask.astype(F8), weights)]
-    tensors[0].requires_grad_()
-    expected = textbook(surrogate, kl, level, aggregation, *tensors)
-    expected.backward()
+    arrays = {"logps": logps, "old_logps": old, "advantages": A, "ref_logps": ref}
+    arrays |= {"mask": mask, "rollout_is_weights": weights}
     options = {"surrogate": surrogate, "kl": kl, "importance_sampling_level": level, "aggregation": aggregation}
-    result = grpo_loss(logps, old, A, ref, mask=mask, rollout_is_weights=weights, grad=True, **options)
+    tensors = {name: torch.tensor(x) for name, x in arrays.items()}
+    tensors["logps"].requires_grad_()
+    expected = textbook(**tensors, **options)
+    expected.backward()
+    result = grpo_loss(**arrays, grad=True, **options)
     assert result.loss == pytest.approx(expected.item(), rel=1e-12)
-    assert_allclose(result.grad, tensors[0].grad.numpy(), rtol=1e-12, atol=1e-12)
+    assert_allclose(result.grad, tensors["logps"].grad.numpy(), rtol=1e-12, atol=1e-12)
 
 
 # --- a few tokens; with every argument given, for which there are kernels already -------------------------------------
