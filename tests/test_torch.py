@@ -4,7 +4,6 @@ import math
 import os
 import shutil
 import sysconfig
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -210,6 +209,7 @@ def test_compiled_in_full(backend):
 
 
 @own_warnings
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo looks
 def test_stats_break_the_graph():
     arguments = clean()
 
@@ -276,7 +276,7 @@ class Losses(torch.utils.data.Dataset):
     def __getitem__(self, seed):
         return loss_and_grad(clean(lengths=MANY, seed=seed))
 
-here = list(Losses())
+here = [Losses()[seed] for seed in range(2)]
 there = list(torch.utils.data.DataLoader(Losses(), batch_size=None, num_workers=2, multiprocessing_context="fork"))
 for (loss, grad), (expected, slope) in zip(there, here, strict=True):
     assert loss == expected and torch.equal(grad, slope)
@@ -388,5 +388,6 @@ def test_refuses(changes, error, message):
 
 
 def test_ref_logps_are_not_looked_at_without_a_kl():
-    arguments = clean() | {"kl": None}
+    row = next(row for row in COMBINATIONS if row.kl is None and row.grad)
+    arguments = tensors(batch(row, [5, 40]))
     assert grpo_loss(**arguments | {"ref_logps": "anything"}) == grpo_loss(**arguments | {"ref_logps": None})
