@@ -1,4 +1,4 @@
-"""The loss of tensors, float32, forward and backward: its extra memory and its time beside PyTorch's own, as a Markdown table.
+"""The loss of float32 tensors, forward and backward: extra memory and time beside PyTorch's own, as a Markdown table.
 
 ``python bench/torch_targets.py``; a minute and some GB of memory. ``--shrink 100`` takes a hundredth of the sequences.
 """

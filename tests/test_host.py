@@ -131,6 +131,18 @@ def test_importing_imports_nothing_optional():
     assert not new & optional
 
 
+def test_without_torch_its_module_says_what_to_install():
+    script = """
+import sys
+sys.modules["torch"] = None  # as if it were not installed
+try:
+    import grpo_fast.torch
+except ImportError as error:
+    print(error)
+"""
+    assert python(script) == "grpo_fast.torch needs PyTorch: pip install 'grpo_fast[torch]'\n"
+
+
 def test_importing_compiles_nothing_and_starts_no_thread():
     script = """
 import threading

@@ -3,32 +3,46 @@
 import importlib
 import re
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from grpo_fast.__main__ import main
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-
-
-OF_FILES = [block for block in BLOCKS if "rollouts.parquet" in block]  # these need an extra
 COMMANDS = re.findall(r"^grpo-fast (.*)", README, re.MULTILINE)
+EXTRAS = ("torch", "trl")  # what a block may import beside the package
+OF_FILES = [block for block in BLOCKS if "rollouts.parquet" in block]  # these need other extras
 
 
-def test_examples(capsys):
+def needs(block):
+    return [name for name in EXTRAS if re.search(rf"^(from|import) {name}\b", block, re.MULTILINE)]
+
+
+def skip_without(*packages):
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        pytest.skip(f"{missing[0]} is not installed")
+
+
+@pytest.mark.filterwarnings("default")  # a package's own about its imports are not ours
+@pytest.mark.parametrize("extras", [(), ("torch",), ("torch", "trl")], ids=lambda extras: ", ".join(extras) or "none")
+def test_examples(capsys, extras):
+    skip_without(*extras)
+    assert extras == () or any(extras[-1] in needs(block) for block in BLOCKS)
     names: dict[str, object] = {}  # one session from top to bottom, as a reader would type it
     for block in BLOCKS:
-        if block not in OF_FILES:
+        if set(needs(block)) <= set(extras) and block not in OF_FILES:
             exec(compile(block, "README.md", "exec"), names)
     assert capsys.readouterr().out.startswith("1.0327696985")
 
 
 def test_examples_with_files(tmp_path, monkeypatch, capsys):
-    for name in ("pyarrow", "tqdm", "matplotlib"):
-        pytest.importorskip(name, reason="this section needs pip install 'grpo_fast[data,plot]'")
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "bench"))
+    skip_without("pyarrow", "tqdm", "matplotlib")
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
     monkeypatch.chdir(tmp_path)
     importlib.import_module("rollouts").write("rollouts.parquet", rows=100)
     for command in COMMANDS:
