@@ -133,15 +133,23 @@ def test_tensors_are_not_copied(monkeypatch):
 
 # --- modes ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_none_is_computed(mode):
+def test_without_gradients_none_is_computed(mode, monkeypatch):
     arguments = clean()
     expected, _ = loss_and_grad(arguments)
+    asked = []
+
+    def spy(*arrays, **options):
+        asked.append(options["grad"])
+        return grpo_fast.grpo_loss(*arrays, **options)
+
+    monkeypatch.setattr("grpo_fast.torch.loss_of_arrays", spy)
     with mode():
         loss = grpo_loss(**arguments)
-        _, gradient, stats = _operator(**schema(arguments))
     assert loss.item() == expected
     assert not loss.requires_grad
-    assert gradient.numel() == stats.numel() == 0
+    grpo_loss(**arguments | {"logps": arguments["logps"].detach()})
+    grpo_loss(**arguments)
+    assert asked == [False, False, True]
 
 
 def test_only_logps_get_a_gradient():
