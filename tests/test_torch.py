@@ -17,6 +17,8 @@ from grpo_fast import K3, Clip, Stats
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402 - needs torch
+
 from grpo_fast.torch import _operator, grpo_loss  # noqa: E402 - needs torch
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -103,6 +105,20 @@ def test_backward_twice_gives_the_same_twice():
     assert_array_equal(first, 7 * expected)
 
 
+class Sizes(TorchDispatchMode):
+    """The sizes of the tensors that are made meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if torch.is_tensor(found) and func is not torch.ops.aten.detach.default:
+            self.sizes.add(found.numel())
+        return found
+
+
 def test_the_gradient_is_handed_on_uncopied():
     # from the forward pass to .grad: the memory that the operator returned
     arguments = clean()
@@ -110,8 +126,10 @@ def test_the_gradient_is_handed_on_uncopied():
     (saved,) = loss.grad_fn.saved_tensors
     address = saved.data_ptr()
     del saved
-    loss.backward()
+    with Sizes() as made:
+        loss.backward()
     assert arguments["logps"].grad.data_ptr() == address
+    assert made.sizes == {1}  # the 1 that it begins with: nothing as large as the gradient, which is but referred to
 
 
 def test_tensors_are_not_copied(monkeypatch):
