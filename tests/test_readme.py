@@ -28,15 +28,21 @@ def skip_without(*packages):
         pytest.skip(f"{missing[0]} is not installed")
 
 
+def run(*extras):
+    """Run the blocks that need no more than these extras; what is defined then."""
+    names: dict[str, object] = {}  # one session from top to bottom, as a reader would type it
+    for block in BLOCKS:
+        if set(needs(block)) <= set(extras) and block not in OF_FILES:
+            exec(compile(block, "README.md", "exec"), names)
+    return names
+
+
 @pytest.mark.filterwarnings("default")  # a package's own about its imports are not ours
 @pytest.mark.parametrize("extras", [(), ("torch",), ("torch", "trl")], ids=lambda extras: ", ".join(extras) or "none")
 def test_examples(capsys, extras):
     skip_without(*extras)
     assert extras == () or any(extras[-1] in needs(block) for block in BLOCKS)
-    names: dict[str, object] = {}  # one session from top to bottom, as a reader would type it
-    for block in BLOCKS:
-        if set(needs(block)) <= set(extras) and block not in OF_FILES:
-            exec(compile(block, "README.md", "exec"), names)
+    run(*extras)
     assert capsys.readouterr().out.startswith("1.0327696985")
 
 

@@ -1,0 +1,93 @@
+"""The loss of float32 tensors, forward and backward, beside PyTorch's own: ``pytest bench/bench_torch.py``.
+
+With ``--benchmark-enable``; time in interleaved rounds, extra memory in a fresh process for each.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numba
+import pytest
+from batches import Batch, padded
+from compiled_torch import compiled_or_missing
+from loss_peers import BETA, EPSILON, _torch_loss
+from processes import extra_memory
+from timing import clock, hand_over, measure, present
+
+from grpo_fast import K3, Clip
+
+LENGTH = 4096
+
+
+def _operator() -> Callable[..., Any]:
+    from grpo_fast.torch import grpo_loss
+
+    def loss(logps: Any, old: Any, ref: Any, A: Any, mask: Any, level: str) -> Any:
+        options = {"surrogate": Clip(EPSILON), "kl": K3(BETA, importance_weighted=False)}
+        return grpo_loss(logps, old, A, ref, mask=mask, importance_sampling_level=level, **options)
+
+    return loss
+
+
+def _eager() -> Callable[..., Any]:
+    import torch  # noqa: F401 - or it is missing
+
+    return _torch_loss
+
+
+PEERS: dict[str, Callable[[], Callable[..., Any]]] = {
+    "grpo_fast": _operator,
+    "grpo_fast in torch.compile": lambda: compiled_or_missing(_operator()),
+    "torch.compile": lambda: compiled_or_missing(_torch_loss),
+    "torch eager": _eager,
+}
+
+
+def tensors(sequences: int) -> tuple[Any, ...]:
+    """A float32 batch, about half masked, whose ``logps`` require a gradient."""
+    import torch
+
+    torch.set_num_threads(numba.get_num_threads())
+    batch: Batch = padded(sequences, LENGTH, "float32")
+    logps, *others = (torch.from_numpy(x) for x in batch[:5])
+    return logps.requires_grad_(), *others
+
+
+def step(loss: Callable[..., Any], batch: tuple[Any, ...], scale: float = 1.0) -> None:
+    """Forward and backward."""
+    batch[0].grad = None
+    value = loss(*batch, "token")
+    (value if scale == 1 else scale * value).backward()
+
+
+@pytest.fixture(scope="module")
+def case(request, quick):
+    peers, missing = present(PEERS)
+    if "torch eager" in missing:
+        pytest.skip(missing["torch eager"])
+    batch = tensors(64 if quick else 4096)
+    return (
+        batch[0].numel(),
+        measure({name: partial(step, peers[name], batch) for name in peers}, request.config),
+        missing,
+    )
+
+
+@pytest.mark.benchmark(timer=clock)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # its own; an error, it would stop torch.compile
+@pytest.mark.parametrize("name", PEERS)
+def test_speed(benchmark, case, quick, name):
+    """Time, and how much the peak of a fresh process grows during one step, the gradient included."""
+    n, times, missing = case
+    if name in missing:
+        pytest.skip(f"{name} is missing: {missing[name]}")
+    before = f"""
+from bench_torch import PEERS, step, tensors
+loss = PEERS[{name!r}]()
+batch = tensors({n // LENGTH})
+step(loss, batch)
+batch[0].grad = None
+"""
+    mib = extra_memory(before, "step(loss, batch)")
+    hand_over(benchmark, times, name, f"torch, {n:,} half masked, float32", work="torch", n=n, MiB=mib)
