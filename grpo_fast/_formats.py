@@ -31,8 +31,12 @@ class _Parquet:
         # Where the writer left the checksums out, looking for them costs nothing.
         self._file = parquet.ParquetFile(path, page_checksum_verification=True, pre_buffer=False, buffer_size=_BUFFER)
         self.schema = self._file.schema_arrow
-        self.units = self._file.num_row_groups
-        self.rows = self._file.metadata.num_rows
+        metadata = self._file.metadata
+        self.units = metadata.num_row_groups
+        self.rows = metadata.num_rows
+        told = sum(metadata.row_group(i).num_rows for i in range(self.units))
+        if told != self.rows:  # no checksum covers the footer, and pyarrow reads as many rows as it says
+            raise pa.ArrowInvalid(f"{told} rows in all row groups where the footer says {self.rows}")
         self._fits: int | None = None
 
     def batches(self, index: int, columns: list[str], batch_size: int | None, threads: bool) -> Iterator[Any]:

@@ -84,6 +84,30 @@ def test_a_hole(files, name, a, b, value):
     check(files, name, original[:low] + bytes([value]) * (high - low) + original[high:])
 
 
+def test_a_row_group_that_is_told_shorter(files):
+    # No checksum covers the footer, and pyarrow would silently leave out the rows beyond.
+    path, original, _ = files["samples.parquet"]
+    footer = len(original) - 8 - int.from_bytes(original[-8:-4], "little")
+    found = 0
+    for at in range(footer, len(original) - 8):
+        content = bytearray(original)
+        content[at] ^= 8  # makes 16 of 20
+        try:
+            metadata = pa.parquet.ParquetFile(pa.BufferReader(content)).metadata
+            told = metadata.row_group(0).num_rows
+        except (pa.ArrowException, OSError, IndexError):
+            continue
+        if told == 16:
+            found += 1
+            path.write_bytes(content)
+            try:
+                with pytest.raises(ValueError, match="rows in all row groups where the footer says 90"):
+                    evaluate(path)
+            finally:
+                path.write_bytes(original)
+    assert found == 1
+
+
 def test_the_page_that_is_damaged_is_named(tmp_path):
     whole = table(tokens(30))
     path = write(tmp_path / "rollouts.parquet", whole.slice(0, 10), whole.slice(10))
