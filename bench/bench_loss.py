@@ -10,7 +10,8 @@ from functools import partial
 import numpy as np
 import pytest
 from batches import KINDS, packed_long, packed_short
-from loss_peers import LEVELS, PEERS, check, expected, fast
+from loss_check import check, expected
+from loss_peers import LEVELS, PEERS, fast
 from roofs import read_and_write
 from timing import clock, hand_over, measure, present
 

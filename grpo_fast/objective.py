@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import _parallel, exact
+from . import _parallel, exact, sweep_kernels
 from . import objective_kernels as kernels
 from ._inputs import Array, refuse_sample, same_shape
 from .exact import Exact, rounded_sum
@@ -160,7 +160,7 @@ def grpo_sweep(
     with _parallel.tasks(n) as tasks:
         rows = np.zeros((tasks, steps.size + 1, exact.ROW), np.int64)
         counts = np.zeros((tasks, steps.size + 1, 2), np.int64)
-        driver = kernels.sweep_parallel if tasks > 1 else kernels.sweep
+        driver = sweep_kernels.sweep_parallel if tasks > 1 else sweep_kernels.sweep
         driver(*arrays, 1.0 - steps, 1.0 + steps, rows, counts)
     exact.merge(rows)
     *clipped, (illegal, _) = counts.sum(axis=0).tolist()
@@ -244,7 +244,7 @@ def _refuse(arrays: tuple[Any, ...], shape: tuple[int, ...]) -> NoReturn:
 
 
 def _illegal(rho: Any, a: Any, old: Any = None, ref: Any = None) -> Mapping[str, NDArray[np.bool_]]:
-    """What can be wrong with a sample, told in this order; the same limits as `objective_kernels._load_carefully`."""
+    """What can be wrong with a sample, told in this order; the same limits as `objective_runs._load_carefully`."""
     form = np.finfo(rho.dtype)
     wider = "" if rho.dtype == np.float64 else "pass float64, or "
     advice = f"{wider}use grpo_loss on log-probabilities"

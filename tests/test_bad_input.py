@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import DTYPES, samples
 
-from grpo_fast import BLOCK, grpo_objective, grpo_stats, grpo_sweep
+from grpo_fast import BLOCK, grpo_objective, grpo_stats, grpo_sweep, sweep_kernels
 from grpo_fast import objective_kernels as kernels
 from grpo_fast._inputs import same_shape
 from grpo_fast._parallel import WORTH_SHARING
@@ -205,8 +205,8 @@ def test_read_only_arrays_are_read_by_the_same_machine_code(n):
         kernels.objective_block,
         kernels.totals,
         kernels.totals_parallel,
-        kernels.sweep,
-        kernels.sweep_parallel,
+        sweep_kernels.sweep,
+        sweep_kernels.sweep_parallel,
     ]
     expected = [grpo_objective(*arrays), grpo_stats(*arrays), sweep(*arrays).objective.tolist()]
     compiled = [len(d.signatures) for d in dispatchers]

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from grpo_fast import measure, objective_kernels, sequence_level, token_level
+from grpo_fast import measure, objective_kernels, sequence_level, sweep_kernels, token_level
 
+_OF_OBJECTIVE = ("elementary.py", "exact.py", "objective_runs.py", "simd.py", "staging.py")
 _OF_LOSS = ("elementary.py", "exact.py", "loss_batch.py", "loss_terms.py", "simd.py", "staging.py", "terms.py")
 INLINED_FILES = {
-    objective_kernels: ("elementary.py", "exact.py", "simd.py", "staging.py"),
+    objective_kernels: _OF_OBJECTIVE,
+    sweep_kernels: _OF_OBJECTIVE,
     token_level: _OF_LOSS,
     sequence_level: _OF_LOSS,
     measure: ("simd.py",),
