@@ -157,6 +157,7 @@ def test_extra_memory_does_not_grow():
     # NumPy's temporaries and an accidental copy would show.
     arrays = samples(MANY)
     grpo_stats(*arrays)
+    grpo_objective(*arrays)
     tracemalloc.start()
     try:
         grpo_stats(*arrays)
