@@ -232,7 +232,7 @@ def run(quick: bool, folder: Path) -> list[Path]:
         saved.append(folder / f"{suite.stem}.json")
         command = [sys.executable, "-m", "pytest", str(suite), f"--benchmark-json={saved[-1]}", *options]
         subprocess.run(command, cwd=HERE.parent, check=True)
-    return [path for path in saved if path.stat().st_size]
+    return [path for path in saved if path.exists()]
 
 
 def main() -> None:
