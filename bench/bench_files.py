@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from objective_peers import BETA, EPSILON
-from timing import clock, hand_over, measure, present
+from timing import clock, hand_over, measure, present, skip_if_missing
 
 from grpo_fast import evaluate, reference
 from grpo_fast.__main__ import synthetic_samples
@@ -96,6 +96,5 @@ def case(request, quick, tmp_path_factory):
 @pytest.mark.parametrize("name", PEERS)
 def test_speed(benchmark, case, name):
     n, times, missing = case
-    if name in missing:
-        pytest.skip(f"{name} is missing: {missing[name]}")
+    skip_if_missing(name, missing)
     hand_over(benchmark, times, name, f"files, {n:,} samples, float64, Parquet", work="files", n=n)

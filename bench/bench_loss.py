@@ -13,7 +13,7 @@ from batches import KINDS, packed_long, packed_short
 from loss_check import check, expected
 from loss_peers import LEVELS, PEERS, fast
 from roofs import read_and_write
-from timing import clock, hand_over, measure, present
+from timing import clock, hand_over, measure, present, skip_if_missing
 
 LENGTH = {16: 256, 256: 512, 4096: 4096}  # tokens, by sequences: a micro-batch, a batch, and one that fits no cache
 CASES = list(itertools.product(LENGTH, ("full", "padded"), ("float64", "float32"), LEVELS))
@@ -43,8 +43,7 @@ def case(request, quick):
 @pytest.mark.parametrize("name", [*PEERS, *OTHERS])
 def test_speed(benchmark, case, name):
     facts, times, missing = case
-    if name in missing:
-        pytest.skip(f"{name} is missing: {missing[name]}")
+    skip_if_missing(name, missing)
     group = f"loss, {facts['n']:,} {facts['kind']}, {facts['dtype']}, {facts['level']} level"
     hand_over(benchmark, times, name, group, work="loss", **facts)
 

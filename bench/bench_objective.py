@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from objective_peers import BETA, EPSILON, PEERS
 from roofs import read
-from timing import clock, copies_of, hand_over, measure, present, rotating
+from timing import clock, copies_of, hand_over, measure, present, rotating, skip_if_missing
 
 import grpo_fast
 from grpo_fast import reference
@@ -57,6 +57,5 @@ def case(request, quick):
 @pytest.mark.parametrize("name", [*PEERS, *OTHERS])
 def test_speed(benchmark, case, name):
     n, dtype, times, missing = case
-    if name in missing:
-        pytest.skip(f"{name} is missing: {missing[name]}")
+    skip_if_missing(name, missing)
     hand_over(benchmark, times, name, f"objective, {n:,} samples, {dtype}", work="objective", n=n, dtype=dtype)

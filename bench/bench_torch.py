@@ -13,7 +13,7 @@ from batches import Batch, padded
 from compiled_torch import compiled_or_missing
 from loss_peers import BETA, EPSILON, _torch_loss
 from processes import extra_memory
-from timing import clock, hand_over, measure, present
+from timing import clock, hand_over, measure, present, skip_if_missing
 
 from grpo_fast import K3, Clip
 
@@ -54,18 +54,16 @@ def tensors(sequences: int) -> tuple[Any, ...]:
     return logps.requires_grad_(), *others
 
 
-def step(loss: Callable[..., Any], batch: tuple[Any, ...], scale: float = 1.0) -> None:
+def step(loss: Callable[..., Any], batch: tuple[Any, ...]) -> None:
     """Forward and backward."""
     batch[0].grad = None
-    value = loss(*batch, "token")
-    (value if scale == 1 else scale * value).backward()
+    loss(*batch, "token").backward()
 
 
 @pytest.fixture(scope="module")
 def case(request, quick):
     peers, missing = present(PEERS)
-    if "torch eager" in missing:
-        pytest.skip(missing["torch eager"])
+    skip_if_missing("torch eager", missing)
     batch = tensors(64 if quick else 4096)
     return (
         batch[0].numel(),
@@ -80,8 +78,7 @@ def case(request, quick):
 def test_speed(benchmark, case, quick, name):
     """Time, and how much the peak of a fresh process grows during one step, the gradient included."""
     n, times, missing = case
-    if name in missing:
-        pytest.skip(f"{name} is missing: {missing[name]}")
+    skip_if_missing(name, missing)
     before = f"""
 from bench_torch import PEERS, step, tensors
 loss = PEERS[{name!r}]()

@@ -125,7 +125,7 @@ def _numexpr() -> Bind:
 # --- Numba and JAX ----------------------------------------------------------------------------------------------------
 def _numba() -> Bind:
     @numba.njit(parallel=True, fastmath=True)
-    def loss(logps, old, ref, A, mask, sequence_level, low, high, beta, gradient):  # type: ignore[no-untyped-def]
+    def loss(logps, old, ref, A, mask, sequence_level, low, high, beta, gradient):
         total = 0.0
         zero, one = logps.dtype.type(0), logps.dtype.type(1)  # a 0 or 1 would make float64 of float32
         B, T = logps.shape
@@ -296,7 +296,7 @@ def _torch_compile() -> Bind:
 
 
 def _trl() -> Bind:
-    import trl.trainer.grpo_trainer  # noqa: F401
+    import trl.trainer.grpo_trainer  # noqa: F401 - or it is missing
 
     return _through_torch(_trl_loss)
 

@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any, TypeVar
 
+import pytest
+
 from grpo_fast.measure import side_by_side
 
 Call = Callable[[], Any]
 Peer = TypeVar("Peer")
 
+LARGE = 16 << 20  # bytes: those below are meant to be in a cache
 COLD = 128 << 20  # bytes: four times the last-level cache of the machines that this was written on
 
 
@@ -30,10 +33,10 @@ def present(makers: Mapping[str, Callable[[], Peer]]) -> tuple[dict[str, Peer], 
     return found, missing
 
 
-def copies_of(arrays: Sequence[Any], fits: int = 1 << 24) -> list[tuple[Any, ...]]:
-    """The arrays, and if they are ``fits`` bytes or more so many copies that a round finds none of them in a cache."""
+def copies_of(arrays: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """The arrays, and if they are large so many copies that a round finds none of them in a cache."""
     size = sum(x.nbytes for x in arrays)
-    if size < fits:
+    if size < LARGE:
         return [tuple(arrays)]
     return [tuple(arrays), *(tuple(x.copy() for x in arrays) for _ in range(-(-COLD // size) - 1))]
 
@@ -62,6 +65,12 @@ class Replay:
 
 
 clock = Replay()  # pytest.mark.benchmark(timer=clock)
+
+
+def skip_if_missing(name: str, missing: Mapping[str, str]) -> None:
+    """Skip the test of a peer that cannot run here, and say why."""
+    if name in missing:
+        pytest.skip(f"{name} is missing: {missing[name]}")
 
 
 def hand_over(benchmark: Any, times: Mapping[str, Sequence[float]], name: str, group: str, **facts: Any) -> None:

@@ -2,10 +2,22 @@
 
 import numpy as np
 import pyarrow as pa
+import pytest
+from conftest import samples
 from pyarrow import parquet
 
+from grpo_fast import K3, Clip, evaluate
+
+FORMATS = ["parquet", "arrow"]
+OPTIONS = {"surrogate": Clip(0.2), "kl": K3(0.04)}
+GRID = {"epsilons": [0.1, 0.2], "betas": [0, 0.04]}
 PROBABILITIES = ("rhos", "A", "pi_theta_old", "pi_theta_ref")
 PER_TOKEN = ("logps", "old_logps", "ref_logps", "mask", "rollout_is_weights")
+
+
+def probabilities(n, dtype=np.float64):
+    """The arguments of grpo_objective."""
+    return dict(zip(PROBABILITIES, samples(n, dtype), strict=True))
 
 
 def tokens(sequences, seed=0, longest=300, optional=False):
@@ -56,3 +68,9 @@ def write(path, *tables):
             for each in tables:
                 file.write_table(each, row_group_size=max(len(each), 1))
     return path
+
+
+def refused(message, *args, error=ValueError, call=evaluate, **kwargs):
+    """Assert that a call raises an error whose message matches."""
+    with pytest.raises(error, match=message):
+        call(*args, **kwargs)
