@@ -2,7 +2,7 @@
 
 ``python bench/report.py`` runs the suites (half an hour, some GB of memory; ``--quick`` for a look) and writes;
 ``python bench/report.py results.json …`` writes from what pytest-benchmark saved before. Below: one function for each
-table, the picture, and where they go. A ratio is the median over rounds in which both
+table, the picture, and how it is measured. A ratio is the median over rounds in which both
 sides were timed. Nothing is left out: rows that are lost are printed bold, peers that are missing are named.
 """
 
@@ -10,7 +10,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,10 +19,10 @@ from bench_objective import OTHERS
 from loss_peers import LEVELS
 from loss_peers import PEERS as LOSS_PEERS
 from objective_peers import PEERS as OBJECTIVE_PEERS
-from results import Results, spelled, table, times_slower
+from readme import table, write_between
+from results import Results, spelled, times_slower
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
 PICTURE = HERE / "speed.svg"
 OURS, IN_PLACE = "grpo_fast", "grpo_fast, in place"
 READ, READ_AND_WRITE, VALUE = "read-only roof", "read-and-write roof", "without gradient"
@@ -212,16 +212,7 @@ def draw(results: Results, path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-# --- where they go ----------------------------------------------------------------------------------------------------
-def write_between(path: Path, name: str, lines: Iterable[str]) -> None:
-    """Replace what stands between two markers."""
-    text = path.read_text(encoding="utf-8")
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    before, rest = text.split(begin)
-    _, after = rest.split(end)
-    path.write_text(before + begin + "\n" + "\n".join(lines).rstrip() + "\n" + end + after, encoding="utf-8")
-
-
+# --- measuring, and writing -------------------------------------------------------------------------------------------
 def run(quick: bool, folder: Path) -> list[Path]:
     """Run the suites, each in a process of its own: what one leaves in memory does not slow the next."""
     options = ["--benchmark-enable", "--benchmark-columns=median,iqr,rounds", "-q", "-rs", "-p", "no:cacheprovider"]
@@ -255,7 +246,7 @@ def main() -> None:
         print("\n".join(line for lines in parts.values() for line in lines))
         return
     for name, lines in parts.items():
-        write_between(README, name, lines)
+        write_between(name, lines)
     draw(results, PICTURE)
 
 

@@ -1,7 +1,7 @@
 """What pytest-benchmark saved, how to ask it, and how it is spelled."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -52,13 +52,3 @@ def times_slower(ratio: float | None) -> str:
         return "–"
     cell = f"{ratio:.3g}" if ratio < 100 else f"{ratio:.0f}"
     return f"**{cell}**" if ratio < 1 else cell
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:
-    """The lines of a Markdown table."""
-    head = list(head)
-    yield f"| {' | '.join(head)} |"
-    yield f"|{'---|' * len(head)}"
-    for row in rows:
-        yield f"| {' | '.join(row)} |"
-    yield ""

@@ -7,6 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
+
+# Numba looks at it when a kernel is first called. Imported then, it can be the end of a process forked at that moment:
+# nobody would let go of the import's lock there.
+from numpy.ma import MaskedArray
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[Any]
@@ -72,7 +76,7 @@ def same_shape(
 
 def real(name: str, value: ArrayLike | None) -> Array:
     """The named argument as an array of real numbers, or a TypeError."""
-    if isinstance(value, np.ma.MaskedArray):
+    if isinstance(value, MaskedArray):
         raise TypeError(f"{name} must be a plain array: take a masked array's .compressed() or .filled() first")
     try:
         array = np.asarray(value)

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 from numba.core import types
 from numba.extending import overload
 
-from .simd import bits, constant, fma, from_bits, full_like, inlined, where
+from ._compiling import inlined
+from .simd import bits, constant, fma, from_bits, full_like, where
 
 LN2 = math.log(2.0)
 ROOT2 = math.sqrt(2.0)

@@ -8,6 +8,7 @@ stands, on any number of threads. `token_level` and `sequence_level` are two way
 from typing import Any, NamedTuple
 
 from . import exact
+from ._compiling import inlined
 from .loss_terms import times
 from .simd import (
     WIDTH,
@@ -16,7 +17,6 @@ from .simd import (
     count_flags,
     from_bits,
     full_like,
-    inlined,
     lanes,
     load,
     load_first,

@@ -10,9 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _parallel
-from .simd import compiled, full, lane_sum, lanes, load
-
-INLINED = "662ad35c7901cedf"  # digest of simd.py, see objective_kernels.py
+from ._compiling import compiled
+from .simd import full, lane_sum, lanes, load
 
 
 @compiled

@@ -6,9 +6,6 @@ run of a block, `objective_runs` says; here are
 
     sum_block                   block → float64 sums
     objective_block, totals …   blocks → exact sums, on one thread or on all; what `objective` calls
-
-Numba's disk cache keeps these kernels until this file changes, whatever happens to the code that they inline. Hence the
-digest of those files; tests/test_cache.py fails when it is old, and says what to write.
 """
 
 from typing import NamedTuple
@@ -17,16 +14,15 @@ import numba
 import numpy as np
 
 from . import exact
+from ._compiling import compiled, inlined
 from .elementary import LN2, layout, log
 from .objective_runs import PRESENT, RHO, ROWS, begin_run, count_clipped, squares, surrogate_sum
 from .simd import (
     align_stack,
     bits,
-    compiled,
     from_bits,
     full,
     full_like,
-    inlined,
     lane_max,
     lane_min,
     lane_sum,
@@ -36,8 +32,6 @@ from .simd import (
     wide_product,
 )
 from .staging import BLOCK, RUN, get, scratch_like
-
-INLINED = "17e4b0f9c7b65b93"
 
 # Rows of the exact sums.
 SURROGATE, KL, RATIO, RATIO_SQUARED, LOG_RATIO, SUMS = range(6)

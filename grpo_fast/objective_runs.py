@@ -8,6 +8,7 @@ How a block is worked through, `staging` says. From the inside out:
     begin_run                   the first two, in the near way if that will do
 """
 
+from ._compiling import inlined
 from .elementary import (
     NEAR,
     ReducedRatio,
@@ -25,7 +26,6 @@ from .simd import (
     from_bits,
     full,
     full_like,
-    inlined,
     lane_max,
     lanes,
     load,

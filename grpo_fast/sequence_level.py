@@ -4,8 +4,7 @@ For one ρ the policy term is linear in A on either side of 0. So one pass colle
 ∂k/∂l in the gradient's place (`collect`); `conclude` makes ρ, the sums and what the gradient consists of; `spread`
 writes that, while the sequence is still in the cache.
 
-The formulas are in `loss_terms`. Numba's disk cache keeps these kernels until this file changes; hence the digest, as
-in `objective_kernels`.
+The formulas are in `loss_terms`.
 """
 
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
+from ._compiling import compiled, inlined
 from .elementary import exp_of_any, layout
 from .loss_batch import (
     TOKENS,
@@ -36,26 +36,8 @@ from .loss_batch import (
     write,
 )
 from .loss_terms import Clipped, count_clipped, kl_term, passes_through_ratio, stake, surrogate_term, times
-from .simd import (
-    align_stack,
-    bits,
-    compiled,
-    full,
-    full_like,
-    inlined,
-    lane_max,
-    lane_min,
-    lane_sum,
-    lanes,
-    load,
-    tally,
-    where,
-    wide,
-)
+from .simd import align_stack, bits, full, full_like, lane_max, lane_min, lane_sum, lanes, load, tally, where, wide
 from .staging import BLOCK, RUN, ask_ahead
-
-INLINED = "cbc468263db15e35"
-
 
 # --- collect ----------------------------------------------------------------------------------------------------------
 # What is collected from each block of a sequence.

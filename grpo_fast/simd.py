@@ -9,11 +9,8 @@ takes the vector's element type); memory access; lane-wise functions; reductions
 fixed order.
 """
 
-import functools
 import operator
-from typing import Any
 
-import numba
 from llvmlite import ir
 from numba.core import types
 from numba.core.imputils import lower_cast
@@ -497,7 +494,7 @@ def every(typingctx, mask):
     return types.boolean(mask), codegen
 
 
-# --- how to compile with it -------------------------------------------------------------------------------------------
+# --- the stack they go to -------------------------------------------------------------------------------------------
 @intrinsic
 def align_stack(typingctx):
     """Give the function that calls this a stack frame of its own, aligned to a cache line.
@@ -512,24 +509,3 @@ def align_stack(typingctx):
         return context.get_dummy_value()
 
     return types.none(), codegen
-
-
-#: The decorator of every function that is part of an inner loop: always inlined by LLVM, never cached on its own. No
-#: reference counts: those of arrays in a tuple LLVM does not see through, and threads fight for them.
-inlined = numba.njit(forceinline=True, error_model="numpy", _nrt=False)
-
-
-def compiled(function: Any = None, *, parallel: bool = False, allocates: bool = True) -> Any:
-    """The decorator of every function that is called from Python or too large to inline: compiled once per machine.
-
-    Where there is no place for a disk cache it is compiled once per process. One that does not allocate arrays, nor
-    calls what does, is spared reference counts.
-    """
-    if function is None:
-        return functools.partial(compiled, parallel=parallel, allocates=allocates)
-    # forceinline would be inherited from an inlined function that calls this one.
-    options = {"nogil": True, "error_model": "numpy", "parallel": parallel, "forceinline": False, "_nrt": allocates}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # "no locator available": no directory that can be written
-        return numba.njit(**options)(function)

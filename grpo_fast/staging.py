@@ -7,7 +7,8 @@ needs it leaves in a row of a scratch array, which stays in the L1 cache. (One f
 
 import numpy as np
 
-from .simd import compiled, inlined, lanes, load, prefetch, store
+from ._compiling import compiled, inlined
+from .simd import lanes, load, prefetch, store
 
 BLOCK = 4096  # samples whose sums are rounded; between blocks nothing is
 RUN = 16  # vectors; in float32 also how many terms are added before they go into float64

@@ -7,17 +7,16 @@ import numba
 import numpy as np
 
 from . import exact
+from ._compiling import compiled, inlined
 from .elementary import layout
 from .objective_runs import ADVANTAGE, RHO, ROWS, F, S, begin_run
 from .simd import (
     align_stack,
     bits,
-    compiled,
     fma,
     from_bits,
     full,
     full_like,
-    inlined,
     lane_max,
     lane_min,
     lane_sum,
@@ -30,8 +29,6 @@ from .simd import (
     wide,
 )
 from .staging import BLOCK, RUN, ask_ahead, get, put, scratch_like
-
-INLINED = "17e4b0f9c7b65b93"  # see objective_kernels.py
 
 # Rows of the scratch array that are free once the KL is summed.
 _FOLDED, _SIZE = F, S

@@ -1,7 +1,6 @@
 """The loss at token level, in one pass: each block of a sequence yields its sums and its gradient.
 
-How a block is worked through, `staging` says; the formulas are in `loss_terms`. Numba's disk cache keeps these kernels
-until this file changes; hence the digest, as in `objective_kernels`.
+How a block is worked through, `staging` says; the formulas are in `loss_terms`.
 """
 
 from typing import Any, NamedTuple
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
+from ._compiling import compiled, inlined
 from .elementary import exp, exp_of_any, layout
 from .loss_batch import (
     LOG_RATIO,
@@ -36,12 +36,10 @@ from .loss_terms import Clipped, count_clipped, kl_term, surrogate_term, times
 from .simd import (
     align_stack,
     bits,
-    compiled,
     fma,
     from_bits,
     full,
     full_like,
-    inlined,
     lane_max,
     lane_min,
     lane_sum,
@@ -53,8 +51,6 @@ from .simd import (
     wide_squares,
 )
 from .staging import BLOCK, RUN, ask_ahead, get, put, scratch_like
-
-INLINED = "cbc468263db15e35"
 
 # Rows of the scratch array, each RUN vectors long.
 _ABSENT, _ADVANTAGE, _RHO, _PENALTY, _ROWS = range(5)

@@ -3,11 +3,15 @@
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 from hypothesis import settings
 
-from grpo_fast import BLOCK
+sys.path.append(str(Path(__file__).parents[1] / "bench"))  # what is scripts there, tests use
+
+from grpo_fast import BLOCK, _parallel
 from grpo_fast._parallel import WORTH_SHARING
 from grpo_fast.staging import RUN
 
@@ -35,10 +39,19 @@ def samples(n, dtype=np.float64, seed=0, drift=0.3):
     return tuple(x.astype(dtype) for x in (rho, a, old, ref))
 
 
-def python(script, timeout=300, **environment):
+@contextmanager
+def someone_else_computes():
+    """As if another thread were in a parallel region."""
+    other = object()
+    _parallel._inside[other] = None
+    yield
+    del _parallel._inside[other]
+
+
+def python(script, timeout=300, inside=(), **environment):
     """Run a script in a fresh interpreter that sees what this one sees; its output, unless it fails."""
     done = subprocess.run(
-        [sys.executable, "-c", script],
+        [*inside, sys.executable, "-c", script],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | environment,
         capture_output=True,
         text=True,

@@ -1,19 +1,17 @@
-"""A sequence adds the same bits in whichever batch it stands: layout, order, cut, memory, driver, threads, CPU."""
+"""A sequence adds the same bits in whichever batch it stands: layout, order, cut, memory, driver, threads."""
 
 import itertools
 import math
-import platform
 from functools import cache
 
 import numba
 import numpy as np
 import pytest
-from conftest import DTYPES, python
+from conftest import DTYPES, someone_else_computes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_same_bits import NEEDS, missing
 
-from grpo_fast import CISPO, K2, K3, SAPO, Clip, _parallel, grpo_loss
+from grpo_fast import CISPO, K2, K3, SAPO, Clip, grpo_loss
 from grpo_fast.loss import _pieces
 from grpo_fast.loss_batch import Batch
 
@@ -267,7 +265,7 @@ both_levels = pytest.mark.parametrize("case", ["clip", "sapo, weighted"])
 @large
 def test_serial_or_cut_into_tasks(layout, lengths, case, dtype, monkeypatch):
     batch, asked = batch_of(lengths, case, dtype), []
-    with _parallel._region:  # someone else is in it
+    with someone_else_computes():
         expected = results(batch, OPTIONS[case])
         assert results(batch, OPTIONS[case], layout) == expected
     for tasks in (1, 2, 3, 7, 40):
@@ -302,36 +300,6 @@ def test_one_thread_or_two(layout, lengths, case):
             assert results(batch, OPTIONS[case], layout) == alone
     finally:
         numba.set_num_threads(before)
-
-
-# --- CPUs -------------------------------------------------------------------------------------------------------------
-SCRIPT = """
-import hashlib
-from test_loss_same_bits import LENGTHS, OPTIONS, batch_of, results
-
-for case, dtype in {cases}:
-    loss, stats, gradient = results(batch_of(LENGTHS, case, dtype), OPTIONS[case], "packed among masked")
-    print(loss.hex(), hashlib.sha256(b"".join(gradient) + repr(stats).encode()).hexdigest())
-"""
-CPUS = {
-    "generic": [("clip", "f8"), ("sapo", "f4")],
-    "haswell": [("clip", "f4")],
-    "skylake-avx512": [("clip", "f4"), ("sapo", "f8")],
-}
-
-
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names of x86-64 CPUs")
-@pytest.mark.parametrize("cpu", CPUS)
-def test_any_cpu_compiled_now_or_before(cpu, tmp_path):
-    if missing(NEEDS[cpu]):
-        pytest.skip(f"this CPU cannot run the code of {cpu}: it has no {', '.join(missing(NEEDS[cpu]))}")
-    script = SCRIPT.format(cases=CPUS[cpu])
-    here = python(script)
-    # No features beyond those of the name; and a cache of its own, in which nothing old can be.
-    there = {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
-    assert python(script, **there) == here
-    assert len(list(tmp_path.rglob("*.nbc"))) > 0
-    assert python(script, **there) == here  # from the cache
 
 
 # --- what does not add ------------------------------------------------------------------------------------------------

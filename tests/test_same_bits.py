@@ -1,14 +1,11 @@
-"""The same bits: any number of threads, any driver, any CPU, compiled now or before, wherever the arrays lie."""
-
-import platform
-from pathlib import Path
+"""The same bits: any number of threads, any driver, wherever the arrays lie; for CPUs see test_recorded_bits.py."""
 
 import numba
 import numpy as np
 import pytest
-from conftest import DTYPES, python, samples
+from conftest import DTYPES, samples, someone_else_computes
 
-from grpo_fast import BLOCK, _parallel, grpo_objective, grpo_stats, grpo_sweep
+from grpo_fast import BLOCK, grpo_objective, grpo_stats, grpo_sweep
 from grpo_fast._parallel import WORTH_SHARING
 
 MANY = WORTH_SHARING + 5 * BLOCK + 13
@@ -47,7 +44,7 @@ def test_serial_or_cut_into_tasks(dtype, tasks, monkeypatch):
 def test_while_someone_else_is_in_a_parallel_region():
     arrays = samples(MANY)
     alone = results(*arrays)
-    with _parallel._region:
+    with someone_else_computes():
         assert results(*arrays) == alone
 
 
@@ -90,42 +87,3 @@ def test_a_sample_at_the_limits_does_not_change_the_others(dtype, at):
     assert (grpo_objective(*arrays), grpo_stats(*arrays).surrogate_sum, grpo_stats(*arrays).kl_sum) == before
     ref[at] *= 2
     assert grpo_objective(*arrays) == before[0]
-
-
-# --- CPUs -------------------------------------------------------------------------------------------------------------
-SCRIPT = """
-import hashlib
-import itertools
-import numpy as np
-from conftest import BLOCK, samples
-from grpo_fast import grpo_stats
-
-for dtype, drift in itertools.product({dtypes}, (0.3, 0.05)):  # far from 1, and near
-    rho, a, old, ref = samples(2 * BLOCK + 13, dtype, drift=drift)
-    ref[:100] = (rho * old)[:100]  # r within an ulp of 1
-    rho[-9], old[-9], ref[-9] = 1e-30, 1e-5, 1e-10  # and not at all
-    stats = grpo_stats(rho, a, old, ref)
-    print(stats.objective.hex(), hashlib.sha256(repr(stats).encode()).hexdigest())
-"""
-NEEDS = {"generic": [], "haswell": ["avx2", "fma", "bmi2"], "skylake-avx512": ["avx512f", "avx512dq", "avx512vl"]}
-
-
-def missing(features):
-    """The features that this CPU lacks, as Linux lists them."""
-    cpuinfo = Path("/proc/cpuinfo")
-    have = cpuinfo.read_text().split() if cpuinfo.exists() else []
-    return [f for f in features if f not in have]
-
-
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names of x86-64 CPUs")
-@pytest.mark.parametrize(("cpu", "dtypes"), [("generic", "f8 f4"), ("haswell", "f8"), ("skylake-avx512", "f8 f4")])
-def test_any_cpu_compiled_now_or_before(cpu, dtypes, tmp_path):
-    if missing(NEEDS[cpu]):
-        pytest.skip(f"this CPU cannot run the code of {cpu}: it has no {', '.join(missing(NEEDS[cpu]))}")
-    script = SCRIPT.format(dtypes=dtypes.split())
-    here = python(script)
-    # No features beyond those of the name; and a cache of its own, in which nothing old can be.
-    there = {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
-    assert python(script, **there) == here
-    assert len(list(tmp_path.rglob("*.nbc"))) > 0
-    assert python(script, **there) == here  # from the cache

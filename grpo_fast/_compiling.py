@@ -1,0 +1,58 @@
+"""How the kernels are compiled: functions of inner loops are `inlined`, those that are called are `compiled`."""
+
+import functools
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numba
+
+from . import _cache
+
+#: The decorator of every function that is part of an inner loop: always inlined by LLVM, never cached on its own. No
+#: reference counts: those of arrays in a tuple LLVM does not see through, and threads fight for them.
+inlined = numba.njit(forceinline=True, error_model="numpy", _nrt=False)
+
+
+def compiled(function: Any = None, *, parallel: bool = False, allocates: bool = True) -> Any:
+    """The decorator of every function that is called from Python or too large to inline: compiled once per machine.
+
+    One that does not allocate arrays, nor calls what does, is spared reference counts.
+    """
+    if function is None:
+        return functools.partial(compiled, parallel=parallel, allocates=allocates)
+    if numba.config.DISABLE_JIT:
+        return _refuse
+    # forceinline would be inherited from an inlined function that calls this one.
+    options = {"nogil": True, "error_model": "numpy", "parallel": parallel, "forceinline": False, "_nrt": allocates}
+    dispatcher = numba.njit(**options)(function)
+    dispatcher.compile = _undisturbed(dispatcher.compile)
+    _cache.keep(dispatcher)
+    return dispatcher
+
+
+def _undisturbed(work: Callable[..., Any]) -> Callable[..., Any]:
+    """The same on another thread, if called on the main one, which alone Python interrupts to handle signals.
+
+    An exception in the middle of Numba's and LLVM's affairs, such as Ctrl-C, can leave the process to a crash (a double
+    free) or a deadlock. Here only the waiting is interrupted; what is compiled will be there for the next call.
+    """
+
+    @functools.wraps(work)
+    def elsewhere(*arguments: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            return work(*arguments)
+        compiler = ThreadPoolExecutor(1, "grpo_fast-compiler")
+        try:
+            return compiler.submit(work, *arguments).result()
+        finally:
+            compiler.shutdown(wait=False)
+
+    return elsewhere
+
+
+def _refuse(*_: Any) -> None:
+    raise RuntimeError(
+        "grpo_fast has no interpreted kernels: unset NUMBA_DISABLE_JIT, or use the plain NumPy of grpo_fast.reference"
+    )

@@ -1,0 +1,161 @@
+"""One set of inputs and the bits that every machine is to make of them: ``recorded.json``, and how it is read.
+
+A case is named after what is called, on which data, in which dtype, on how many samples. ``different`` computes cases
+and tells what is not as recorded. The inputs are float64 numbers in hex, which larger cases repeat: their number is
+prime, so that each comes to stand in each lane. ``python tests/recorded.py --write`` records the results anew; whoever
+does that changes what was promised.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from combinations import COMBINATIONS, TOKEN
+
+from grpo_fast import grpo_loss, grpo_objective, grpo_stats, grpo_sweep
+from grpo_fast.exact import Exact
+
+PATH = Path(__file__).with_name("recorded.json")
+PROBABILITIES = "rhos", "A", "pi_theta_old", "pi_theta_ref"
+MANY = 70_003  # enough for the parallel driver
+LENGTHS = [0, 1, 7, 8, 9, 16, 17, 31, 33, 129]
+LONG = [*LENGTHS, MANY]  # of which one is shared out among the threads
+SHORT = LENGTHS * 300  # enough to be dealt to them
+IN_PARALLEL = [19, 21, 27]  # combinations that are, too; padded and packed
+
+
+@cache
+def recording():
+    return json.loads(PATH.read_text())
+
+
+@cache
+def inputs(kind):
+    """The recorded arrays of a kind, by name."""
+    found = recording()["inputs"][kind]
+    return {name: np.frombuffer(bytes.fromhex("".join(lines)), ">f8").astype(float) for name, lines in found.items()}
+
+
+# --- the cases --------------------------------------------------------------------------------------------------------
+def of_samples(function, kind, dtype, n, each):
+    """What one of the three functions of probabilities finds in n samples."""
+    data = inputs(f"{kind} {dtype}" if kind == "extreme" else kind)
+    arrays = [each(np.resize(data[name], n).astype(dtype)) for name in PROBABILITIES]
+    if function == "objective":
+        return {f"beta={beta}": grpo_objective(*arrays, beta=beta).hex() for beta in (0.01, 0)}
+    if function == "stats":
+        return spelled(grpo_stats(*arrays))
+    sweep = grpo_sweep(*arrays, [0.05, 0.2, 0.3], [0, 0.04])
+    objective = {f"objective {i}": x.hex() for i, x in enumerate(sweep.objective.ravel().tolist())}
+    return objective | {"exact sums": digest(sums(sweep).encode())}
+
+
+def of_tokens(number, kind, lengths, each):
+    """What grpo_loss finds with a combination of options."""
+    row = COMBINATIONS[number]
+    result = grpo_loss(**{name: each(x) if isinstance(x, np.ndarray) else x for name, x in call(row, kind, lengths)})
+    found = {"loss": result.loss.hex(), **spelled(result.stats)}
+    if result.grad is not None:
+        gradient = np.where(np.isnan(result.grad), np.nan, result.grad)  # of NaN there are many
+        found["grad"] = digest(gradient.astype(gradient.dtype.newbyteorder("<")).tobytes())
+    return found
+
+
+def call(row, kind, lengths):
+    """The arguments of a call with a row's options; NaN wherever something is masked."""
+    data, n = inputs(kind), np.array([sum(lengths)] if row.layout == "plain" else lengths)
+    keep, where = np.ones(n.sum(), bool), np.arange(n.sum())
+    if row.layout in ("padded", "holes"):
+        keep = np.resize(data["mask"] == 1, n.sum())
+    if row.layout == "padded":
+        width = int(n.max()) + 2
+        begin = np.arange(n.size) % (width - n + 1)
+        where = np.concatenate([i * width + begin[i] + np.arange(k) for i, k in enumerate(n)])
+        keep, where = np.zeros(n.size * width, bool), where[keep]
+        keep[where] = True
+    shape = (n.size, -1) if row.layout == "padded" else -1
+
+    def tokens(name):
+        full = np.full(keep.size, np.nan)
+        full[keep] = np.resize(data[name], n.sum())[: keep.sum()]
+        return full.astype(row.dtype).reshape(shape)
+
+    def values(name, per):
+        return tokens(name) if per == TOKEN else np.resize(data[name], n.size).astype(row.dtype)
+
+    yield "logps", tokens("logps")
+    yield "old_logps", None if row.on_policy else tokens("old_logps")
+    yield "advantages", values("advantages", row.advantages)
+    yield "ref_logps", None if row.kl is None else tokens("ref_logps")
+    yield "rollout_is_weights", None if row.weights is None else values("rollout_is_weights", row.weights)
+    yield "mask", keep.reshape(shape) if row.layout in ("padded", "holes") else None
+    yield "cu_seqlens", np.append(0, np.cumsum(n)) if row.layout in ("packed", "holes") else None
+    yield from {"surrogate": row.surrogate, "kl": row.kl, "importance_sampling_level": row.level}.items()
+    yield from {"aggregation": row.aggregation, "normalizer": row.normalizer, "grad": bool(row.grad)}.items()
+
+
+def spelled(stats):
+    """All that is said of a batch."""
+    numbers = {name: float(value).hex() for name, value in stats.as_dict().items()}
+    return numbers | {"exact sums": digest(sums(stats).encode())}
+
+
+def sums(stats):
+    """All that is added up, as text."""
+    values = [getattr(stats, f.name) for f in fields(stats)]
+    values = [x for value in values for x in (value if type(value) is tuple else [value])]
+    return " ".join(f"{x.units:x}:{x.special}" for x in values if isinstance(x, Exact))
+
+
+def digest(data):
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+CASES = {
+    **{
+        f"{function} {kind} {dtype} {n}": (of_samples, function, kind, dtype, n)
+        for function, kind, dtype, n in itertools.product(
+            ("objective", "stats", "sweep"), ("near", "far", "extreme"), ("f8", "f4"), (5, 127, MANY)
+        )
+    },
+    **{
+        f"loss {kind} {number}": (of_tokens, number, kind, LENGTHS)
+        for kind, number in itertools.product(("usual", "unusual"), range(len(COMBINATIONS)))
+    },
+    **{f"loss usual {number} long": (of_tokens, number, "usual", LONG) for number in IN_PARALLEL},
+    **{f"loss usual {number} short": (of_tokens, number, "usual", SHORT) for number in IN_PARALLEL},
+}
+
+
+# --- the comparison ---------------------------------------------------------------------------------------------------
+def computed(case, each=np.asarray):
+    function, *arguments = CASES[case]
+    return function(*arguments, each)
+
+
+def different(cases=CASES, each=np.asarray):
+    """What is not as recorded; ``each`` is done to all arrays before they are handed over."""
+    for case in cases:
+        expected, found = recording()["results"][case], computed(case, each)
+        for name in expected | found:
+            if expected.get(name) != found.get(name):
+                yield f"{case}: {name} is {found.get(name)}, recorded is {expected.get(name)}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="record what this process computes")
+    if parser.parse_args().write:
+        whole = recording() | {"results": {case: computed(case) for case in CASES}}
+        PATH.write_text(json.dumps(whole, indent=1) + "\n")
+    else:
+        print(*different(), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
