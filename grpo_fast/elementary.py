@@ -45,7 +45,7 @@ class Layout(NamedTuple):
     lift: float  # a power of two that brings any positive number above `usual`
     rounder: float  # adding it rounds to a whole number, which then stands in the lowest bits of the pattern
     plain: float  # up to this |d|, eᵈ is far from the limits of the format
-    squarable: float  # up to this, so is its square
+    squarable: float  # up to this, so are its square and a sum of such squares over a run
     vanishing: float  # below it, eᵈ is 0
     overflowing: float  # above it, eᵈ is inf
 
@@ -86,7 +86,7 @@ FLOAT32 = Layout(
     lift=2.0**90,
     rounder=1.5 * 2.0**23,
     plain=80.0,
-    squarable=43.0,
+    squarable=42.0,
     vanishing=-104.0,
     overflowing=89.0,
 )

@@ -16,7 +16,7 @@ import numpy as np
 from . import exact
 from ._compiling import compiled, inlined
 from .elementary import LN2, layout, log
-from .objective_runs import PRESENT, RHO, ROWS, begin_run, count_clipped, squares, surrogate_sum
+from .objective_runs import PRESENT, RHO, ROWS, begin_run, count_clipped, moments, squares, surrogate_sum
 from .simd import (
     align_stack,
     bits,
@@ -54,13 +54,12 @@ class BlockSums(NamedTuple):
 
 # --- one block --------------------------------------------------------------------------------------------------------
 @inlined
-def _attempt_block(ratio, advantage, old, ref, start, stop, low, high, diagnostics, scratch, careful):
-    """The sums of a block, and whether they can be trusted although some samples were not looked at carefully."""
+def _attempt_block(ratio, advantage, old, ref, start, stop, low, high, diagnostics, scratch, careful, known_kl):
+    """The sums of a block, and whether that of the KL, if not known before, is right though nobody was careful."""
     zero = full(ratio, 0.0)
     form = layout(zero)
     low = full_like(zero, low)
     high = full_like(zero, high)
-    step = lanes(ratio)
     surrogate = wide(zero)
     kl = wide(zero)
     ratios = wide(zero)
@@ -75,22 +74,19 @@ def _attempt_block(ratio, advantage, old, ref, start, stop, low, high, diagnosti
     most = least
     legal = True
     near = not careful  # until a run is not: for the rest of the block
-    for run in range(start, stop, RUN * step):
+    for run in range(start, stop, RUN * lanes(zero)):
         vectors, lower, upper, fine, kl_of_run, near = begin_run(
             ratio, advantage, old, ref, run, stop, careful, diagnostics, near, scratch
         )
         least = where(lower < least, lower, least)
         most = where(upper > most, upper, most)
         legal = legal and fine
-        kl += wide(kl_of_run)
-        surrogate += wide(surrogate_sum(scratch, vectors, low, high, advantage, run))
+        kl += kl_of_run
+        surrogate += surrogate_sum(scratch, vectors, low, high, advantage, run)
         if diagnostics is not None:
             clipped_low, clipped_high = count_clipped(scratch, vectors, low, high, clipped_low, clipped_high)
+            ratios_squared += squares(scratch, vectors)
             ratio_of_run = zero
-            if careful:
-                ratios_squared += squares(scratch, vectors, True)
-            else:
-                ratios_squared += squares(scratch, vectors, False)
             for v in range(vectors):
                 rho = get(scratch, RHO, v)
                 present = get(scratch, PRESENT, v)
@@ -98,19 +94,20 @@ def _attempt_block(ratio, advantage, old, ref, start, stop, low, high, diagnosti
                 ratio_max = where(present > ratio_max, present, ratio_max)
                 ratio_of_run += rho
                 # Σ log ρ is the logarithm of a product: of the fractions, below 2⁵¹² in a block, and of powers of two.
+                # Of a missing 0 the fraction is 1, and the exponent is 0 as it stands there.
                 product *= wide_product(from_bits(bits(rho) & (form.half * 2 - 1) | form.one))
                 exponents += bits(rho) >> form.mantissa
             ratios += wide(ratio_of_run)
-    padded = (stop - start + step - 1) // step * step
-    missing = padded - (stop - start)  # as many ρ = 1 were added
     log_ratio = 0.0
     if diagnostics is not None:
-        log_ratio = lane_sum(log(product)) + (np.int64(lane_sum(exponents)) - padded * form.bias) * LN2
+        if careful or lane_max(ratio_max) >= 1.0 / form.usual:
+            ratios, ratios_squared = moments(ratio, start, stop)
+        log_ratio = lane_sum(log(product)) + (np.int64(lane_sum(exponents)) - (stop - start) * form.bias) * LN2
     sums = BlockSums(
         lane_sum(surrogate),
-        lane_sum(kl),
-        lane_sum(ratios) - missing,
-        lane_sum(ratios_squared) - missing,
+        lane_sum(kl) if np.isnan(known_kl) else known_kl,
+        lane_sum(ratios),
+        lane_sum(ratios_squared),
         log_ratio,
         np.int64(lane_sum(clipped_low)),
         np.int64(lane_sum(clipped_high)),
@@ -118,22 +115,25 @@ def _attempt_block(ratio, advantage, old, ref, start, stop, low, high, diagnosti
         np.float64(lane_max(ratio_max)),
         legal,
     )
-    usual = lane_min(least) > form.usual and max(lane_max(most), sums.ratio_max) < 1.0 / form.usual
-    return sums, careful or (usual and np.isfinite(sums.surrogate + sums.kl))
+    return sums, lane_min(least) > form.usual and lane_max(most) < 1.0 / form.usual and np.isfinite(sums.kl)
 
 
 @compiled
 def sum_block(ratio, advantage, old, ref, start, stop, low, high, diagnostics, scratch):
-    """The sums of one block: in the fast way, and once more in the careful way if that may have gone wrong."""
+    """The sums of one block: in the fast way, and once more in the careful way if something is not as usual.
+
+    If that is only the surrogate, which is infinite or of illegal samples, the KL stays as it is: `grpo_stats`,
+    `grpo_sweep` and `grpo_objective` are to find the same, and what overflows depends on ε.
+    """
     align_stack()
-    careful = False
+    careful, known_kl = False, np.nan
     while True:  # at most twice; a loop, so that the code is there once
-        sums, trusted = _attempt_block(
-            ratio, advantage, old, ref, start, stop, low, high, diagnostics, scratch, careful
+        sums, usual = _attempt_block(
+            ratio, advantage, old, ref, start, stop, low, high, diagnostics, scratch, careful, known_kl
         )
-        if trusted:
+        if careful or (usual and np.isfinite(sums.surrogate)):
             return sums
-        careful = True
+        careful, known_kl = True, sums.kl if usual else np.nan
 
 
 # --- all blocks -------------------------------------------------------------------------------------------------------

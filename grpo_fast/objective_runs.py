@@ -26,6 +26,7 @@ from .simd import (
     from_bits,
     full,
     full_like,
+    is_finite,
     lane_max,
     lanes,
     load,
@@ -38,7 +39,8 @@ from .simd import (
 )
 from .staging import RUN, ask_ahead, get, put
 
-# Rows of the scratch array, each RUN vectors long.
+# Rows of the scratch array, each RUN vectors long. Where a vector is longer than its block, ρ and A are 0, and the
+# smallest and the largest of what is present are those of all.
 RHO, ADVANTAGE, _POWER, F, S, PRESENT, ROWS = range(7)
 
 
@@ -58,7 +60,7 @@ def _load_carefully(ratio, advantage, old, ref, i, stop):
     """One vector of which samples may be missing, or anywhere in the domain, or outside it.
 
     Returns ρ, A; three numbers near 1 with the same r as ρ, π_old and π_ref; and whether all samples are legal.
-    A missing sample is ρ = 1, A = 0, r = 1, which adds nothing to any sum.
+    A missing sample is ρ = 1, A = 0, r = 1.
     """
     n = min(stop - i, lanes(ratio))
     rho = load_first(ratio, i, n, 1.0)
@@ -96,13 +98,15 @@ def _prepare(ratio, advantage, old, ref, start, stop, careful, diagnostics, near
         i = start + v * step
         if careful or i + step > stop:
             rho, a, x, y, z, fine = _load_carefully(ratio, advantage, old, ref, i, stop)
+            counted = load_first(ratio, i, min(stop - i, step), 0.0)
             present = load_first(ratio, i, min(stop - i, step), ratio[i])
             legal = legal and fine
         else:
             rho, a, x, y, z = _load(ratio, advantage, old, ref, i)
+            counted = rho
             present = rho
             ask_ahead(ratio, start, v)
-        put(scratch, RHO, v, rho)
+        put(scratch, RHO, v, counted)
         put(scratch, ADVANTAGE, v, a)
         if diagnostics is not None:
             put(scratch, PRESENT, v, present)
@@ -129,16 +133,28 @@ def _prepare(ratio, advantage, old, ref, start, stop, careful, diagnostics, near
 
 # --- scratch → sums ---------------------------------------------------------------------------------------------------
 @inlined
+def _bounded(scratch, v, low, high):
+    """A, and ρ as far as it counts: the sign of A picks the one bound that matters. A NaN in ρ stays one."""
+    rho = get(scratch, RHO, v)
+    a = get(scratch, ADVANTAGE, v)
+    return a, where(signed(a), where(rho < low, low, rho), where(rho > high, high, rho))
+
+
+@inlined
 def surrogate_sum(scratch, vectors, low, high, advantage, start):
-    """Σ min(ρA, clip(ρ, low, high)·A): the sign of A picks the one bound that matters. A NaN in ρ stays one."""
+    """Σ min(ρA, clip(ρ, low, high)·A)."""
     total = full_like(low, 0.0)
     for v in range(vectors):
         ask_ahead(advantage, start, v)
-        rho = get(scratch, RHO, v)
-        a = get(scratch, ADVANTAGE, v)
-        bounded = where(signed(a), where(rho < low, low, rho), where(rho > high, high, rho))
+        a, bounded = _bounded(scratch, v, low, high)
         total = fma(bounded, a, total)
-    return total
+    in_float64 = wide(total)
+    if lanes(scratch) > 8 and not is_finite(in_float64):  # sixteen float32 terms may overflow, whose sum does not
+        in_float64 = wide(full_like(low, 0.0))
+        for v in range(vectors):
+            a, bounded = _bounded(scratch, v, low, high)
+            in_float64 += wide(bounded * a)
+    return in_float64
 
 
 @inlined
@@ -154,8 +170,14 @@ def _kl_sum(scratch, vectors, old, ref, start, near):
             farthest = where(z > farthest, z, farthest)
         else:
             k = k3(ReducedRatio(get(scratch, _POWER, v), get(scratch, F, v), get(scratch, S, v)))
+            put(scratch, F, v, k)
         total = fma(get(scratch, RHO, v), k, total)
-    return total, lane_max(farthest) <= NEAR
+    in_float64 = wide(total)
+    if lanes(scratch) > 8 and not near and not is_finite(in_float64):
+        in_float64 = wide(full(scratch, 0.0))
+        for v in range(vectors):
+            in_float64 += wide(get(scratch, RHO, v) * get(scratch, F, v))
+    return in_float64, lane_max(farthest) <= NEAR
 
 
 @inlined
@@ -167,7 +189,7 @@ def begin_run(ratio, advantage, old, ref, run, stop, careful, diagnostics, near,
     each block are not near, it takes up to a twentieth longer.
     """
     vectors = min(RUN, (stop - run + lanes(ratio) - 1) // lanes(ratio))
-    kl = full(ratio, 0.0)
+    kl = wide(full(ratio, 0.0))
     if near:
         least, most, legal = _prepare(ratio, advantage, old, ref, run, stop, careful, diagnostics, True, scratch)
         if old is not None:
@@ -193,14 +215,22 @@ def count_clipped(scratch, vectors, low, high, clipped_low, clipped_high):
 
 
 @inlined
-def squares(scratch, vectors, careful):
-    """Σ ρ²."""
+def squares(scratch, vectors):
+    """Σ ρ², unless that overflows."""
     total = full(scratch, 0.0)
-    wide_total = wide(total)
     for v in range(vectors):
         rho = get(scratch, RHO, v)
-        if careful:  # in float32 the square could overflow or vanish
-            wide_total += wide_squares(rho)
-        else:
-            total = fma(rho, rho, total)
-    return wide_total + wide(total)
+        total = fma(rho, rho, total)
+    return wide(total)
+
+
+@inlined
+def moments(ratio, start, stop):
+    """Σ ρ and Σ ρ² of a block in float64, for any ρ."""
+    total = wide(full(ratio, 0.0))
+    squared = total
+    for i in range(start, stop, lanes(ratio)):
+        rho = load_first(ratio, i, stop - i, 0.0)
+        total += wide(rho)
+        squared += wide_squares(rho)
+    return total, squared

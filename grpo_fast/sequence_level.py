@@ -37,7 +37,7 @@ from .loss_batch import (
 )
 from .loss_terms import Clipped, count_clipped, kl_term, passes_through_ratio, stake, surrogate_term, times
 from .simd import align_stack, bits, full, full_like, lane_max, lane_min, lane_sum, lanes, load, tally, where, wide
-from .staging import BLOCK, RUN, ask_ahead
+from .staging import BLOCK, RUN, ask_ahead, settled
 
 # --- collect ----------------------------------------------------------------------------------------------------------
 # What is collected from each block of a sequence.
@@ -78,6 +78,9 @@ def collect_block(batch, objective, grad, sequence, start, stop, collected):
             k_of_run = zero
             for_of_run = zero
             against_of_run = zero
+            wide_k = wide(zero)
+            wide_for = wide_k
+            wide_against = wide_k
             for v in range(vectors(batch.logps, run, stop)):
                 i = run + v * lanes(zero)
                 whole = i + lanes(zero) <= len(batch.logps)
@@ -91,25 +94,32 @@ def collect_block(batch, objective, grad, sequence, start, stop, collected):
                 a = without(take_for(batch.advantages, batch.advantages_per_token, sequence, i, whole, zero), absent)
                 w = take_weight(batch.weights, batch.weights_per_token, sequence, i, whole, absent)
                 staked = weighed(w, stake(objective.surrogate, a, logp))
-                for_of_run += where(a > 0.0, staked, zero)
-                against_of_run += where(a < 0.0, staked, zero)
+                winning = where(a > 0.0, staked, zero)
+                losing = where(a < 0.0, staked, zero)
+                for_of_run += winning
+                against_of_run += losing
                 many_for = tally(many_for, a > 0.0)
                 many_against = tally(many_against, a < 0.0)
                 value, l = _take_kl(batch.ref, objective, grad, logp, absent, i, stop, whole, careful)
                 k_of_run += value
+                if careful:
+                    wide_k += wide(value)
+                    wide_for += wide(winning)
+                    wide_against += wide(losing)
                 size = where(l < 0.0, -l, l)
                 farthest = where(size > farthest, size, farthest)
                 check = plus(check + a + l, w)
-            k += wide(k_of_run)
-            stakes_for += wide(for_of_run)
-            stakes_against += wide(against_of_run)
-        if careful or lane_max(farthest) <= layout(zero).plain:
+            k += settled(k_of_run, wide_k, careful)
+            stakes_for += settled(for_of_run, wide_for, careful)
+            stakes_against += settled(against_of_run, wide_against, careful)
+        collected[_LOG_RATIO] = lane_sum(log_ratio)
+        collected[_K] = lane_sum(k)
+        collected[_FOR] = lane_sum(stakes_for)
+        collected[_AGAINST] = lane_sum(stakes_against)
+        finite = np.isfinite(collected[_K] + collected[_FOR] + collected[_AGAINST])
+        if careful or (lane_max(farthest) <= layout(zero).plain and finite):
             break
         careful = True
-    collected[_LOG_RATIO] = lane_sum(log_ratio)
-    collected[_K] = lane_sum(k)
-    collected[_FOR] = lane_sum(stakes_for)
-    collected[_AGAINST] = lane_sum(stakes_against)
     collected[_MANY_FOR] = lane_sum(many_for)
     collected[_MANY_AGAINST] = lane_sum(many_against)
     collected[_DOUBTFUL] = not np.isfinite(collected[_LOG_RATIO] + lane_sum(check))

@@ -486,12 +486,24 @@ def lane_max(typingctx, floats):
 @intrinsic
 def every(typingctx, mask):
     """Whether all lanes of a mask are true."""
+    return types.boolean(mask), lambda context, builder, sig, args: _every(builder, args[0])
+
+
+def _every(builder, mask):
+    packed = builder.bitcast(mask, ir.IntType(mask.type.count))
+    return builder.icmp_unsigned("==", packed, ir.Constant(packed.type, -1))
+
+
+@intrinsic
+def is_finite(typingctx, floats):
+    """Whether no lane is infinite or NaN."""
 
     def codegen(context, builder, sig, args):
-        packed = builder.bitcast(args[0], ir.IntType(mask.lanes))
-        return builder.icmp_unsigned("==", packed, ir.Constant(packed.type, -1))
+        # x − x is 0, or else NaN
+        finite = builder.fcmp_ordered("==", builder.fsub(args[0], args[0]), ir.Constant(args[0].type, None))
+        return _every(builder, finite)
 
-    return types.boolean(mask), codegen
+    return types.boolean(floats), codegen
 
 
 # --- the stack they go to -------------------------------------------------------------------------------------------

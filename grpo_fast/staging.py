@@ -8,7 +8,7 @@ needs it leaves in a row of a scratch array, which stays in the L1 cache. (One f
 import numpy as np
 
 from ._compiling import compiled, inlined
-from .simd import lanes, load, prefetch, store
+from .simd import lanes, load, prefetch, store, where, wide
 
 BLOCK = 4096  # samples whose sums are rounded; between blocks nothing is
 RUN = 16  # vectors; in float32 also how many terms are added before they go into float64
@@ -31,6 +31,15 @@ def put(scratch, row, v, vector):
 def get(scratch, row, v):
     """Take it out."""
     return load(scratch, (row * RUN + v) * lanes(scratch))
+
+
+@inlined
+def settled(total, in_float64, careful):
+    """The sum of a run, added in the dtype; or in float64 where that overflowed, as it only can when ``careful``."""
+    narrow = wide(total)
+    if careful:
+        return where(narrow - narrow == 0.0, narrow, in_float64)
+    return narrow
 
 
 @inlined

@@ -5,6 +5,7 @@ of the whole to the last bit.
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, Self
@@ -14,6 +15,9 @@ from numpy.typing import NDArray
 
 from .exact import Exact
 from .terms import CISPO, KL, Aggregation, Clip, Level, Surrogate
+
+#: Below it, squares have lost digits, being subnormal.
+_LEAST_SQUARES = sys.float_info.min / sys.float_info.epsilon
 
 
 def objective_of(surrogate: float, kl: float, beta: float) -> float:
@@ -97,7 +101,8 @@ class Stats(_Additive):
     ratio_mean, ratio_min, ratio_max : float
         Of ρ = π_θ/π_old; at sequence level, of the sequence's ρ at each of its tokens.
     ess : float
-        Effective sample size as a fraction of N, (Σρ)²/(N·Σρ²), in (0, 1]; NaN where ρ² overflows float64.
+        Effective sample size as a fraction of N, (Σρ)²/(N·Σρ²), in (0, 1]; NaN where all ρ² that count are beyond the
+        normal numbers of float64.
     approx_kl : float
         Mean of log π_old − log π_θ, nats: the k1 estimate of KL(π_old ‖ π_θ).
     tokens : int
@@ -221,7 +226,7 @@ class Stats(_Additive):
     @property
     def ess(self) -> float:
         total, squares = float(self.ratio_sum), self.tokens * float(self.ratio_squared_sum)
-        return total * total / squares if 0 < squares < math.inf else math.nan
+        return total * total / squares if _LEAST_SQUARES < squares < math.inf else math.nan
 
     @property
     def approx_kl(self) -> float:

@@ -17,6 +17,7 @@ from .simd import (
     from_bits,
     full,
     full_like,
+    is_finite,
     lane_max,
     lane_min,
     lane_sum,
@@ -40,18 +41,26 @@ def _fold(scratch, vectors, advantage, start):
     """Put ±ρ, with the sign of A, and |A| into scratch rows that are free once the KL is summed.
 
     Both bounds then become an upper one: A·clipped ρ = |A|·min(±ρ, bound), bound being high or −low. Where A = 0,
-    ρ = 1 stands, which no bound touches. Returns how many have the plus sign.
+    1 stands, which no bound touches, or NaN for a ρ that is no number. Returns how many have the plus sign.
     """
     plus = bits(full(scratch, 0.0))
     for v in range(vectors):
         ask_ahead(advantage, start, v)
         rho = get(scratch, RHO, v)
         a = get(scratch, ADVANTAGE, v)
-        folded = where(a < 0.0, -rho, where(a == 0.0, full_like(rho, 1.0), rho))
+        folded = where(a < 0.0, -rho, where(a == 0.0, rho - rho + 1.0, rho))
         plus = tally(plus, folded > 0.0)
         put(scratch, _FOLDED, v, folded)
         put(scratch, _SIZE, v, where(a < 0.0, -a, a))
     return plus
+
+
+@inlined
+def _folded(scratch, v, low, high):
+    """±ρ, and that as far as it counts."""
+    folded = get(scratch, _FOLDED, v)
+    bound = where(signed(folded), -low, high)
+    return folded, where(folded > bound, bound, folded)
 
 
 @inlined
@@ -66,18 +75,25 @@ def _add_bounded(scratch, vectors, low, high, at, surrogates, tallies):
     above = bits(load(tallies, 2 * at * step))
     not_below = bits(load(tallies, (2 * at + 1) * step))
     for v in range(vectors):
-        folded = get(scratch, _FOLDED, v)
-        bound = where(signed(folded), -low, high)
-        total = fma(where(folded > bound, bound, folded), get(scratch, _SIZE, v), total)
+        folded, bounded = _folded(scratch, v, low, high)
+        total = fma(bounded, get(scratch, _SIZE, v), total)
         above = tally(above, folded > high)
         not_below = tally(not_below, folded > -low)
     store(tallies, 2 * at * step, from_bits(above))
     store(tallies, (2 * at + 1) * step, from_bits(not_below))
-    store(surrogates, 8 * at, load(surrogates, 8 * at) + wide(total))
+    in_float64 = wide(total)
+    if lanes(scratch) > 8 and not is_finite(in_float64):
+        in_float64 = wide(full_like(low, 0.0))
+        for v in range(vectors):
+            folded, bounded = _folded(scratch, v, low, high)
+            in_float64 += wide(bounded * get(scratch, _SIZE, v))
+    store(surrogates, 8 * at, load(surrogates, 8 * at) + in_float64)
 
 
 @inlined
-def _attempt_sweep_block(ratio, advantage, old, ref, start, stop, lows, highs, surrogates, tallies, scratch, careful):
+def _attempt_sweep_block(
+    ratio, advantage, old, ref, start, stop, lows, highs, surrogates, tallies, scratch, careful, known_kl
+):
     """As `_attempt_block` for many pairs of bounds; what `_add_bounded` says goes into two of the arrays."""
     zero = full(ratio, 0.0)
     step = lanes(ratio)
@@ -96,30 +112,30 @@ def _attempt_sweep_block(ratio, advantage, old, ref, start, stop, lows, highs, s
         least = where(lower < least, lower, least)
         most = where(upper > most, upper, most)
         legal = legal and fine
-        kl += wide(kl_of_run)
+        kl += kl_of_run
         plus += np.int64(lane_sum(_fold(scratch, vectors, advantage, run)))
         for e in range(len(lows)):
             low = full_like(zero, lows[e])
             high = full_like(zero, highs[e])
             _add_bounded(scratch, vectors, low, high, e, surrogates, tallies)
     form = layout(zero)
-    usual = lane_min(least) > form.usual and lane_max(most) < 1.0 / form.usual
-    kl_sum = lane_sum(kl)
-    return kl_sum, plus, legal, careful or (usual and np.isfinite(kl_sum + surrogates.sum()))
+    kl_sum = lane_sum(kl) if np.isnan(known_kl) else known_kl
+    usual = lane_min(least) > form.usual and lane_max(most) < 1.0 / form.usual and np.isfinite(kl_sum)
+    return kl_sum, plus, legal, usual
 
 
 @compiled
 def sweep_block(ratio, advantage, old, ref, start, stop, lows, highs, surrogates, tallies, scratch):
     """Σ KL of one block, how many A are not negative, and whether it is legal; the rest is left in the arrays."""
     align_stack()
-    careful = False
-    while True:
-        kl, plus, legal, trusted = _attempt_sweep_block(
-            ratio, advantage, old, ref, start, stop, lows, highs, surrogates, tallies, scratch, careful
+    careful, known_kl = False, np.nan
+    while True:  # as in `sum_block`
+        kl, plus, legal, usual = _attempt_sweep_block(
+            ratio, advantage, old, ref, start, stop, lows, highs, surrogates, tallies, scratch, careful, known_kl
         )
-        if trusted:
+        if careful or (usual and np.isfinite(surrogates.sum())):
             return kl, plus, legal
-        careful = True
+        careful, known_kl = True, kl if usual else np.nan
 
 
 # --- all blocks -------------------------------------------------------------------------------------------------------

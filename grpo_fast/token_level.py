@@ -40,6 +40,7 @@ from .simd import (
     from_bits,
     full,
     full_like,
+    is_finite,
     lane_max,
     lane_min,
     lane_sum,
@@ -50,7 +51,7 @@ from .simd import (
     wide,
     wide_squares,
 )
-from .staging import BLOCK, RUN, ask_ahead, get, put, scratch_like
+from .staging import BLOCK, RUN, ask_ahead, get, put, scratch_like, settled
 
 # Rows of the scratch array, each RUN vectors long.
 _ABSENT, _ADVANTAGE, _RHO, _PENALTY, _ROWS = range(5)
@@ -59,7 +60,7 @@ _ABSENT, _ADVANTAGE, _RHO, _PENALTY, _ROWS = range(5)
 # --- one block --------------------------------------------------------------------------------------------------------
 # In the order of use: memory → scratch; log ρ → ρ; l → the KL term; diagnostics; the policy term and the gradient.
 class _Taken(NamedTuple):
-    """In lanes: Σ log ρ, the least and the largest log ρ; the largest |l|; Σ A and l, to find what is not finite."""
+    """In lanes: Σ log ρ of a run; the least and largest log ρ and the largest |l|; Σ A and l, which must be finite."""
 
     log_ratio: Any
     least: Any
@@ -90,7 +91,7 @@ def _take_run(found, batch, sequence, run, stop, scratch):
         put(scratch, _ADVANTAGE, v, a)
         check, farthest = _take_distance(batch.ref, logp, absent, i, v, whole, scratch, check + a, farthest)
         ask_ahead(batch.logps, run, v)
-    return _Taken(found.log_ratio + wide(log_ratio), least, most, farthest, check)
+    return _Taken(log_ratio, least, most, farthest, check)
 
 
 @inlined
@@ -104,11 +105,16 @@ def _take_distance(ref, logp, absent, i, v, whole, scratch, check, farthest):
 
 
 @inlined
-def _to_ratios(old, run, stop, scratch, careful):
-    """Log ρ → ρ."""
+def _to_ratios(old, run, stop, scratch, log_ratio, careful):
+    """Log ρ → ρ. Their sum ``log_ratio``, unless it overflowed."""
+    in_float64 = wide(full(scratch, 0.0))
     for v in range(vectors(scratch, run, stop)):
         ask_ahead_for(old, run, v)
-        put(scratch, _RHO, v, _ratio(get(scratch, _RHO, v), old, careful))
+        d = get(scratch, _RHO, v)
+        if careful:
+            in_float64 += wide(d)
+        put(scratch, _RHO, v, _ratio(d, old, careful))
+    return settled(log_ratio, in_float64, careful)
 
 
 @inlined
@@ -124,8 +130,9 @@ def _ratio(d, old, careful):
 def _penalty(kl, ref, grad, run, stop, scratch, careful):
     """Σ of the KL term of a run; l → the term's derivative, in scratch."""
     total = full(scratch, 0.0)
+    in_float64 = wide(total)
     if kl is None:
-        return total
+        return in_float64
     for v in range(vectors(scratch, run, stop)):
         ask_ahead(ref, run, v)
         rho = get(scratch, _RHO, v)
@@ -134,9 +141,11 @@ def _penalty(kl, ref, grad, run, stop, scratch, careful):
         if kl.importance_weighted:
             value, slope = _product(rho, value, careful), _product(rho, term.value_and_slope, careful)
         total += value
+        if careful:
+            in_float64 += wide(value)
         if grad is not None:
             put(scratch, _PENALTY, v, slope)
-    return total
+    return settled(total, in_float64, careful)
 
 
 @inlined
@@ -160,17 +169,19 @@ def _add_ratios(found, surrogate, run, stop, scratch, careful):
     clipped = found.clipped
     ratio = full(scratch, 0.0)
     squared = ratio
+    wide_ratio = wide(ratio)
     wide_squared = found.ratio_squared
     for v in range(vectors(scratch, run, stop)):
         rho = get(scratch, _RHO, v)
         present = without(rho, bits(get(scratch, _ABSENT, v)))
         ratio += present
         if careful:  # in float32 the square could overflow or vanish
+            wide_ratio += wide(present)
             wide_squared += wide_squares(present)
         else:
             squared = fma(present, present, squared)
         clipped = count_clipped(surrogate, rho, get(scratch, _ADVANTAGE, v), clipped)
-    return _Ratios(found.ratio + wide(ratio), wide_squared + wide(squared), clipped)
+    return _Ratios(found.ratio + settled(ratio, wide_ratio, careful), wide_squared + wide(squared), clipped)
 
 
 @inlined
@@ -187,11 +198,18 @@ def _policy(batch, objective, grad, factor, sequence, run, stop, scratch):
         term = surrogate_term(objective.surrogate, get(scratch, _RHO, v), get(scratch, _ADVANTAGE, v), logp)
         w = take_weight(batch.weights, batch.weights_per_token, sequence, i, whole, absent)
         weights = plus(weights, w)
-        total += weighed(w, term.value)
+        value = weighed(w, term.value)
+        put(scratch, _RHO, v, value)
+        total += value
         if grad is not None:
             gradient = _less_penalty(objective.kl, factor, factor * weighed(w, term.slope), scratch, v)
             write(grad, i, stop, without(gradient, absent))
-    return total, weights
+    in_float64 = wide(total)
+    if lanes(scratch) > 8 and not is_finite(in_float64):
+        in_float64 = wide(full(scratch, 0.0))
+        for v in range(vectors(scratch, run, stop)):
+            in_float64 += wide(get(scratch, _RHO, v))
+    return in_float64, weights
 
 
 @inlined
@@ -214,7 +232,8 @@ def token_block(batch, objective, grad, factor, sequence, start, stop, scratch):
     limit = layout(zero).squarable
     careful = False
     while True:  # at most twice; a loop, so that the code is there once
-        taken = _Taken(wide(zero), full_like(zero, np.inf), full_like(zero, -np.inf), zero, zero)
+        log_ratio = wide(zero)
+        taken = _Taken(zero, full_like(zero, np.inf), full_like(zero, -np.inf), zero, zero)
         kl = wide(zero)
         policy = wide(zero)
         weights = zero
@@ -222,15 +241,15 @@ def token_block(batch, objective, grad, factor, sequence, start, stop, scratch):
         for run in range(start, stop, RUN * lanes(scratch)):
             taken = _take_run(taken, batch, sequence, run, stop, scratch)
             if careful:  # outside of the loops, which keep their constants in registers only if nothing branches there
-                _to_ratios(batch.old, run, stop, scratch, True)
-                kl += wide(_penalty(objective.kl, batch.ref, grad, run, stop, scratch, True))
+                log_ratio += _to_ratios(batch.old, run, stop, scratch, taken.log_ratio, True)
+                kl += _penalty(objective.kl, batch.ref, grad, run, stop, scratch, True)
                 ratios = _add_ratios(ratios, objective.surrogate, run, stop, scratch, True)
             else:
-                _to_ratios(batch.old, run, stop, scratch, False)
-                kl += wide(_penalty(objective.kl, batch.ref, grad, run, stop, scratch, False))
+                log_ratio += _to_ratios(batch.old, run, stop, scratch, taken.log_ratio, False)
+                kl += _penalty(objective.kl, batch.ref, grad, run, stop, scratch, False)
                 ratios = _add_ratios(ratios, objective.surrogate, run, stop, scratch, False)
             policy_of_run, weights_of_run = _policy(batch, objective, grad, factor, sequence, run, stop, scratch)
-            policy += wide(policy_of_run)
+            policy += policy_of_run
             weights += weights_of_run
         least, most = lane_min(taken.least), lane_max(taken.most)
         if careful or (least >= -limit and most <= limit and lane_max(taken.farthest) <= limit):
@@ -243,7 +262,7 @@ def token_block(batch, objective, grad, factor, sequence, start, stop, scratch):
         lane_sum(kl),
         lane_sum(ratios.ratio),
         lane_sum(ratios.ratio_squared),
-        lane_sum(taken.log_ratio),
+        lane_sum(log_ratio),
     )
     clipped = ratios.clipped
     check = lane_sum(taken.check + weights)

@@ -1,6 +1,7 @@
 """Right over the whole domain: as near to the exact value as roundings allow, and as the plain NumPy version says."""
 
 import math
+import sys
 
 import mpmath
 import numpy as np
@@ -97,10 +98,14 @@ def anywhere(draw, dtype):
 
 @st.composite
 def near_one(draw, dtype):
-    """A sample of which r is within some ulp of 1."""
-    rho, old, a = (draw(numbers(dtype, -20, 20)) for _ in "123")
+    """A sample of which r is within some ulp of 1, and ρ anywhere."""
+    form = np.finfo(dtype)
+    rho = draw(numbers(dtype, form.minexp * 3 // 4, form.maxexp * 3 // 4))
+    e_rho = math.frexp(rho)[1] - 1
+    old = draw(numbers(dtype, -20 - e_rho, 20 - e_rho))
+    a = draw(numbers(dtype, -20, 20))
     ulps = draw(st.integers(-64, 64))
-    return rho, a, old, dtype(rho * old * (1 + ulps * np.finfo(dtype).eps / 2))
+    return rho, a, old, dtype(rho * old * (1 + ulps * form.eps / 2))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -121,6 +126,41 @@ def test_the_whole_domain(dtype, data, n, shift):
     assert abs(stats.surrogate - surrogate) <= tolerance(n, dtype, size, 0.0)
     assert stats.kl >= 0
     assert abs(stats.kl - kl) <= tolerance(n, dtype, 0.0, kl_size)
+    ratios = [mpmath.mpf(float(rho)) for rho in pool[0]]
+    mean, square = (mpmath.fsum(c * r**k for c, r in zip(counts, ratios, strict=True)) / n for k in (1, 2))
+    assert abs(stats.ratio_mean - mean) <= rounding_of_sums(n, dtype) * mean
+    if sys.float_info.min < square * n * sys.float_info.epsilon and square * n**2 < sys.float_info.max / 8:
+        assert abs(stats.ess * square / mean**2 - 1) <= 4 * rounding_of_sums(n, dtype)
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+def test_sums_of_the_largest_float32(n):
+    # Each term is a float32; the sum of sixteen of them is not.
+    rho, a, old, _ = samples(n, np.float32, drift=0.1)
+    rho, a = rho / rho.max() * np.finfo(np.float32).max, -abs(a) / abs(a).max() / 2
+    old = old * np.float32(2**-120)
+    arrays = rho, a, old, rho * old * np.float32(1.2)
+    stats, wide = grpo_stats(*arrays), grpo_stats(*(x.astype(float) for x in arrays))
+    for name in ("surrogate", "kl", "objective", "ratio_mean", "ess", "approx_kl"):
+        assert getattr(stats, name) == pytest.approx(getattr(wide, name), rel=1e-6), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(data=st.data(), n=st.sampled_from([3, BLOCK, BLOCK + 1]), at=st.integers(0, 99), large=st.booleans())
+def test_whatever_one_sample_is_all_functions_find_the_same(dtype, data, n, at, large):
+    # An odd one makes its block be computed in another way, for whichever ε it is odd.
+    arrays = samples(n, dtype, drift=0.12)  # r is near 1 but for a few
+    for x, value in zip(arrays, data.draw(anywhere(dtype) | near_one(dtype)), strict=True):
+        x[at % n] = value
+    if large:
+        arrays[1][(at + 7) % n] = np.finfo(dtype).max
+    beta = 2.0**20  # so that the last bits of the KL show
+    with_kl = grpo_sweep(*arrays, [0.1, 0.3, 0.1], [beta, 0]).objective
+    for i, epsilon in enumerate([0.1, 0.3]):
+        both = grpo_stats(*arrays, epsilon, beta).objective, grpo_stats(*arrays, epsilon, 0).objective
+        assert both == (grpo_objective(*arrays, epsilon, beta), grpo_objective(*arrays, epsilon, 0))
+        assert both == tuple(with_kl[i])
+        assert both[1] == grpo_sweep(*arrays, [0.1, 0.3], 0).objective[i, 0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

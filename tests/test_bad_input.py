@@ -57,7 +57,10 @@ def test_without_beta_too(name, bad, allowed, advantage):
         arrays = samples(n)[:2]
         arrays[1][at] = advantage
         arrays[NAMES.index(name)][at] = bad
-        refuses(f"{name} must be {allowed}, got {name}[{at}] = {bad}", grpo_objective, *arrays, None, None, beta=0)
+        message = f"{name} must be {allowed}, got {name}[{at}] = {bad}"
+        refuses(message, grpo_objective, *arrays, None, None, beta=0)
+        refuses(message, grpo_stats, *arrays, None, None, beta=0)
+        refuses(message, grpo_sweep, *arrays, None, None, [0.1, 0.2], 0)
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 70, BLOCK, BLOCK + 1, WORTH_SHARING + BLOCK // 2])

@@ -270,6 +270,34 @@ FAR = [  # surrogate, classes of kl, level, dtype
 ]
 
 
+@pytest.mark.parametrize("n", [1, 17, 300, 4100])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("surrogate", [Clip(), SAPO(1, 2), CISPO()], ids=str)
+def test_sums_of_the_largest_float32(surrogate, level, n):
+    # Each term is a float32; the sum of sixteen of them is not.
+    rng = np.random.default_rng(n)
+    large = np.finfo(F4).max / 8
+    logps = rng.uniform(-1, 0, n).astype(F4)
+    A = (rng.uniform(0.5, 1, n) * large).astype(F4)
+    far = {"old_logps": logps - large / 4, "ref_logps": logps + large}  # overflow in ρ
+    near = {"old_logps": logps - rng.uniform(-0.1, 0.1, n).astype(F4), "ref_logps": logps}
+    steep = {"old_logps": logps - 80, "ref_logps": logps - 2}  # ρ is e^80, and ρ·k nearly as large as there is
+    cases = itertools.product([far.values(), near.values(), steep.values()], [K1(1.0), K2(0.0)], [A, np.zeros_like(A)])
+    for (old, ref), kl, advantages in cases:
+        if level == SEQ and old is steep["old_logps"]:
+            continue
+        options = {"kl": kl, "surrogate": surrogate, "importance_sampling_level": level, "aggregation": SUM}
+        arrays = [logps, old, advantages, ref]
+        stats = grpo_loss(*arrays, mask=np.ones(n), rollout_is_weights=np.ones(n, F4), **options).stats
+        terms = reference.grpo_loss(*arrays, **options).stats  # in float32, whose sums are float64
+        for name in ("objective", "surrogate", "kl", "ratio_mean", "approx_kl"):
+            assert same(getattr(stats, name), terms[name], 1e-4 * abs(terms[name])), (
+                name,
+                getattr(stats, name),
+                terms[name],
+            )
+
+
 @pytest.mark.parametrize(("surrogate", "kls", "level", "dtype"), FAR, ids=map(str, range(len(FAR))))
 def test_far_away_from_the_other_policies(surrogate, kls, level, dtype):
     # The oracle in the same dtype overflows at the same place. A subnormal ρ is left out: an ulp is a part of it.
