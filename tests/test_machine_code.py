@@ -47,7 +47,8 @@ def test_nothing_is_called(hot):
 def test_all_arithmetic_is_on_whole_vectors(hot):
     arithmetic = [op for loop in hot[1] for op in loop if op.startswith(("vf", "vadd", "vsub", "vmul", "vdiv"))]
     assert len(arithmetic) > 50
-    assert {op[-2:] for op in arithmetic} == {"pd" if "float64" in hot[0] else "ps"}
+    # float32 terms are added in float64 where they may overflow
+    assert {op[-2:] for op in arithmetic} <= {"pd"} | ({"ps"} if "float32" in hot[0] else set())
 
 
 def test_no_more_instructions_than_counted(hot):

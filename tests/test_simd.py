@@ -285,13 +285,14 @@ def assembly(dtype):
 
 
 def loops(asm):
-    """The instructions of each innermost loop: from a label to a jump back to it, with no other loop inside."""
+    """The instructions of each innermost loop: from a label to a jump back to it, with no other and no return inside."""
     lines = asm.split(".Lfunc_end0:")[0].splitlines()  # what follows are wrappers for Python
     labels = {line.split(":")[0]: at for at, line in enumerate(lines) if re.match(r"\.?L\w+:", line)}
     jumps = [(at, re.match(r"\tj\w+\s+(\.?L\w+)$", line)) for at, line in enumerate(lines)]
     spans = [(labels[j[1]], at) for at, j in jumps if j and labels.get(j[1], at) < at]
     inner = [s for s in spans if not any(s != t and s[0] <= t[0] and t[1] <= s[1] for t in spans)]
-    return [[line.split()[0] for line in lines[a : b + 1] if re.match(r"\t[a-z]", line)] for a, b in inner]
+    found = [[line.split()[0] for line in lines[a : b + 1] if re.match(r"\t[a-z]", line)] for a, b in inner]
+    return [loop for loop in found if "retq" not in loop]
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="reads x86-64 assembly")
