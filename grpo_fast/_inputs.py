@@ -74,14 +74,19 @@ def same_shape(
     return tuple(flat(a, dtype) for a in converted.values()), shape
 
 
-def real(name: str, value: ArrayLike | None) -> Array:
-    """The named argument as an array of real numbers, or a TypeError."""
+def plain(name: str, value: ArrayLike | None, of: str = "real numbers") -> Array:
+    """The named argument as an array, or a TypeError."""
     if isinstance(value, MaskedArray):
         raise TypeError(f"{name} must be a plain array: take a masked array's .compressed() or .filled() first")
     try:
-        array = np.asarray(value)
+        return np.asarray(value)
     except ValueError as error:
-        raise TypeError(f"{name} must be an array of real numbers, got a ragged or mixed sequence") from error
+        raise TypeError(f"{name} must be an array of {of}, got a ragged or mixed sequence") from error
+
+
+def real(name: str, value: ArrayLike | None) -> Array:
+    """The named argument as an array of real numbers, or a TypeError."""
+    array = plain(name, value)
     if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
         raise TypeError(f"{name} must hold real numbers of at most 64 bits, got dtype {array.dtype}")
     return array

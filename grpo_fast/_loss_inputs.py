@@ -16,7 +16,7 @@ from .loss_batch import Batch
 
 def batch_of(shape: tuple[int, ...], inputs: Mapping[str, Any], cu_seqlens: ArrayLike | None) -> Batch:
     """The arrays for the kernels: flat, of one dtype, not copied where they are that already."""
-    dtype = FLOAT32 if inputs["logps"].dtype == np.float32 else FLOAT64
+    dtype = FLOAT32 if inputs["logps"].dtype.newbyteorder("=") == np.float32 else FLOAT64
     bounds = _bounds(shape, cu_seqlens)
     sequences = (len(bounds) - 1,)
 

@@ -5,7 +5,8 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .terms import flag, not_negative
+from ._inputs import plain
+from .terms import flag, not_negative, number, one_of
 
 Scale: TypeAlias = Literal["group", "batch", "none"]
 LARGEST = 1e100  # of a reward; its square, and the sum of as many squares as memory holds, stay inside float64
@@ -68,7 +69,7 @@ def group_advantages(
     arXiv:2402.14740. "batch": arXiv:2508.08221.
     """
     rewards = _numbers(rewards)
-    _check_options(scale, leave_one_out, ddof, eps)
+    freedom, eps = _check_options(scale, leave_one_out, ddof, eps)
     group, first = _groups(rewards, group_size, group_ids)
 
     r = rewards.ravel().astype(np.float64)
@@ -78,10 +79,10 @@ def group_advantages(
     if leave_one_out:
         centred *= (size / np.maximum(size - 1, 1))[group]
     if scale == "group":
-        variance = np.bincount(group, centred**2) / np.maximum(size - ddof, 1)
+        variance = np.bincount(group, centred**2) / np.maximum(size - freedom, 1)
         centred = _divide(centred, np.sqrt(variance)[group] + eps)
     elif scale == "batch":
-        std = np.std(r - r[0], ddof=ddof) if r.size > ddof else 0.0
+        std = np.std(r - r[0], ddof=freedom) if r.size > freedom else 0.0
         centred = _divide(centred, std + eps)
     return centred.astype(rewards.dtype if rewards.dtype.kind == "f" else np.float64).reshape(rewards.shape)
 
@@ -102,7 +103,7 @@ def _groups(
             f"got shape {rewards.shape}, {group_size=}, group_ids {'not ' if group_ids is None else ''}given"
         )
     if group_ids is not None:
-        ids = np.asarray(group_ids)
+        ids = plain("group_ids", group_ids, "ints or strings")
         if ids.dtype.kind not in "iubSUTO":
             raise TypeError(f"group_ids must be ints or strings, got {ids.dtype}")
         if ids.shape != rewards.shape:
@@ -121,7 +122,7 @@ def _groups(
 
 
 def _numbers(rewards: ArrayLike) -> NDArray[np.generic]:
-    array = np.asarray(rewards)
+    array = plain("rewards", rewards)
     if array.dtype.kind not in "biuf":
         raise TypeError(f"rewards must be numbers or bools, got {array.dtype}")
     if array.size == 0:
@@ -133,11 +134,8 @@ def _numbers(rewards: ArrayLike) -> NDArray[np.generic]:
     return array
 
 
-def _check_options(scale: str, leave_one_out: bool, ddof: int, eps: float) -> None:
-    if scale not in ("group", "batch", "none"):
-        raise ValueError(f"scale must be 'group', 'batch' or 'none', got {scale!r}")
+def _check_options(scale: str, leave_one_out: bool, ddof: int, eps: float) -> tuple[float, float]:
+    one_of("scale", scale, ("group", "batch", "none"))
     if flag("leave_one_out", leave_one_out) and scale != "none":
-        raise ValueError(f"leave_one_out=True needs scale='none', got {scale!r}")
-    if ddof not in (0, 1):
-        raise ValueError(f"ddof must be 0 or 1, got {ddof!r}")
-    not_negative("eps", eps)
+        raise ValueError(f"leave_one_out must be False unless scale='none', got True with {scale!r}")
+    return number("ddof", ddof, "that is 0 or 1", lambda x: x in (0, 1)), not_negative("eps", eps)

@@ -229,21 +229,10 @@ def test_flags(dtype):
 
 
 GUARD = """
-import ctypes, mmap
 import numba, numpy as np
 from grpo_fast import K3, grpo_loss, grpo_objective
 from grpo_fast.simd import lanes, load_first, store
-
-page = mmap.PAGESIZE
-libc = ctypes.CDLL(None, use_errno=True)
-
-def at_the_end_of_a_page(values):
-    memory = mmap.mmap(-1, 2 * page)
-    after = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + page
-    assert libc.mprotect(ctypes.c_void_p(after), page, 0) == 0  # what touches it dies of SIGSEGV
-    array = np.frombuffer(memory, values.dtype, len(values), page - values.nbytes)
-    array[:] = values
-    return array
+from guarded import guarded
 
 @numba.njit
 def first(x, count, out):
@@ -253,18 +242,18 @@ def first(x, count, out):
 for dtype in np.float64, np.float32:
     for n in range(1, 71):
         values = np.linspace(0.5, 1.5, n).astype(dtype)
-        guarded = [at_the_end_of_a_page(values) for _ in "1234"]
-        assert grpo_objective(*guarded, beta=0.5) == grpo_objective(*[values] * 4, beta=0.5)
-        assert grpo_objective(*guarded, beta=0) == grpo_objective(*[values] * 4, beta=0)
+        arrays = [guarded(values) for _ in "1234"]
+        assert grpo_objective(*arrays, beta=0.5) == grpo_objective(*[values] * 4, beta=0.5)
+        assert grpo_objective(*arrays, beta=0) == grpo_objective(*[values] * 4, beta=0)
         mask = np.arange(n) % 3 > 0
-        there = at_the_end_of_a_page(mask)
-        place = at_the_end_of_a_page(values)
-        result = grpo_loss(*guarded, mask=there, kl=K3(0.1), grad=place)
+        there = guarded(mask)
+        place = guarded(values)
+        result = grpo_loss(*arrays, mask=there, kl=K3(0.1), grad=place)
         expected = grpo_loss(*[values] * 4, mask=mask, kl=K3(0.1), grad=True)
         assert result.loss == expected.loss and place.tolist() == expected.grad.tolist()
         out = np.empty(16, dtype)
-        if n <= first(guarded[0], 1, out):
-            first(guarded[0], n, out)
+        if n <= first(arrays[0], 1, out):
+            first(arrays[0], n, out)
             assert out[:n].tolist() == values.tolist()
 print("read")
 """
@@ -285,7 +274,7 @@ def assembly(dtype):
 
 
 def loops(asm):
-    """The instructions of each innermost loop: from a label to a jump back to it, with no other and no return inside."""
+    """The instructions of each innermost loop: from a label to a jump back to it, no other and no return inside."""
     lines = asm.split(".Lfunc_end0:")[0].splitlines()  # what follows are wrappers for Python
     labels = {line.split(":")[0]: at for at, line in enumerate(lines) if re.match(r"\.?L\w+:", line)}
     jumps = [(at, re.match(r"\tj\w+\s+(\.?L\w+)$", line)) for at, line in enumerate(lines)]
