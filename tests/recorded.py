@@ -2,8 +2,8 @@
 
 A case is named after what is called, on which data, in which dtype, on how many samples. ``different`` computes cases
 and tells what is not as recorded. The inputs are float64 numbers in hex, which larger cases repeat: their number is
-prime, so that each comes to stand in each lane. ``python tests/recorded.py --write`` records the results anew; whoever
-does that changes what was promised.
+prime, so that each comes to stand in each lane. ``python tests/recorded.py`` compares until something differs; with
+``--write`` it records the results anew, and whoever does that changes what was promised.
 """
 
 import argparse
@@ -149,12 +149,14 @@ def different(cases=CASES, each=np.asarray):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="compare only cases whose names begin with one of these")
     parser.add_argument("--write", action="store_true", help="record what this process computes")
-    if parser.parse_args().write:
+    arguments = parser.parse_args()
+    if arguments.write:
         whole = recording() | {"results": {case: computed(case) for case in CASES}}
         PATH.write_text(json.dumps(whole, indent=1) + "\n")
-    else:
-        print(*different(), sep="\n")
+    elif first := next(different(case for case in CASES if case.startswith(tuple(arguments.words) or "")), None):
+        raise SystemExit(first)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,271 @@
+"""Does a test notice? Every operator, bound and number of the package changed, one at a time, and the tests run.
+
+``python bench/mutants.py [FILE…]`` works through the files of the package, in copies of the repository, and prints the
+mutants that no test killed (hours; what was tried is kept in ``--log`` and not tried again; ``--list`` only counts).
+Each is given to the tests of its file, fast ones first: the recorded bits, then those that `KILLERS` names.
+"""
+
+import argparse
+import ast
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from queue import Queue
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "grpo_fast"
+TIMEOUT = 600  # seconds; a mutant that takes longer hangs
+
+
+class Mutant(NamedTuple):
+    """One change: what stands from ``start`` to ``stop`` in a file, and what stands there then."""
+
+    file: str
+    line: int
+    start: int
+    stop: int
+    before: str
+    after: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.before} → {self.after}"
+
+
+# --- what is changed --------------------------------------------------------------------------------------------------
+OPERATORS = {
+    ast.Add: "-",
+    ast.Sub: "+",
+    ast.Mult: "/",
+    ast.Div: "*",
+    ast.FloorDiv: "*",
+    ast.Mod: "*",
+    ast.Pow: "*",
+    ast.LShift: ">>",
+    ast.RShift: "<<",
+    ast.BitAnd: "|",
+    ast.BitOr: "&",
+    ast.BitXor: "&",
+}
+COMPARISONS = {
+    ast.Lt: ["<=", ">"],
+    ast.LtE: ["<", ">"],
+    ast.Gt: [">=", "<"],
+    ast.GtE: [">", "<"],
+    ast.Eq: ["!="],
+    ast.NotEq: ["=="],
+    ast.Is: ["is not"],
+    ast.IsNot: ["is"],
+    ast.In: ["not in"],
+    ast.NotIn: ["in"],
+}
+SWAPPED = {"min": "max", "max": "min", "lane_min": "lane_max", "lane_max": "lane_min"}
+
+
+def mutants(file: str) -> Iterator[Mutant]:
+    """All changes to a file, in the order of its lines."""
+    text = (PACKAGE / file).read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    lines = [0]
+    for line in text.encode().splitlines(keepends=True):
+        lines.append(lines[-1] + len(line))
+
+    def span(node: Any) -> tuple[int, int]:
+        return lines[node.lineno - 1] + node.col_offset, lines[node.end_lineno - 1] + node.end_col_offset
+
+    def source(start: int, stop: int) -> str:
+        return text.encode()[start:stop].decode()
+
+    def change(node: Any, after: str, where: tuple[int, int] | None = None) -> Mutant:
+        start, stop = where or span(node)
+        return Mutant(file, node.lineno, start, stop, source(start, stop), after)
+
+    def between(left: Any, right: Any) -> tuple[int, int]:
+        """Where the operator stands, parentheses left out."""
+        start, stop = span(left)[1], span(right)[0]
+        middle = source(start, stop)
+        first = len(middle) - len(middle.lstrip(" )\n"))
+        last = len(middle.rstrip(" (\n"))
+        return start + len(middle[:first].encode()), start + len(middle[:last].encode())
+
+    def visit(node: Any) -> Iterator[Mutant]:
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+            yield change(node, OPERATORS[type(node.op)], between(node.left, node.right))
+        elif isinstance(node, ast.AugAssign) and type(node.op) in OPERATORS:
+            yield change(node, OPERATORS[type(node.op)] + "=", between(node.target, node.value))
+            yield change(node, "pass")
+        elif isinstance(node, ast.Compare):
+            operands = [node.left, *node.comparators]
+            for op, left, right in zip(node.ops, operands, operands[1:], strict=False):
+                for after in COMPARISONS[type(op)]:
+                    yield change(node, after, between(left, right))
+        elif isinstance(node, ast.BoolOp):
+            after = "or" if isinstance(node.op, ast.And) else "and"
+            for left, right in zip(node.values, node.values[1:], strict=False):
+                yield change(node, after, between(left, right))
+        elif isinstance(node, ast.UnaryOp):
+            yield change(node, source(*span(node.operand)))
+        elif isinstance(node, ast.Constant) and type(node.value) in (bool, int, float):
+            if type(node.value) is bool:
+                yield change(node, str(not node.value))
+            elif type(node.value) is int:
+                yield change(node, str(node.value + 1))
+            else:
+                yield change(node, repr(node.value * (1 + 2.0**-20) if node.value else 1.0))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            name, arguments = node.func.id, node.args
+            if name in SWAPPED:
+                yield change(node.func, SWAPPED[name])
+            if name == "where" and len(arguments) == 3:
+                (a, b), (c, d) = span(arguments[1]), span(arguments[2])
+                yield change(node, source(c, d) + source(b, c) + source(a, b), (a, d))
+        elif isinstance(node, (ast.If, ast.While, ast.IfExp)) and not isinstance(node.test, (ast.Compare, ast.BoolOp)):
+            yield change(node.test, f"not ({source(*span(node.test))})")
+        elif isinstance(node, ast.Raise) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)):
+            yield change(node, "pass")
+        yield from inside(node)
+
+    def inside(node: Any) -> Iterator[Mutant]:
+        for field, value in ast.iter_fields(node):
+            if field in ("decorator_list", "annotation", "returns", "type_comment"):
+                continue
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, ast.AST) and not isinstance(child, ast.JoinedStr):
+                    yield from visit(child)
+
+    yield from inside(tree)
+
+
+# --- who kills --------------------------------------------------------------------------------------------------------
+PROBABILITIES = "test_example test_bad_input test_against_reference test_same_bits test_adding test_arrays"
+LOSS = "test_loss test_loss_bad_input test_loss_same_bits"
+#: For each file the recorded cases that show what it computes, by their first words, and the tests of what it promises.
+KILLERS = {
+    "elementary.py": (("objective", "stats", "loss"), f"test_elementary {PROBABILITIES} {LOSS}"),
+    "simd.py": (("objective", "stats", "sweep", "loss"), f"test_simd {LOSS} {PROBABILITIES}"),
+    "exact.py": (("stats", "loss"), "test_adding test_same_bits test_loss_same_bits test_against_reference"),
+    "staging.py": (("objective", "stats", "loss"), f"{PROBABILITIES} {LOSS}"),
+    "objective_runs.py": (("objective", "stats", "sweep"), PROBABILITIES),
+    "objective_kernels.py": (("objective", "stats"), PROBABILITIES),
+    "sweep_kernels.py": (("sweep",), PROBABILITIES),
+    "loss_batch.py": (("loss",), f"{LOSS} test_fuzz"),
+    "loss_terms.py": (("loss",), LOSS),
+    "token_level.py": (("loss",), LOSS),
+    "sequence_level.py": (("loss",), LOSS),
+    "loss.py": (("loss",), f"{LOSS} test_fuzz"),
+    "objective.py": (("objective", "stats", "sweep"), f"{PROBABILITIES} test_fuzz"),
+    "stats.py": (("stats", "sweep", "loss"), f"{PROBABILITIES} {LOSS} test_files"),
+    "terms.py": ((), f"test_terms {LOSS} test_bad_input test_fuzz"),
+    "advantages.py": ((), "test_group_advantages test_fuzz"),
+    "_inputs.py": ((), f"test_arrays test_bad_input test_loss_bad_input test_group_advantages test_fuzz {LOSS}"),
+    "_loss_inputs.py": ((), f"test_loss_bad_input test_fuzz {LOSS}"),
+    "_parallel.py": (("stats",), "test_threads_and_processes test_same_bits test_loss_same_bits test_files test_host"),
+    "_cache.py": ((), "test_cache test_host"),
+    "_compiling.py": (("objective", "loss"), "test_host test_cache test_threads_and_processes test_simd"),
+    "reference.py": ((), "test_reference_loss test_loss test_against_reference test_example"),
+}
+
+
+def commands(file: str) -> Iterator[tuple[str, list[str]]]:
+    """What is run for a file, by name, in this order."""
+    cases, tests = KILLERS[file]
+    if cases:
+        yield "recorded bits", ["tests/recorded.py", *cases]
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
+    for test in tests.split():
+        yield test, ["-m", "pytest", *options, f"tests/{test}.py"]
+
+
+class Worker:
+    """A copy of the repository in which one file at a time is changed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        for name in listed.splitlines():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+
+    def killer(self, file: str) -> str | None:
+        """The first command that fails; None if all is well."""
+        environment = os.environ | {"PYTHONPATH": f"{self.folder}{os.pathsep}{self.folder / 'tests'}"}
+        for name, command in commands(file):
+            streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            with subprocess.Popen(
+                [sys.executable, *command], cwd=self.folder, env=environment, start_new_session=True, **streams
+            ) as process:
+                try:
+                    if process.wait(TIMEOUT):
+                        return name
+                except subprocess.TimeoutExpired:
+                    return f"{name}, which hangs"
+                finally:
+                    with suppress(ProcessLookupError):  # all that it started
+                        os.killpg(process.pid, signal.SIGKILL)
+        return None
+
+    def try_out(self, mutant: Mutant) -> str | None:
+        """Who kills a mutant."""
+        path = self.folder / "grpo_fast" / mutant.file
+        text = path.read_bytes()
+        try:
+            path.write_bytes(text[: mutant.start] + mutant.after.encode() + text[mutant.stop :])
+            return self.killer(mutant.file)
+        finally:
+            path.write_bytes(text)
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+def main() -> None:
+    """Try all mutants of some files that were not tried before."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", help=f"of grpo_fast; all of {', '.join(KILLERS)} unless given")
+    parser.add_argument("--list", action="store_true", help="count the mutants of each file, and try none")
+    parser.add_argument("--every", type=int, default=1, help="try one in so many")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="copies to work in")
+    parser.add_argument("--log", type=Path, default=Path("mutants.jsonl"), help="what was tried, and who killed it")
+    arguments = parser.parse_args()
+    chosen = [m for file in arguments.files or KILLERS for m in list(mutants(file))[:: arguments.every]]
+    if arguments.list:
+        print(*(f"{count:5} {file}" for file, count in Counter(m.file for m in chosen).items()), sep="\n")
+        return
+    tried: dict[str, str | None] = {}
+    if arguments.log.exists():
+        tried = dict(json.loads(line) for line in arguments.log.read_text(encoding="utf-8").splitlines())
+    with tempfile.TemporaryDirectory() as temporary, arguments.log.open("a", encoding="utf-8") as log:
+        free: Queue[Worker] = Queue()
+        for k in range(arguments.jobs):
+            free.put(Worker(Path(temporary) / str(k)))
+
+        def work(mutant: Mutant) -> None:
+            if str(mutant) not in tried:
+                worker = free.get()
+                try:
+                    tried[str(mutant)] = killer = worker.try_out(mutant)
+                finally:
+                    free.put(worker)
+                print(json.dumps((str(mutant), killer)), file=log, flush=True)
+
+        first = free.get()
+        for file in dict.fromkeys(m.file for m in chosen):
+            if failing := first.killer(file):
+                raise SystemExit(f"{failing} fails without a mutant")
+        free.put(first)
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            list(pool.map(work, chosen))
+    results = {m: tried[str(m)] for m in chosen}
+    print(*(f"{count:5} {name}" for name, count in Counter(results.values()).most_common()), sep="\n")
+    print(*(m for m, killer in results.items() if killer is None), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
