@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -195,10 +195,10 @@ class Worker:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
 
-    def killer(self, file: str) -> str | None:
+    def killer(self, todo: Iterable[tuple[str, list[str]]]) -> str | None:
         """The first command that fails; None if all is well."""
         environment = os.environ | {"PYTHONPATH": f"{self.folder}{os.pathsep}{self.folder / 'tests'}"}
-        for name, command in commands(file):
+        for name, command in todo:
             streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
             with subprocess.Popen(
                 [sys.executable, *command], cwd=self.folder, env=environment, start_new_session=True, **streams
@@ -219,7 +219,7 @@ class Worker:
         text = path.read_bytes()
         try:
             path.write_bytes(text[: mutant.start] + mutant.after.encode() + text[mutant.stop :])
-            return self.killer(mutant.file)
+            return self.killer(commands(mutant.file))
         finally:
             path.write_bytes(text)
 
@@ -256,9 +256,8 @@ def main() -> None:
                 print(json.dumps((str(mutant), killer)), file=log, flush=True)
 
         first = free.get()
-        for file in dict.fromkeys(m.file for m in chosen):
-            if failing := first.killer(file):
-                raise SystemExit(f"{failing} fails without a mutant")
+        if failing := first.killer(dict(pair for m in chosen for pair in commands(m.file)).items()):
+            raise SystemExit(f"{failing} fails without a mutant")
         free.put(first)
         with ThreadPoolExecutor(arguments.jobs) as pool:
             list(pool.map(work, chosen))

@@ -275,6 +275,8 @@ def test_whenever_a_signal_comes_nobody_is_left_inside():
 CTRL_C = """
 import random
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in a shell's background ignores it
+
 def press():
     time.sleep(random.uniform(0, {patience}))
     os.kill(os.getpid(), signal.SIGINT)
