@@ -1,7 +1,8 @@
 """Does a test notice? Every operator, bound and number of the package changed, one at a time, and the tests run.
 
-``python bench/mutants.py [FILE…]`` works through the files of the package, in copies of the repository, and prints the
-mutants that no test killed (hours; what was tried is kept in ``--log`` and not tried again; ``--list`` only counts).
+``python bench/mutants.py [FILE…]`` works through the files of the package, in copies of the repository, prints the
+mutants that no test killed, and counts all in the README (hours; what was tried is kept in ``--log`` and not tried
+again; ``--list`` only counts).
 Each is given to the tests of its file, fast ones first: the recorded bits, then those that `KILLERS` names.
 """
 
@@ -21,6 +22,8 @@ from contextlib import suppress
 from pathlib import Path
 from queue import Queue
 from typing import Any, NamedTuple
+
+from readme import table, write_between
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "grpo_fast"
@@ -225,6 +228,34 @@ class Worker:
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------
+def try_all(chosen: list[Mutant], jobs: int, log: Path) -> None:
+    """Try mutants, if all is well without them, and log who killed each."""
+    with tempfile.TemporaryDirectory() as temporary, log.open("a", encoding="utf-8") as out:
+        free: Queue[Worker] = Queue()
+        for k in range(jobs):
+            free.put(Worker(Path(temporary) / str(k)))
+
+        def work(mutant: Mutant) -> None:
+            worker = free.get()
+            try:
+                killer = worker.try_out(mutant)
+            finally:
+                free.put(worker)
+            print(json.dumps((str(mutant), killer)), file=out, flush=True)
+
+        first = free.get()
+        if failing := first.killer(dict(pair for m in chosen for pair in commands(m.file)).items()):
+            raise SystemExit(f"{failing} fails without a mutant")
+        free.put(first)
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(work, chosen))
+
+
+def logged(log: Path) -> dict[str, str | None]:
+    """Who killed what was tried."""
+    return dict(json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()) if log.exists() else {}
+
+
 def main() -> None:
     """Try all mutants of some files that were not tried before."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -238,32 +269,19 @@ def main() -> None:
     if arguments.list:
         print(*(f"{count:5} {file}" for file, count in Counter(m.file for m in chosen).items()), sep="\n")
         return
-    tried: dict[str, str | None] = {}
-    if arguments.log.exists():
-        tried = dict(json.loads(line) for line in arguments.log.read_text(encoding="utf-8").splitlines())
-    with tempfile.TemporaryDirectory() as temporary, arguments.log.open("a", encoding="utf-8") as log:
-        free: Queue[Worker] = Queue()
-        for k in range(arguments.jobs):
-            free.put(Worker(Path(temporary) / str(k)))
-
-        def work(mutant: Mutant) -> None:
-            if str(mutant) not in tried:
-                worker = free.get()
-                try:
-                    tried[str(mutant)] = killer = worker.try_out(mutant)
-                finally:
-                    free.put(worker)
-                print(json.dumps((str(mutant), killer)), file=log, flush=True)
-
-        first = free.get()
-        if failing := first.killer(dict(pair for m in chosen for pair in commands(m.file)).items()):
-            raise SystemExit(f"{failing} fails without a mutant")
-        free.put(first)
-        with ThreadPoolExecutor(arguments.jobs) as pool:
-            list(pool.map(work, chosen))
-    results = {m: tried[str(m)] for m in chosen}
-    print(*(f"{count:5} {name}" for name, count in Counter(results.values()).most_common()), sep="\n")
-    print(*(m for m, killer in results.items() if killer is None), sep="\n")
+    tried = logged(arguments.log)
+    if todo := [m for m in chosen if str(m) not in tried]:
+        try_all(todo, arguments.jobs, arguments.log)
+    tried = logged(arguments.log)
+    rows = []
+    for file in KILLERS:
+        every = list(mutants(file))
+        results = {m: tried[str(m)] for m in every if str(m) in tried}
+        killed = [killer for killer in results.values() if killer is not None]
+        rows.append([f"`{file}`", len(every), len(results), len(killed), len(results) - len(killed)])
+        print(*(m for m, killer in results.items() if killer is None), sep="\n")
+    rows.append(["all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])])
+    write_between("mutants", table(["file", "mutants", "tried", "killed", "survived"], (map(str, r) for r in rows)))
 
 
 if __name__ == "__main__":

@@ -61,6 +61,21 @@ def test_is_the_formula_in_exact_arithmetic(groups, scale, ddof, eps):
     assert_allclose(group_advantages(groups, scale=scale, ddof=ddof, eps=eps), expected, rtol=1e-9, atol=1e-9)
 
 
+def test_rewards_that_only_an_exact_difference_tells_apart():
+    big = 2.0**52  # to which a third of one cannot be added
+    expected = np.array([-4, -1, 5]) / 3 / math.sqrt(7 / 3)
+    for scale in ("group", "batch"):
+        assert_allclose(group_advantages([big, big + 1, big + 3], 3, scale=scale, eps=0), expected)
+
+
+def test_defaults_are_those_of_trl():
+    rewards = [[0.0, 1e-4], [3.0, 3.0]]
+    assert_array_equal(
+        group_advantages(rewards),
+        group_advantages(rewards, scale="group", leave_one_out=False, ddof=1, eps=1e-4),
+    )
+
+
 # --- properties -------------------------------------------------------------------------------------------------------
 @given(GROUPS, SCALES)
 def test_rows_runs_and_ids_say_the_same(groups, scale):
@@ -94,6 +109,7 @@ def test_equal_rewards_give_exactly_zero(reward, size, scale, ddof, eps):
 @given(st.lists(REWARDS, min_size=1, max_size=9), SCALES)
 def test_groups_of_one_give_exactly_zero(rewards, scale):
     assert_array_equal(group_advantages(rewards, 1, scale=scale), 0)
+    assert_array_equal(group_advantages(rewards[:1], 1, scale=scale, ddof=0), 0)
     assert_array_equal(group_advantages(rewards, 1, scale="none", leave_one_out=True), 0)
 
 
@@ -135,6 +151,7 @@ def test_leaves_the_rewards_alone():
         ([1, math.nan], {"group_size": 2}, ValueError, r"rewards must be finite .* got nan at index \(1,\)"),
         ([[1, 2], [3, -math.inf]], {}, ValueError, r"got -inf at index \(1, 1\)"),
         ([1, 1e101], {"group_size": 2}, ValueError, r"below 1e\+100, got 1e\+101 at index \(1,\)"),
+        ([1, 1e100], {"group_size": 2}, ValueError, r"below 1e\+100, got 1e\+100 at index \(1,\)"),
         (np.ma.masked_array([1, 2], [0, 1]), {"group_size": 2}, TypeError, "rewards must be a plain array"),
         ([[1, 2], [3]], {}, TypeError, "rewards must be an array of real numbers, got a ragged"),
         (["1"], {"group_size": 1}, TypeError, "rewards must be numbers or bools, got <U1"),
