@@ -15,10 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from readme import table, write_between
 
 from grpo_fast import CISPO, K2, K3, SAPO, Clip, evaluate, group_advantages, grpo_loss, grpo_objective, grpo_stats
@@ -26,6 +26,7 @@ from grpo_fast import grpo_sweep as sweep
 from grpo_fast.__main__ import synthetic_samples
 
 Work = Callable[[], Any]
+Array = NDArray[np.float64]
 
 
 # --- what is called ---------------------------------------------------------------------------------------------------
@@ -122,49 +123,46 @@ def memory() -> float:
     return int(status.partition("VmRSS:")[2].split()[0]) / 1024
 
 
-def soak(
-    found: dict[str, Work], seconds: float
-) -> tuple[dict[str, list[tuple[float, float]]], list[tuple[float, float]]]:
-    """When each call was made and how long it took; when memory was looked at and how much it was."""
+def soak(found: dict[str, Work], seconds: float) -> tuple[Array, Array]:
+    """The calls (which, when, how long) and the memory (when, how much); when is 0 … 1."""
     rng, names = random.Random(0), list(found)
-    first = {name: work() for name, work in found.items()}
-    calls: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    sizes: list[tuple[float, float]] = []
+    first = [work() for work in found.values()]
+    # Written to before it begins, so that it is not our own notes that grow; faster than this we do not call.
+    calls = np.full((int(2000 * seconds), 3), np.nan)
+    sizes = np.full((600, 2), np.nan)
     begin = time.perf_counter()
-    while (now := time.perf_counter() - begin) < seconds:
-        name = rng.choice(names)
+    for n, call in enumerate(calls):
         start = time.perf_counter()
-        result = found[name]()
-        calls[name].append((now / seconds, time.perf_counter() - start))
-        assert result == first[name], f"{name} gave another result after {now:.0f} s"
-        if not sizes or now / seconds - sizes[-1][0] > 1 / 600:
-            sizes.append((now / seconds, memory()))
-    return calls, sizes
+        if (when := (start - begin) / seconds) >= 1:
+            return calls[:n], sizes[~np.isnan(sizes[:, 0])]
+        which = rng.randrange(len(names))
+        result = found[names[which]]()
+        call[:] = which, when, time.perf_counter() - start
+        assert result == first[which], f"{names[which]} gave another result after {start - begin:.0f} s"
+        sizes[int(600 * when)] = when, memory()
+    raise AssertionError(f"more than {len(calls):,} calls")
 
 
-def fifths(values: list[tuple[float, float]]) -> tuple[float, float]:
-    """The medians of the first fifth of the time, once all is warm, and of the last."""
-    early = [value for when, value in values if 0.05 < when < 0.25]
-    return median(early), median([value for when, value in values if when > 0.8])
+def fifths(values: Array) -> tuple[float, float]:
+    """The medians (of when and what) of the first fifth of the time, once all is warm, and of the last."""
+    when, what = values.T
+    return float(np.median(what[(when > 0.05) & (when < 0.25)])), float(np.median(what[when > 0.8]))
 
 
-def lines(calls: dict[str, list[tuple[float, float]]], sizes: list[tuple[float, float]]) -> Iterator[str]:
+def lines(names: list[str], calls: Array, sizes: Array) -> Iterator[str]:
     """What the README says."""
     before, after = fifths(sizes)
-    total = sum(map(len, calls.values()))
-    yield f"{total:,} calls. Memory: {before:.1f} MiB in the first fifth of the time, {after:.1f} MiB in the last.\n"
+    yield f"{len(calls):,} calls. Memory: {before:.1f} MiB in the first fifth of the time, {after:.1f} in the last.\n"
 
-    def row(name: str) -> Iterator[str]:
-        early, late = fifths(calls[name])
-        yield from (
-            name,
-            f"{len(calls[name]):,}",
-            f"{1e6 * early:,.0f} µs",
-            f"{1e6 * late:,.0f} µs",
-            f"{late / early:.2f}",
-        )
+    def row(which: int) -> Iterator[str]:
+        of_it = calls[calls[:, 0] == which, 1:]
+        early, late = fifths(of_it)
+        yield from (names[which], f"{len(of_it):,}")
+        yield from (f"{1e6 * early:,.0f} µs", f"{1e6 * late:,.0f} µs", f"{late / early:.2f}")
 
-    yield from table(["called at random", "times", "median, first fifth", "last fifth", "ratio"], map(row, calls))
+    yield from table(
+        ["called at random", "times", "median, first fifth", "last fifth", "ratio"], map(row, range(len(names)))
+    )
 
 
 def main() -> None:
@@ -174,11 +172,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="half a minute, and print instead of writing")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        calls, sizes = soak(works(folder), 30 if arguments.quick else 60 * arguments.minutes)
+        found = works(folder)
+        calls, sizes = soak(found, 30 if arguments.quick else 60 * arguments.minutes)
     if arguments.quick:
-        print("\n".join(lines(calls, sizes)))
+        print("\n".join(lines(list(found), calls, sizes)))
     else:
-        write_between("soak", lines(calls, sizes))
+        write_between("soak", lines(list(found), calls, sizes))
 
 
 if __name__ == "__main__":
