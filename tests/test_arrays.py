@@ -7,6 +7,7 @@ import pytest
 from conftest import BLOCK, DTYPES, samples
 
 from grpo_fast import grpo_objective, grpo_stats, grpo_sweep
+from grpo_fast._inputs import flat, same_shape
 
 N = 360
 
@@ -49,6 +50,20 @@ def test_layouts(layout, dtype):
     expected = [x.astype(np.asarray(y).dtype.newbyteorder("=")) for x, y in zip(arrays, given, strict=True)]
     assert same_as(expected, *given)
     assert same_as(expected, given[0], *(x.reshape(np.shape(given[0])) for x in expected[1:]))  # only one of them
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_can_be_read_in_place_is_not_copied(dtype):
+    arrays = samples(N, dtype)
+    assert same_shape("abcd", arrays)[0] is arrays  # nor looked at any closer
+    for layout in ("2-d", "4-d", "read-only", "subclass"):
+        given = tuple(LAYOUTS[layout](x) for x in arrays)
+        for found, x in zip(same_shape("abcd", given)[0], given, strict=True):
+            assert type(found) is np.ndarray
+            assert found.ndim == 1
+            assert found.flags.carray
+            assert np.shares_memory(found, x)
+    assert np.shares_memory(flat(arrays[0], arrays[0].dtype), arrays[0])
 
 
 def test_read_only_file(tmp_path):
