@@ -142,11 +142,17 @@ def mutants(file: str) -> Iterator[Mutant]:
             if field in ("decorator_list", "annotation", "returns", "type_comment"):
                 continue
             for child in value if isinstance(value, list) else [value]:
-                if isinstance(child, ast.AST) and not isinstance(child, ast.JoinedStr):
-                    if not (isinstance(child, ast.keyword) and child.arg == "strict"):  # of zip: for the reader
-                        yield from visit(child)
+                if isinstance(child, ast.AST) and not is_for_the_reader(child):
+                    yield from visit(child)
 
     yield from inside(tree)
+
+
+def is_for_the_reader(node: ast.AST) -> bool:
+    """Whether nothing depends on it: texts, ``zip(strict=True)``, the −1 (any negative number will do) of reshape."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        return node.func.attr == "reshape" and [ast.unparse(x) for x in node.args] == ["-1"]
+    return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.keyword) and node.arg == "strict")
 
 
 # --- who kills --------------------------------------------------------------------------------------------------------
@@ -184,6 +190,8 @@ HARMLESS = [
     ("_SEARCH = 1 << 16", ""),  # how much is looked at at once
     ("if type(array) is np.ndarray and array.dtype is dtype", ""),  # the shorter of two ways
     ("std = np.std(", "0.0"),  # divides only zeros
+    ("if array.dtype.kind not in", "8"),  # no dtype has 9 bytes
+    ("return None, True", "True"),  # nobody asks of what there is not
 ]
 
 
