@@ -196,6 +196,7 @@ HARMLESS = [
     ("if type(array) is np.ndarray and array.dtype is dtype", ""),  # the shorter of two ways
     ("std = np.std(", "0.0"),  # divides only zeros
     ("if array.dtype.kind not in", "8"),  # no dtype has 9 bytes
+    ("if values is None or isinstance(values, (list, tuple))", "or"),  # no memory that is shared
     ("return None, True", "True"),  # nobody asks of what there is not
 ]
 

@@ -274,6 +274,11 @@ def test_cu_seqlens(bad):
         refuses(arguments | one_each | {"cu_seqlens": bad}, "cu_seqlens must", "got")
 
 
+def test_where_cu_seqlens_fall():
+    for bounds, where in (([0, 4, 3, 6], "[2] = 3 after 4"), ([0, 1, 5, 2, 1, 6], "[3] = 2 after 5")):
+        refuses(call(shape=6) | {"advantages": np.ones(6), "cu_seqlens": bounds}, "cu_seqlens must not fall", where)
+
+
 def test_cu_seqlens_beside_padded_ones():
     refuses(call() | {"cu_seqlens": [0, 6]}, "cu_seqlens must", "(2, 3)")
 
@@ -346,6 +351,9 @@ def test_the_gradient_does_not_overlap_what_is_read():
         accepts(arguments | {name: memory[:6].copy(), "grad": memory[:6]})
         memory[:] = 1
         assert accepts(arguments | {name: memory[:6], "grad": memory[6:]}).grad.base is memory
+        memory[:] = 1
+        accepts(arguments | {name: memory[::2], "grad": memory[1::2]})  # between each other
+        assert (memory[::2] == 1).all()
         memory[:] = 1
 
 
