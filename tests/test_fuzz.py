@@ -148,7 +148,7 @@ def look_at_an_option(call):
 def fuzz_options(examples):
     def values(option):
         least, most = TYPES[option]
-        value = st.sampled_from([0.2, 0.3, 2.5]) | st.booleans() | st.sampled_from(ODD)
+        value = st.floats(0, 1) | st.floats(0, 100) | st.booleans() | st.sampled_from(ODD)
         return st.tuples(st.just(option), st.lists(value, min_size=least, max_size=most))
 
     return tried(st.sampled_from(list(TYPES)).flatmap(values), look_at_an_option, examples)

@@ -92,7 +92,7 @@ print(numba.threading_layer())
 
 
 @every_layer
-@pytest.mark.parametrize(("threads", "rounds"), [(8, 6), pytest.param(16, 500, marks=exhaustive)])
+@pytest.mark.parametrize(("threads", "rounds"), [(8, 6), pytest.param(16, 2000, marks=exhaustive)])
 def test_threads_at_once(threads, rounds, layer):
     # Numba's workqueue ends the process when two threads are inside parallel regions.
     script = THREADS.format(threads=threads, rounds=rounds, cases=LARGE + SMALL + (MORE if rounds > 100 else []))
