@@ -10,6 +10,7 @@ import argparse
 import ast
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -201,9 +202,15 @@ HARMLESS = [
 ]
 
 
+#: The smaller or larger of two, which may as well be equal.
+SMALLER = re.compile(r"where\((.+?) [<>] (.+?), \1, \2\)|if careful or i \+ step > stop")
+
+
 def harmless(mutant: Mutant) -> bool:
     """Whether a mutant need not be killed."""
     line = (PACKAGE / mutant.file).read_text(encoding="utf-8").splitlines()[mutant.line - 1].strip()
+    if mutant.after == f"{mutant.before}=" and SMALLER.search(line):
+        return True
     return any(line.startswith(begin) and what in ("", mutant.before) for begin, what in HARMLESS)
 
 

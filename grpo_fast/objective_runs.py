@@ -74,7 +74,7 @@ def _load_carefully(ratio, advantage, old, ref, i, stop):
     pi_ref = load_first(ref, i, n, 1.0)
     pi = rho * pi_old
     r = pi_ref / pi
-    legal = legal & (pi_old > 0.0) & (pi_ref > 0.0) & (pi >= form.smallest_normal) & (pi <= form.largest)
+    legal = legal & (pi >= form.smallest_normal) & (pi <= form.largest)  # hence π_old > 0, and π_ref
     legal = legal & (r >= form.smallest_normal) & (r <= 0.125 * form.largest)
     rho_m, rho_e = split(where(legal, rho, one))
     old_m, old_e = split(where(legal, pi_old, one))
