@@ -193,6 +193,8 @@ KILLERS = {
 
 #: Changes that make nothing wrong: what their line begins with, and what is changed (anything if that is empty).
 HARMLESS = [
+    ("_inlined_overload =", ""),  # how it is compiled
+    ("LIMBS = 68", ""),  # of more, the last are 0
     ("_SEARCH = 1 << 16", ""),  # how much is looked at at once
     ("if type(array) is np.ndarray and array.dtype is dtype", ""),  # the shorter of two ways
     ("std = np.std(", "0.0"),  # divides only zeros
@@ -202,8 +204,8 @@ HARMLESS = [
 ]
 
 
-#: The smaller or larger of two, which may as well be equal.
-SMALLER = re.compile(r"where\((.+?) [<>] (.+?), \1, \2\)|if careful or i \+ step > stop")
+#: The smaller or larger of two, which may as well be equal; and from where on the more careful of two ways is taken.
+SMALLER = re.compile(r"where\((.+?) [<>] (.+?), \1, \2\)|if careful or i \+ step > stop|[<>] (1\.0 / )?form\.usual")
 
 
 def harmless(mutant: Mutant) -> bool:

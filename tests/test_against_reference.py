@@ -261,3 +261,10 @@ def test_every_diagnostic_survives_any_legal_ratio(rho):
     assert 0 < stats.ess <= 1 or (rho > 1e150 and math.isnan(stats.ess))  # ρ² overflows
     assert stats.approx_kl == pytest.approx(-math.log(rho) / 2, rel=8 * 2**-53)
     assert ("ess" in str(stats)) == (not math.isnan(stats.ess))
+
+
+def test_ess_is_right_or_nan_where_squares_leave_the_normal_numbers():
+    for exponent in range(-180, 180, 1):
+        rho = [10.0**exponent, 3 * 10.0**exponent]
+        ess = grpo_stats(rho, [1.0, -1.0], None, None, beta=0).ess
+        assert ess == pytest.approx(16 / (2 * 10), rel=8 * 2**-53) or (math.isnan(ess) and abs(exponent) > 145)
