@@ -3,7 +3,7 @@
 Numba keys its files by less than went into the machine code (not by the files that are inlined, nor by flags), keeps
 an index that processes starting at once overwrite (one's code can end under the other's types), and ends the call when
 a file is damaged or the disk is full. Here an entry is one file that is written once, under a name that is a digest of
-all that went into it; what cannot be read is compiled again, and what cannot be written is told.
+all that decides what it does; what cannot be read is compiled again, and what cannot be written is told.
 """
 
 import hashlib
@@ -105,7 +105,7 @@ class _Entries:
         self._discard()
 
     def _path(self, key: Any) -> Path:
-        # Numba's key is the types, the CPU and its features; it leaves out its one setting that changes the code.
+        # Numba's key is the types, the CPU and its features; it leaves out its one setting that changes what code does.
         versions = numba.__version__, llvmlite.__version__, sys.implementation.cache_tag
         digest = _digest(repr((key, versions, numba.config.BOUNDSCHECK)).encode())
         return self._folder / f"{self._name}.{self._source}.{digest}.nbc"

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
+from numba.core.compiler_lock import global_compiler_lock
 
 from . import _cache
 
@@ -35,17 +36,23 @@ def compiled(function: Any = None, *, parallel: bool = False, allocates: bool = 
 def _undisturbed(work: Callable[..., Any]) -> Callable[..., Any]:
     """The same on another thread, if called on the main one, which alone Python interrupts to handle signals.
 
+    Not while the main thread itself compiles something, of which this is a part: the other would wait for its lock.
+
     An exception in the middle of Numba's and LLVM's affairs, such as Ctrl-C, can leave the process to a crash (a double
     free) or a deadlock. Here only the waiting is interrupted; what is compiled will be there for the next call.
     """
 
     @functools.wraps(work)
     def elsewhere(*arguments: Any) -> Any:
-        if threading.current_thread() is not threading.main_thread():
+        if threading.current_thread() is not threading.main_thread() or global_compiler_lock.is_locked():
             return work(*arguments)
         compiler = ThreadPoolExecutor(1, "grpo_fast-compiler")
         try:
-            return compiler.submit(work, *arguments).result()
+            future = compiler.submit(work, *arguments)
+        except RuntimeError:  # the interpreter ends, and starts no more threads
+            return work(*arguments)
+        try:
+            return future.result()
         finally:
             compiler.shutdown(wait=False)
 

@@ -35,27 +35,43 @@ def _forked_before() -> bool:
     except (OSError, AttributeError):  # not Linux, and only there does Numba use GNU OpenMP
         return False
     # A forked process is younger than the modules it came with, of which one that Numba imports knows its age: by far,
-    # as Numba takes longer to import than a tenth of a second. (If the clock was set meanwhile, this may be wrong.)
-    return logging.makeLogRecord({}).relativeCreated / 1000 > age + 0.1
+    # as Numba takes longer to import than a tenth of a second. (This may be wrong if the clock was set
+    # meanwhile; and a forked process that started Numba's threads on its own before is serial without need.)
+    return logging.LogRecord("", 0, "", 0, "", (), None).relativeCreated / 1000 > age + 0.1
 
 
 _forked = _forked_before()
 
 
+def _before_fork() -> None:
+    """Wait until no thread is compiling: it would never let go of Numba's lock in the child.
+
+    Python forks whatever is raised here, and only reports it; so Ctrl-C must not end the waiting.
+    """
+    interrupt = None
+    _here.waits = not global_compiler_lock.is_locked()  # by this thread
+    while not global_compiler_lock.is_locked():
+        try:
+            global_compiler_lock.acquire()
+        except BaseException as error:  # of a signal's handler
+            interrupt = error
+    if interrupt:
+        raise interrupt
+
+
 def _after_fork() -> None:
+    if _here.waits:
+        global_compiler_lock.release()
+
+
+def _after_fork_in_child() -> None:
     global _forked
     _forked = True
-    global_compiler_lock.release()
+    _after_fork()
 
 
 if hasattr(os, "register_at_fork"):
-    # Whoever forks waits until no thread is compiling: it would never let go of Numba's lock in the child, where the
-    # first call of a kernel would wait for it.
-    os.register_at_fork(
-        before=global_compiler_lock.acquire,
-        after_in_parent=global_compiler_lock.release,
-        after_in_child=_after_fork,
-    )
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 
 
 @contextmanager
@@ -65,12 +81,12 @@ def tasks(items: int) -> Iterator[int]:
         yield 1
         return
     # Ctrl-C can come after any call. Nothing is called between `try` and being inside, nor between `finally` and not
-    # being so: a lock's `acquire` would be left behind, and all later calls would be serial.
+    # being so: a lock's `acquire` would be left behind, and all later calls would be serial. (Where Ctrl-C comes
+    # between the `with` statement and here, they are until its exception is dropped, and this generator with it.)
     me = object()
     try:
         _inside[me] = None
-        first, *_ = _inside
-        if first is me:
+        if [*_inside][0] is me:  # noqa: RUF015 - another thread could change it between iter(…) and next(…)
             yield numba.get_num_threads()
         else:
             del _inside[me]

@@ -226,7 +226,8 @@ class Stats(_Additive):
     @property
     def ess(self) -> float:
         total, squares = float(self.ratio_sum), self.tokens * float(self.ratio_squared_sum)
-        return total * total / squares if _LEAST_SQUARES < squares < math.inf else math.nan
+        # Of equal ρ, rounding makes more than 1.
+        return min(total * total / squares, 1.0) if _LEAST_SQUARES < squares < math.inf else math.nan
 
     @property
     def approx_kl(self) -> float:

@@ -1,5 +1,6 @@
 """Right over the whole domain: as near to the exact value as roundings allow, and as the plain NumPy version says."""
 
+import itertools
 import math
 import sys
 
@@ -268,3 +269,8 @@ def test_ess_is_right_or_nan_where_squares_leave_the_normal_numbers():
         rho = [10.0**exponent, 3 * 10.0**exponent]
         ess = grpo_stats(rho, [1.0, -1.0], None, None, beta=0).ess
         assert ess == pytest.approx(16 / (2 * 10), rel=8 * 2**-53) or (math.isnan(ess) and abs(exponent) > 145)
+
+
+def test_ess_of_equal_ratios_is_at_most_one():
+    for n, rho in itertools.product(range(1, 30), np.linspace(0.1, 3, 30)):
+        assert 1 - 8 * 2**-53 <= grpo_stats([rho] * n, [1.0] * n, None, None, beta=0).ess <= 1

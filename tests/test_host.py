@@ -66,6 +66,30 @@ print(threading.active_count(), [len(getattr(kernels, name).signatures) for name
     assert python(script) == "1 [0, 0]\n"
 
 
+def test_called_first_when_the_interpreter_ends():
+    script = """
+import atexit
+import grpo_fast
+atexit.register(lambda: print(grpo_fast.grpo_objective(1.0, 3.0, None, None, beta=0)))
+"""
+    assert python(script) == "3.0\n"
+
+
+def test_called_first_while_something_is_compiled(tmp_path):
+    script = """
+import numba, numpy as np
+from grpo_fast.staging import scratch_like
+
+@numba.njit
+def size(x):
+    return scratch_like(x, 2).size
+
+assert size(np.ones(3)) > 0
+print("not stuck")
+"""
+    assert python(script, 100, NUMBA_CACHE_DIR=str(tmp_path)) == "not stuck\n"
+
+
 def test_extra_memory_does_not_grow():
     # NumPy's temporaries and an accidental copy would show.
     arrays = samples(MANY)

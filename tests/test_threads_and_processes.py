@@ -3,10 +3,13 @@
 Scripts run in processes of their own, which an abort would end. What they compute is compared with ``recorded.json``.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from importlib import import_module
@@ -105,6 +108,31 @@ def test_threads_that_all_come_first(tmp_path):
     run(THREADS.format(threads=8, rounds=2, cases=SMALL + LARGE), NUMBA_CACHE_DIR=str(tmp_path))
 
 
+@exhaustive  # fewer rounds would not fail
+def test_threads_that_others_run_between():
+    # A collector's callback lets another thread go on wherever an object is made.
+    def collected(phase, info):
+        time.sleep(0)
+
+    def work(_):
+        for _ in range(20_000):
+            with _parallel.tasks(1 << 20) as many:
+                assert many >= 1
+
+    before, interval = gc.get_threshold(), sys.getswitchinterval()
+    gc.callbacks.append(collected)
+    try:
+        gc.set_threshold(1, 1000, 1000)
+        sys.setswitchinterval(1e-6)
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(work, range(8)))
+    finally:
+        gc.set_threshold(*before)
+        sys.setswitchinterval(interval)
+        gc.callbacks.remove(collected)
+    assert not _parallel._inside
+
+
 def test_threads_of_this_process():
     with ThreadPoolExecutor(4) as pool:
         assert not any(pool.map(lambda case: list(recorded.different([case])), (LARGE + SMALL) * 2))
@@ -160,7 +188,7 @@ def test_forks(when, layer):
 
 
 IMPORTED_IN_THE_CHILD = """
-import os, time
+import logging, os
 import numba, numpy as np
 
 @numba.njit(parallel=True)
@@ -171,7 +199,12 @@ def total(x):
     return result
 
 assert total(np.ones(100_000)) == 100_000
-started = time.time()
+
+class Record(logging.LogRecord):
+    def __init__(self, name, *rest, **more):
+        super().__init__(name.upper(), *rest, **more)
+
+logging.setLogRecordFactory(Record)  # no business of ours
 
 def work():
     import recorded
@@ -217,9 +250,20 @@ print("not stuck")
 """
 
 
+CTRL_C_MEANWHILE = """
+for _ in range(3):
+    threading.Thread(target=time.sleep, args=(3,), daemon=True).start()  # so that identities are taken
+threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+signal.signal(signal.SIGINT, signal.default_int_handler)
+assert child"""
+
+
 @needs_fork
-def test_a_fork_while_another_thread_compiles(tmp_path):
-    assert run(WHILE_COMPILING, NUMBA_CACHE_DIR=str(tmp_path)) == "not stuck\n"
+@pytest.mark.parametrize("ctrl_c", [False, True])
+def test_a_fork_while_another_thread_compiles(ctrl_c, tmp_path):
+    # Python only reports what is raised by hooks that run before a fork.
+    script = WHILE_COMPILING.replace("\nassert child", CTRL_C_MEANWHILE) if ctrl_c else WHILE_COMPILING
+    assert run(script, NUMBA_CACHE_DIR=str(tmp_path)) == "not stuck\n"
 
 
 # --- pools ------------------------------------------------------------------------------------------------------------
