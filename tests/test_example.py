@@ -1,10 +1,12 @@
 """The worked example comes out, and the identities that hold for any numbers."""
 
+import inspect
+
 import numpy as np
 import pytest
 from conftest import DTYPES, LANES, samples
 
-from grpo_fast import BLOCK, grpo_objective, grpo_stats, grpo_sweep
+from grpo_fast import BLOCK, Clip, grpo_loss, grpo_objective, grpo_stats, grpo_sweep, reference
 
 EXAMPLE = [1.2, 0.8, 1.1], [1.0, 1.0, 1.0], [0.9, 1.1, 1.0], [1.0, 0.5, 1.5]
 VALUE = 1.032769698529581  # by mpmath
@@ -63,3 +65,14 @@ def test_powers_of_two_pass_through(dtype):
     value = grpo_objective(rho, a, old, ref, beta=0.25)
     assert grpo_objective(rho, 8 * a, old, ref, beta=2) == 8 * value
     assert grpo_objective(rho, a, old / 1024, ref / 1024, beta=0.25) == value  # probabilities need no normalisation
+
+
+def test_defaults():
+    def defaults(function):
+        return {name: p.default for name, p in inspect.signature(function).parameters.items()}
+
+    for function in (grpo_objective, grpo_loss):
+        assert defaults(function) == defaults(getattr(reference, function.__name__))
+    for function in (grpo_objective, grpo_stats):
+        assert defaults(function) | {"epsilon": 0.2, "beta": 0.01} == defaults(function)
+    assert defaults(grpo_loss)["surrogate"] == Clip(0.2)
