@@ -21,10 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 from readme import table, write_between
 
-from grpo_fast import elementary, reference
-from grpo_fast._compiling import inlined
-from grpo_fast.elementary import FLOAT32, FLOAT64, LN2, Layout
-from grpo_fast.simd import lanes, load, store
+from grpo_fast import reference
+from grpo_fast._kernels import elementary
+from grpo_fast._kernels.compiling import inlined
+from grpo_fast._kernels.elementary import FLOAT32, FLOAT64, LN2, Layout
+from grpo_fast._kernels.simd import lanes, load, store
 
 Array = NDArray[Any]
 Interval = tuple[float, float]  # ends included

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numba import typeof
 
-from grpo_fast import K3, Clip, objective_kernels, token_level
-from grpo_fast.loss_batch import Batch, Objective
+from grpo_fast import K3, Clip
+from grpo_fast._kernels import sample_blocks, token_level
+from grpo_fast._kernels.tokens import Batch, Objective
 
 
 def inner_loops(assembly: str) -> list[list[str]]:
@@ -36,7 +37,7 @@ def kernels(dtype: str) -> dict[str, list[list[str]]]:
     batch = Batch(x, x, x[:1], x, None, None, np.array([0, x.size]), False, False)
     objective = Objective(Clip(), K3(0.04, importance_weighted=False), 1.0, True)
     return {
-        "objective": hot_loops(objective_kernels.objective_block, (x, x, x, x, 0.8, 1.2)),
+        "objective": hot_loops(sample_blocks.objective_block, (x, x, x, x, 0.8, 1.2)),
         "loss": hot_loops(token_level.token_block, (batch, objective, x, 1.0, 0, 0, x.size, x.copy())),
     }
 

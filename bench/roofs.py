@@ -8,7 +8,7 @@ from typing import Any
 import numba
 from numpy.typing import NDArray
 
-from grpo_fast.measure import read
+from grpo_fast._measure import read
 
 __all__ = ["read", "read_and_write"]
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from grpo_fast.measure import side_by_side
+from grpo_fast._measure import side_by_side
 
 Call = Callable[[], Any]
 Peer = TypeVar("Peer")

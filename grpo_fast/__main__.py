@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import __version__, _command, grpo_objective, grpo_stats, reference
-from .measure import ratio, read, side_by_side
+from ._measure import ratio, read, side_by_side
 
 Array: TypeAlias = NDArray[Any]
 Samples: TypeAlias = tuple[Array, Array, Array, Array]

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
-from .staging import BLOCK
+from ._kernels.blocks import BLOCK
 
 try:
     import pyarrow as pa

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ._inputs import FLOAT32, FLOAT64, Array, complaint, flat, real
-from .loss_batch import Batch
+from ._checks import FLOAT32, FLOAT64, Array, complaint, flat, real
+from ._kernels.tokens import Batch
 
 
 def batch_of(shape: tuple[int, ...], inputs: Mapping[str, Any], cu_seqlens: ArrayLike | None) -> Batch:

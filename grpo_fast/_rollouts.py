@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from ._checks import Array
 from ._formats import UNREADABLE, File, is_list, opened, types
-from ._inputs import Array
 
 Paths: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 

@@ -5,8 +5,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ._inputs import plain
-from .terms import flag, not_negative, number, one_of
+from ._checks import flag, not_negative, number, one_of, plain
 
 Scale: TypeAlias = Literal["group", "batch", "none"]
 LARGEST = 1e100  # of a reward; its square, and the sum of as many squares as memory holds, stay inside float64

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike
 
-from . import _parallel, _spread
-from ._inputs import Array
+from . import _workers
+from ._checks import Array, not_negative
+from ._kernels.blocks import BLOCK
+from ._kernels.threads import serially
 from .loss import grpo_loss, options_of
 from .objective import grid_of, grpo_stats, grpo_sweep
-from .staging import BLOCK
 from .stats import Options, Stats, Sweep
-from .terms import K3, KL, Clip, not_negative
+from .terms import K3, KL, Clip
 
 if TYPE_CHECKING:
     from ._rollouts import Part, Paths, Piece, Rollouts
@@ -246,8 +247,8 @@ def _run(
         results = _each_batch(parts, rollouts, batch_size, job, threads=True)
     else:
         work = partial(_row_group, rollouts=rollouts, batch_size=batch_size, job=job)
-        results = _spread.mapped(executor, work, parts)
-    with closing(results), _spread.Progress(rows, progress) as advance:
+        results = _workers.mapped(executor, work, parts)
+    with closing(results), _workers.Progress(rows, progress) as advance:
         _, total = _added(results, advance)
     if total is None:
         raise ValueError(f"{', '.join(files)}: no samples")
@@ -285,12 +286,12 @@ def _each_batch(
     """Rows and result of each batch; the next one is read meanwhile."""
     from . import _rollouts
 
-    with closing(_spread.ahead(_rollouts.pieces(parts, rollouts, batch_size, threads))) as pieces:
+    with closing(_workers.ahead(_rollouts.pieces(parts, rollouts, batch_size, threads))) as pieces:
         for piece in pieces:
             try:
                 # On one thread: that keeps up with decoding, and more of them would wait for the decoding ones, in
                 # 16 MiB batches 1.6 times the whole (flat columns, 2 cores).
-                with _parallel.serially():
+                with serially():
                     result = job(_rollouts.arrays(piece.batch, rollouts)) if piece.batch.num_rows else None
             except ValueError as error:
                 raise _first_bad(piece, rollouts, job, error) from error

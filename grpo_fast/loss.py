@@ -5,14 +5,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import _parallel, exact, loss_batch, sequence_level, token_level
-from ._inputs import Array, real
+from ._checks import Array, one_of, positive, real
+from ._kernels import exact, sequence_level, threads, token_level
+from ._kernels.blocks import BLOCK
+from ._kernels.exact import Exact
+from ._kernels.tokens import COUNTS, SUMS, SURROGATE_MEAN, TOKENS, Batch, Objective, Result
 from ._loss_inputs import batch_of, place_for_gradient, refuse_if_not_finite
-from .exact import Exact
-from .loss_batch import Batch, Objective, Result
-from .staging import BLOCK
 from .stats import Options, Stats
-from .terms import CISPO, K1, K2, K3, KL, SAPO, Aggregation, Clip, Level, Surrogate, one_of, positive
+from .terms import CISPO, K1, K2, K3, KL, SAPO, Aggregation, Clip, Level, Surrogate
 
 #: Into so many pieces each task's sequences are cut, of about equal length: tasks take them in turns, and so share the
 #: padding, wherever in the batch the short sequences are.
@@ -180,10 +180,10 @@ def _compute(batch: Batch, options: Options, place: NDArray[Any] | None, shape: 
         mean_within=options.aggregation == "seq-mean-token-mean",
     )
     add_up = _at_token_level if options.importance_sampling_level == "token" else _at_sequence_level
-    with _parallel.tasks(2 * batch.logps.size) as tasks:  # a token costs what two samples of probabilities do
+    with threads.tasks(2 * batch.logps.size) as tasks:  # a token costs what two samples of probabilities do
         result = Result(
-            rows=np.zeros((tasks, loss_batch.SUMS, exact.ROW), np.int64),
-            counts=np.zeros((tasks, loss_batch.COUNTS), np.int64),
+            rows=np.zeros((tasks, SUMS, exact.ROW), np.int64),
+            counts=np.zeros((tasks, COUNTS), np.int64),
             extremes=np.array([(np.inf, -np.inf)] * tasks),
         )
         add_up(batch, objective, gradient, result)
@@ -193,7 +193,7 @@ def _compute(batch: Batch, options: Options, place: NDArray[Any] | None, shape: 
         refuse_if_not_finite(batch, shape)
     if place is not None and gradient is not None and not place.flags.carray:
         place[...] = gradient.reshape(shape)
-    sums = Exact.of_rows(result.rows[0] if objective.mean_within else result.rows[0, : loss_batch.SURROGATE_MEAN])
+    sums = Exact.of_rows(result.rows[0] if objective.mean_within else result.rows[0, :SURROGATE_MEAN])
     return Stats.of(
         options,
         tokens=tokens,
@@ -262,7 +262,7 @@ def _pieces(batch: Batch, tasks: int) -> tuple[Array, int, list[int]]:
 
 
 def _extent(batch: Batch, gradient: Array | None, sequence: int, result: Result) -> tuple[int, int, int]:
-    """As `loss_batch.extent` for a long sequence, whose masked ends are done with here."""
+    """As `tokens.extent` for a long sequence, whose masked ends are done with here."""
     first, last = batch.bounds[sequence : sequence + 2].tolist()
     start, stop, tokens = first, last, last - first
     if batch.mask is not None:
@@ -273,7 +273,7 @@ def _extent(batch: Batch, gradient: Array | None, sequence: int, result: Result)
     if gradient is not None:
         gradient[first:start] = 0
         gradient[stop:last] = 0
-    result.counts[0, loss_batch.TOKENS] += tokens
+    result.counts[0, TOKENS] += tokens
     return start, stop, tokens
 
 

@@ -7,11 +7,10 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import _parallel, exact, sweep_kernels
-from . import objective_kernels as kernels
-from ._inputs import Array, refuse_sample, same_shape
-from .exact import Exact, rounded_sum
-from .staging import BLOCK
+from ._checks import Array, refuse_sample, same_shape
+from ._kernels import exact, sample_blocks, sweep_blocks, threads
+from ._kernels.blocks import BLOCK
+from ._kernels.exact import Exact, rounded_sum
 from .stats import Options, Stats, Sweep, objective_of
 from .terms import K3, Clip
 
@@ -76,14 +75,14 @@ def grpo_objective(
     arrays, shape = _samples((rhos, A, pi_theta_old, pi_theta_ref), penalty.beta != 0.0)
     n = arrays[0].size
     if n <= BLOCK:
-        surrogate, kl, legal = kernels.objective_block(*arrays, low, high)
-    elif n < _parallel.WORTH_SHARING:
+        surrogate, kl, legal = sample_blocks.objective_block(*arrays, low, high)
+    elif n < threads.WORTH_SHARING:
         sums = np.empty((-(-n // BLOCK), 2))
-        legal = kernels.objective_blocks(*arrays, low, high, sums)
+        legal = sample_blocks.objective_blocks(*arrays, low, high, sums)
         surrogate, kl = (rounded_sum(column) for column in sums.T.tolist())
     else:
         rows, counts, _ = _totals(arrays, low, high, None)
-        surrogate, kl = map(float, Exact.of_rows(rows[: kernels.KL + 1]))
+        surrogate, kl = map(float, Exact.of_rows(rows[: sample_blocks.KL + 1]))
         legal = not counts[:, 2].any()
     if not legal:
         _refuse(arrays, shape)
@@ -157,10 +156,10 @@ def grpo_sweep(
     arrays, shape = _samples((rhos, A, pi_theta_old, pi_theta_ref), any(grid[1]))
     steps = np.array(grid[0])
     n = arrays[0].size
-    with _parallel.tasks(n) as tasks:
+    with threads.tasks(n) as tasks:
         rows = np.zeros((tasks, steps.size + 1, exact.ROW), np.int64)
         counts = np.zeros((tasks, steps.size + 1, 2), np.int64)
-        driver = sweep_kernels.sweep_parallel if tasks > 1 else sweep_kernels.sweep
+        driver = sweep_blocks.sweep_parallel if tasks > 1 else sweep_blocks.sweep
         driver(*arrays, 1.0 - steps, 1.0 + steps, rows, counts)
     exact.merge(rows)
     *clipped, (illegal, _) = counts.sum(axis=0).tolist()
@@ -228,12 +227,12 @@ def _numbers(name: str, values: ArrayLike) -> list[float]:
 
 
 def _totals(arrays: tuple[Any, ...], low: float, high: float, diagnostics: bool | None) -> tuple[Array, Array, Array]:
-    """What `kernels.totals` adds up: the rows of limbs, merged; counts and extremes, still one row for each task."""
-    with _parallel.tasks(arrays[0].size) as tasks:
-        rows = np.zeros((tasks, kernels.SUMS, exact.ROW), np.int64)
+    """What `totals` adds up: the rows of limbs, merged; counts and extremes, still one row for each task."""
+    with threads.tasks(arrays[0].size) as tasks:
+        rows = np.zeros((tasks, sample_blocks.SUMS, exact.ROW), np.int64)
         counts = np.zeros((tasks, 3), np.int64)
         extremes = np.full((tasks, 2), (np.inf, -np.inf))
-        driver = kernels.totals_parallel if tasks > 1 else kernels.totals
+        driver = sample_blocks.totals_parallel if tasks > 1 else sample_blocks.totals
         driver(*arrays, low, high, diagnostics, rows, counts, extremes)
     exact.merge(rows)
     return rows[0], counts, extremes

@@ -26,7 +26,8 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .terms import CISPO, K1, K2, K3, KL, SAPO, Aggregation, Clip, Level, Surrogate, one_of, positive
+from ._checks import one_of, positive
+from .terms import CISPO, K1, K2, K3, KL, SAPO, Aggregation, Clip, Level, Surrogate
 
 Floats: TypeAlias = NDArray[np.floating]
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from .exact import Exact
+from ._kernels.exact import Exact
 from .terms import CISPO, KL, Aggregation, Clip, Level, Surrogate
 
 #: Below it, squares have lost digits, being subnormal.

@@ -8,55 +8,12 @@ Notation, per token: ρ = π_θ/π_old (for a whole sequence at sequence level),
 """
 
 import math
-from collections.abc import Callable
-from numbers import Real
-from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias
 
-import numpy as np
+from ._checks import flag, not_negative, number, positive
 
 Level: TypeAlias = Literal["token", "sequence"]
 Aggregation: TypeAlias = Literal["token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum"]
-Chosen = TypeVar("Chosen", bound=str)
-
-
-# --- scalars, checked; other modules use these, too -------------------------------------------------------------------
-def number(name: str, value: object, allowed: str, is_allowed: Callable[[float], bool]) -> float:
-    """``value`` as a float, or an error that says what is allowed; NaN fails every comparison, hence every check."""
-    if type(value) is float and is_allowed(value):  # nearly always; spares the slow isinstance below
-        return value
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number {allowed}, got {value!r}")
-    try:
-        result = float(value)
-    except OverflowError:  # an int beyond float64
-        result = math.nan
-    if not is_allowed(result):
-        raise ValueError(f"{name} must be a number {allowed}, got {value!r}")
-    return result
-
-
-def positive(name: str, value: object) -> float:
-    """``value`` as a float above 0, finite."""
-    return number(name, value, "in (0, inf)", lambda x: 0 < x < math.inf)
-
-
-def not_negative(name: str, value: object) -> float:
-    """``value`` as a float from 0, finite."""
-    return number(name, value, "in [0, inf)", lambda x: 0 <= x < math.inf)
-
-
-def flag(name: str, value: object) -> bool:
-    """``value`` as a bool, which a 0 or 1 is not."""
-    if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-    return bool(value)
-
-
-def one_of(name: str, value: Chosen, allowed: tuple[str, ...]) -> Chosen:
-    """``value``, which must be one of the words allowed."""
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-    return value
 
 
 # --- what all options share -------------------------------------------------------------------------------------------

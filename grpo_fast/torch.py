@@ -8,10 +8,11 @@ import pickle
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+from ._checks import positive
 from .loss import grpo_loss as loss_of_arrays
 from .loss import options_of
 from .stats import Stats
-from .terms import CISPO, K1, K2, K3, KL, SAPO, Aggregation, Clip, Level, Surrogate, positive
+from .terms import CISPO, K1, K2, K3, KL, SAPO, Aggregation, Clip, Level, Surrogate
 
 try:
     import torch

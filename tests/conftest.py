@@ -11,9 +11,10 @@ from hypothesis import settings
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))  # what is scripts there, tests use
 
-from grpo_fast import BLOCK, _parallel
-from grpo_fast._parallel import WORTH_SHARING
-from grpo_fast.staging import RUN
+from grpo_fast import BLOCK
+from grpo_fast._kernels import threads
+from grpo_fast._kernels.blocks import RUN
+from grpo_fast._kernels.threads import WORTH_SHARING
 
 settings.register_profile("grpo_fast", deadline=None)  # the first example may compile
 settings.load_profile("grpo_fast")
@@ -43,9 +44,9 @@ def samples(n, dtype=np.float64, seed=0, drift=0.3):
 def someone_else_computes():
     """As if another thread were in a parallel region."""
     other = object()
-    _parallel._inside[other] = None
+    threads._inside[other] = None
     yield
-    del _parallel._inside[other]
+    del threads._inside[other]
 
 
 def python(script, timeout=300, inside=(), **environment):

@@ -18,7 +18,7 @@ import numpy as np
 from combinations import COMBINATIONS, TOKEN
 
 from grpo_fast import grpo_loss, grpo_objective, grpo_stats, grpo_sweep
-from grpo_fast.exact import Exact
+from grpo_fast._kernels.exact import Exact
 
 PATH = Path(__file__).with_name("recorded.json")
 PROBABILITIES = "rhos", "A", "pi_theta_old", "pi_theta_ref"

@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from grpo_fast import BLOCK, Stats, exact, grpo_objective, grpo_stats, grpo_sweep, reference
-from grpo_fast.exact import ROW, Exact
+from grpo_fast._kernels.exact import ROW, Exact
 from grpo_fast.terms import K2
 
 N = 5 * BLOCK + 77

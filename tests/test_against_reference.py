@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from grpo_fast import BLOCK, grpo_objective, grpo_stats, grpo_sweep, reference
-from grpo_fast.staging import RUN
+from grpo_fast._kernels.blocks import RUN
 
 mpmath.mp.prec = 400  # r may differ from 1 by 2⁻¹⁰⁶, hence k3 from 0 by 2⁻²¹³
 

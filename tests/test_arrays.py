@@ -7,7 +7,7 @@ import pytest
 from conftest import BLOCK, DTYPES, samples
 
 from grpo_fast import grpo_objective, grpo_stats, grpo_sweep
-from grpo_fast._inputs import flat, same_shape
+from grpo_fast._checks import flat, same_shape
 
 N = 360
 

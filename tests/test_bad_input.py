@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from conftest import DTYPES, samples
 
-from grpo_fast import BLOCK, grpo_objective, grpo_stats, grpo_sweep, sweep_kernels
-from grpo_fast import objective_kernels as kernels
-from grpo_fast._inputs import same_shape
-from grpo_fast._parallel import WORTH_SHARING
+from grpo_fast import BLOCK, grpo_objective, grpo_stats, grpo_sweep
+from grpo_fast._checks import same_shape
+from grpo_fast._kernels import sample_blocks, sweep_blocks
+from grpo_fast._kernels.threads import WORTH_SHARING
 
 NAMES = ["rhos", "A", "pi_theta_old", "pi_theta_ref"]
 
@@ -205,11 +205,11 @@ def test_inputs_are_not_written(dtype):
 def test_read_only_arrays_are_read_by_the_same_machine_code(n):
     arrays = samples(n)
     dispatchers = [
-        kernels.objective_block,
-        kernels.totals,
-        kernels.totals_parallel,
-        sweep_kernels.sweep,
-        sweep_kernels.sweep_parallel,
+        sample_blocks.objective_block,
+        sample_blocks.totals,
+        sample_blocks.totals_parallel,
+        sweep_blocks.sweep,
+        sweep_blocks.sweep_parallel,
     ]
     expected = [grpo_objective(*arrays), grpo_stats(*arrays), sweep(*arrays).objective.tolist()]
     compiled = [len(d.signatures) for d in dispatchers]

@@ -2,7 +2,6 @@
 
 import ast
 import os
-import re
 import shutil
 import subprocess
 import time
@@ -16,45 +15,41 @@ import recorded
 from conftest import python
 
 import grpo_fast
-from grpo_fast import _cache
-from grpo_fast._compiling import compiled
-from grpo_fast.staging import RUN, scratch_like
+from grpo_fast._kernels import cache
+from grpo_fast._kernels.blocks import RUN, scratch_like
+from grpo_fast._kernels.compiling import compiled
 
 PACKAGE = Path(grpo_fast.__file__).parent
-MODULES = [path.stem for path in PACKAGE.glob("*.py") if re.search(r"^@compiled", path.read_text(), re.MULTILINE)]
+KERNELS = sorted((PACKAGE / "_kernels").glob("*.py"))
 
 
-def imported_by(module):
-    """The module, and those of this package that it imports, directly or not."""
-    found, waiting = set(), {module}
-    while waiting - found:
-        name = min(waiting - found)
-        found.add(name)
-        for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level == 1:
-                waiting |= {node.module} if node.module else {alias.name for alias in node.names}
-    return found
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
+def test_kernels_import_nothing_from_above_but_the_options(path):
+    assert {"token_level", "sample_blocks", "simd"} <= {path.stem for path in KERNELS}
+    imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    for node in imports:
+        if isinstance(node, ast.Import):
+            assert not [name for name in node.names if name.name.startswith("grpo_fast")]
+        elif node.level == 2:
+            assert node.module == "terms"
+        else:
+            assert node.level < 2
+            assert not (node.module or "").startswith("grpo_fast")
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_code_is_made_of_all_that_its_module_imports(module, tmp_path, monkeypatch):
-    assert {"objective_kernels", "token_level", "staging"} <= set(MODULES)
-    shutil.copytree(PACKAGE, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(_cache, "files", lambda package: tmp_path)
-
-    def digest():
-        _cache.source.cache_clear()
-        return _cache.source(module)
-
+def test_machine_code_is_named_after_all_kernels_and_the_options(tmp_path, monkeypatch):
+    shutil.copytree(PACKAGE, tmp_path / "grpo_fast", ignore=shutil.ignore_patterns("__pycache__"))
+    folders = {cache.__package__: "grpo_fast/_kernels", cache.__package__.rpartition(".")[0]: "grpo_fast"}
+    monkeypatch.setattr(cache, "files", lambda package: tmp_path / folders[package])
+    digest = cache.source.__wrapped__
     before, decides = digest(), set()
-    for path in tmp_path.glob("*.py"):
+    for path in tmp_path.rglob("*.py"):
         text = path.read_text()
         path.write_text(text + "\n")
         if digest() != before:
-            decides.add(path.stem)
+            decides.add(str(path.relative_to(tmp_path / "grpo_fast")))
         path.write_text(text)
-    _cache.source.cache_clear()
-    assert decides == imported_by(module)
+    assert decides == {"terms.py"} | {f"_kernels/{path.name}" for path in KERNELS}
 
 
 # --- one small kernel, of which there is a new dispatcher in every process --------------------------------------------
@@ -117,14 +112,14 @@ def test_where_a_file_cannot_be_read_nor_written(folder):
 
 def test_two_at_once_do_not_take_the_same_place(folder, monkeypatch):
     # In Numba's own cache both would number their file 1, and the second would overwrite the first.
-    dumps = _cache.dumps
+    dumps = cache.dumps
 
     def another_first(data):
-        monkeypatch.setattr(_cache, "dumps", dumps)
+        monkeypatch.setattr(cache, "dumps", dumps)
         assert not call(np.float32)
         return dumps(data)
 
-    monkeypatch.setattr(_cache, "dumps", another_first)
+    monkeypatch.setattr(cache, "dumps", another_first)
     assert not call(np.float64)
     assert call(np.float32)
     assert call(np.float64)
@@ -142,7 +137,7 @@ def test_another_version_or_another_flag_is_another_entry(what, folder, monkeypa
         elif what == "flag":
             patch.setattr(numba.config, "BOUNDSCHECK", 1)
         else:
-            patch.setattr({"numba": numba, "llvmlite": _cache.llvmlite}[what], "__version__", "0.0")
+            patch.setattr({"numba": numba, "llvmlite": cache.llvmlite}[what], "__version__", "0.0")
         assert not call()
     assert call()
     assert len(entries(folder)) == 2
@@ -152,7 +147,7 @@ def test_entries_of_older_source_are_removed(folder, monkeypatch):
     call()
     call(np.float32)
     old = entries(folder)
-    monkeypatch.setattr(_cache, "source", lambda module: "of another version")
+    monkeypatch.setattr(cache, "source", lambda: "of another version")
     assert not call()
     assert not set(old) & set(entries(folder))
     assert len(entries(folder)) == 1
@@ -169,7 +164,7 @@ print(grpo_fast.grpo_objective([1.2, 0.8, 1.1], [1.0, -1.0, 1.0], [0.9, 1.1, 1.0
 UPGRADES = {
     "an elementary function": ("elementary", "0.22222223072008154", "0.22322223072008154", 1),
     # Numba's own index is read before its stamp is compared, and names classes that are there no more.
-    "the name of a class": ("objective_kernels", "BlockSums", "SumsOfBlock", 0),
+    "the name of a class": ("sample_blocks", "BlockSums", "SumsOfBlock", 0),
 }
 
 
@@ -179,7 +174,7 @@ def test_an_upgrade_runs_the_new_code(what, tmp_path):
     shutil.copytree(PACKAGE, tmp_path / "grpo_fast", ignore=shutil.ignore_patterns("__pycache__"))
     script, cache = ONE_CALL.format(package=str(tmp_path), beta=beta), str(tmp_path / "cache")
     before, kept = python(script, NUMBA_CACHE_DIR=cache), entries(tmp_path)
-    path = tmp_path / "grpo_fast" / f"{module}.py"
+    path = tmp_path / "grpo_fast" / "_kernels" / f"{module}.py"
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
     assert (python(script, NUMBA_CACHE_DIR=cache) != before) == (module == "elementary")

@@ -11,9 +11,9 @@ import pytest
 from accuracy import FUNCTIONS, SLACK, chosen, errors, everyone, worst
 from conftest import DTYPES
 
-from grpo_fast import objective_runs
-from grpo_fast.elementary import NEAR, k3_near, reduce_near_ratio
-from grpo_fast.simd import lanes, load, store
+from grpo_fast._kernels import samples
+from grpo_fast._kernels.elementary import NEAR, k3_near, reduce_near_ratio
+from grpo_fast._kernels.simd import lanes, load, store
 
 LOG, EXP, K3_OF_LOG, EXPM1, K3_OF_RATIO, K3_COMPOSED = FUNCTIONS
 
@@ -141,7 +141,7 @@ def test_near_is_told_from_far(dtype):
 @numba.njit(error_model="numpy", nogil=True)
 def legal(ratio, advantage, old, ref, out):
     for i in range(len(ratio)):
-        out[i] = objective_runs._load_carefully(ratio, advantage, old, ref, i, i + 1)[5]
+        out[i] = samples._load_carefully(ratio, advantage, old, ref, i, i + 1)[5]
 
 
 @pytest.mark.parametrize("every", [49_999, pytest.param(1, marks=pytest.mark.exhaustive)])

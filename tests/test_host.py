@@ -7,7 +7,7 @@ import numpy as np
 from conftest import BLOCK, python, samples
 
 from grpo_fast import grpo_objective, grpo_stats
-from grpo_fast._parallel import WORTH_SHARING
+from grpo_fast._kernels.threads import WORTH_SHARING
 
 MANY = WORTH_SHARING + 5 * BLOCK
 
@@ -16,10 +16,12 @@ def test_importing_where_nothing_can_be_written(tmp_path):
     # Files stand where each possible cache directory would be made: that stops root as well.
     package = os.path.dirname(__import__("grpo_fast").__file__)
     os.mkdir(tmp_path / "grpo_fast")
-    for name in os.listdir(package):
-        if name.endswith(".py"):
-            os.symlink(os.path.join(package, name), tmp_path / "grpo_fast" / name)
-    (tmp_path / "grpo_fast" / "__pycache__").touch()
+    os.mkdir(tmp_path / "grpo_fast" / "_kernels")
+    for folder in (".", "_kernels"):
+        for name in os.listdir(os.path.join(package, folder)):
+            if name.endswith(".py"):
+                os.symlink(os.path.join(package, folder, name), tmp_path / "grpo_fast" / folder / name)
+        (tmp_path / "grpo_fast" / folder / "__pycache__").touch()
     nowhere = str(tmp_path / "grpo_fast" / "__init__.py" / "nowhere")
     script = f"""
 import sys, warnings
@@ -60,8 +62,8 @@ def test_importing_compiles_nothing_and_starts_no_thread():
     script = """
 import threading
 import grpo_fast
-from grpo_fast import objective_kernels as kernels
-print(threading.active_count(), [len(getattr(kernels, name).signatures) for name in ("totals", "totals_parallel")])
+from grpo_fast._kernels.sample_blocks import totals, totals_parallel
+print(threading.active_count(), [len(kernel.signatures) for kernel in (totals, totals_parallel)])
 """
     assert python(script) == "1 [0, 0]\n"
 
@@ -78,7 +80,7 @@ atexit.register(lambda: print(grpo_fast.grpo_objective(1.0, 3.0, None, None, bet
 def test_called_first_while_something_is_compiled(tmp_path):
     script = """
 import numba, numpy as np
-from grpo_fast.staging import scratch_like
+from grpo_fast._kernels.blocks import scratch_like
 
 @numba.njit
 def size(x):

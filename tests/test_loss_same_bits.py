@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_fast import CISPO, K2, K3, SAPO, Clip, grpo_loss
+from grpo_fast._kernels.tokens import Batch
 from grpo_fast.loss import _pieces
-from grpo_fast.loss_batch import Batch
 
 #: Nothing, and the ends of vectors and of blocks.
 LENGTHS = (9001, 0, 1, 7, 8, 9, 16, 17, 127, 128, 129, 255, 256, 257, 0, 4095, 4096, 4097, 33)

@@ -6,7 +6,7 @@ import pytest
 from conftest import DTYPES, samples, someone_else_computes
 
 from grpo_fast import BLOCK, grpo_objective, grpo_stats, grpo_sweep
-from grpo_fast._parallel import WORTH_SHARING
+from grpo_fast._kernels.threads import WORTH_SHARING
 
 MANY = WORTH_SHARING + 5 * BLOCK + 13
 

@@ -11,8 +11,9 @@ import pytest
 from conftest import DTYPES, LANES, python
 from numba.core import types
 
-from grpo_fast import BLOCK, objective_kernels, simd
-from grpo_fast.simd import (
+from grpo_fast import BLOCK
+from grpo_fast._kernels import sample_blocks, simd
+from grpo_fast._kernels.simd import (
     beyond,
     bits,
     constant,
@@ -231,7 +232,7 @@ def test_flags(dtype):
 GUARD = """
 import numba, numpy as np
 from grpo_fast import K3, grpo_loss, grpo_objective
-from grpo_fast.simd import lanes, load_first, store
+from grpo_fast._kernels.simd import lanes, load_first, store
 from guarded import guarded
 
 @numba.njit
@@ -267,7 +268,7 @@ def test_nothing_beyond_an_end_is_touched():
 # --- machine code -----------------------------------------------------------------------------------------------------
 def assembly(dtype):
     """The machine code of `sum_block` as compiled for this CPU (Numba shows none for what came out of its cache)."""
-    kernel = numba.njit(nogil=True, error_model="numpy")(objective_kernels.sum_block.py_func)
+    kernel = numba.njit(nogil=True, error_model="numpy")(sample_blocks.sum_block.py_func)
     array = types.Array(numba.from_dtype(np.dtype(dtype)), 1, "C")
     kernel.compile((*[array] * 4, *[types.intp] * 2, *[types.float64] * 2, types.none, array))
     return next(iter(kernel.inspect_asm().values()))

@@ -19,7 +19,7 @@ import pytest
 import recorded
 from conftest import python
 
-from grpo_fast import _parallel
+from grpo_fast._kernels import threads
 
 LARGE = ["objective near f8 70003", "stats far f4 70003", "sweep near f8 70003", "loss usual 21 long"]
 SMALL = ["objective near f8 127", "sweep far f4 127", "loss usual 21"]
@@ -37,7 +37,7 @@ PRELUDE = """
 import os, signal, sys, threading, time
 import numba
 import recorded
-from grpo_fast import _parallel
+from grpo_fast._kernels import threads
 
 def wrong(cases):
     return list(recorded.different(cases))
@@ -89,7 +89,7 @@ for thread in threads:
     thread.join()
 assert len(results) == {threads} * {rounds}
 assert not any(found for _, found in results), results
-assert not _parallel._inside
+assert not threads._inside
 print(numba.threading_layer())
 """
 
@@ -116,7 +116,7 @@ def test_threads_that_others_run_between():
 
     def work(_):
         for _ in range(20_000):
-            with _parallel.tasks(1 << 20) as many:
+            with threads.tasks(1 << 20) as many:
                 assert many >= 1
 
     before, interval = gc.get_threshold(), sys.getswitchinterval()
@@ -130,7 +130,7 @@ def test_threads_that_others_run_between():
         gc.set_threshold(*before)
         sys.setswitchinterval(interval)
         gc.callbacks.remove(collected)
-    assert not _parallel._inside
+    assert not threads._inside
 
 
 def test_threads_of_this_process():
@@ -156,7 +156,7 @@ assert child(lambda: child(lambda: wrong(cases)) or wrong(cases)) == 0
 """,
     "in the middle": """
 assert not wrong(cases)
-_parallel._inside[object()] = None  # another thread, which is not there in the child
+threads._inside[object()] = None  # another thread, which is not there in the child
 assert child(lambda: wrong(cases)) == 0
 """,
     "of a parent that computes": """
@@ -208,7 +208,7 @@ logging.setLogRecordFactory(Record)  # no business of ours
 
 def work():
     import recorded
-    assert {forked} == __import__("grpo_fast")._parallel._forked
+    assert {forked} == __import__("grpo_fast").threads._forked
     return any(recorded.different({cases}))
 
 if {forked}:
@@ -306,13 +306,13 @@ def test_whenever_a_signal_comes_nobody_is_left_inside():
             with suppress(SignalError):
                 signal.setitimer(signal.ITIMER_REAL, 20e-6 + k % 100 * 1e-6)
                 while not came:
-                    with _parallel.tasks(1 << 20):
+                    with threads.tasks(1 << 20):
                         pass
-                    with _parallel.serially():
+                    with threads.serially():
                         pass
             assert came
-            assert not _parallel._inside
-            assert not getattr(_parallel._here, "serial", False)
+            assert not threads._inside
+            assert not getattr(threads._here, "serial", False)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -338,7 +338,7 @@ for _ in range({times}):
             wrong({cases})
     except KeyboardInterrupt:
         pass
-    assert came and not _parallel._inside
+    assert came and not threads._inside
 assert not wrong({cases})
 print("done")
 """

@@ -298,7 +298,7 @@ def test_ref_logps_are_not_looked_at_without_a_kl():
 WORKER = """
 import torch
 from test_torch import loss_and_grad, clean
-from grpo_fast._parallel import WORTH_SHARING
+from grpo_fast._kernels.threads import WORTH_SHARING
 
 MANY = [WORTH_SHARING, 5]  # for which threads are woken, but in a forked child
 

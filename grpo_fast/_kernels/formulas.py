@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from numba.extending import overload
 
-from ._compiling import inlined
+from ..terms import CISPO, K1, K2, K3, SAPO, Clip
+from .compiling import inlined
 from .elementary import exp, k3_of_any_log, k3_of_log, layout
 from .simd import constant, fma, full_like, tally, where
-from .terms import CISPO, K1, K2, K3, SAPO, Clip
 
 _inlined_overload = {"jit_options": {"forceinline": True, "_nrt": False}}
 

@@ -5,44 +5,19 @@ from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _parallel
-from ._compiling import compiled
-from .simd import full, lane_sum, lanes, load
-
-
-@compiled
-def _read(a: Any, b: Any, c: Any, d: Any, start: int, stop: int) -> Any:
-    """The sum of all elements: one load and one addition for each vector, nothing a kernel could do without."""
-    w = full(a, 0.0)
-    x = w
-    y = w
-    z = w
-    for i in range(start, stop - lanes(a) + 1, lanes(a)):
-        w += load(a, i)
-        x += load(b, i)
-        y += load(c, i)
-        z += load(d, i)
-    return lane_sum(w + x + y + z)
-
-
-@compiled(parallel=True)
-def _read_parallel(a: Any, b: Any, c: Any, d: Any, sums: Any) -> None:
-    tasks = len(sums)
-    for t in numba.prange(tasks):
-        sums[t] = _read(a, b, c, d, t * len(a) // tasks, (t + 1) * len(a) // tasks)
+from ._kernels import roof, threads
 
 
 def read(a: NDArray[Any], b: NDArray[Any], c: NDArray[Any], d: NDArray[Any]) -> float:
     """Read four arrays of one dtype and length, on all threads when they are large: the read-only roof."""
-    with _parallel.tasks(a.size) as tasks:
+    with threads.tasks(a.size) as tasks:
         if tasks == 1:
-            return float(_read(a, b, c, d, 0, a.size))
+            return float(roof.read(a, b, c, d, 0, a.size))
         sums = np.zeros(tasks)
-        _read_parallel(a, b, c, d, sums)
+        roof.read_parallel(a, b, c, d, sums)
         return float(sums.sum())
 
 

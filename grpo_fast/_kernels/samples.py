@@ -8,7 +8,8 @@ How a block is worked through, `staging` says. From the inside out:
     begin_run                   the first two, in the near way if that will do
 """
 
-from ._compiling import inlined
+from .blocks import RUN, ask_ahead, get, put
+from .compiling import inlined
 from .elementary import (
     NEAR,
     ReducedRatio,
@@ -37,7 +38,6 @@ from .simd import (
     wide,
     wide_squares,
 )
-from .staging import RUN, ask_ahead, get, put
 
 # Rows of the scratch array, each RUN vectors long. Where a vector is longer than its block, ρ and A are 0, and the
 # smallest and the largest of what is present are those of all.

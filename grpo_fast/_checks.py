@@ -1,10 +1,12 @@
-"""Array-likes → checked one-dimensional arrays that the kernels can read, and errors that name what is wrong.
+"""What is allowed, or the error that says so: numbers, words, and array-likes, which become what the kernels can read.
 
-Values are looked at here only after a kernel has found that something is wrong with them.
+Values in arrays are looked at here only after a kernel has found that something is wrong with them.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from numbers import Real
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
@@ -14,12 +16,54 @@ from numpy.ma import MaskedArray
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[Any]
+Chosen = TypeVar("Chosen", bound=str)
 
 FLOAT64 = np.dtype(np.float64)
 FLOAT32 = np.dtype(np.float32)
 _SEARCH = 1 << 16  # elements looked at together when a bad one is searched
 
 
+# --- numbers and words ------------------------------------------------------------------------------------------------
+def number(name: str, value: object, allowed: str, is_allowed: Callable[[float], bool]) -> float:
+    """``value`` as a float, or an error that says what is allowed; NaN fails every comparison, hence every check."""
+    if type(value) is float and is_allowed(value):  # nearly always; spares the slow isinstance below
+        return value
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number {allowed}, got {value!r}")
+    try:
+        result = float(value)
+    except OverflowError:  # an int beyond float64
+        result = math.nan
+    if not is_allowed(result):
+        raise ValueError(f"{name} must be a number {allowed}, got {value!r}")
+    return result
+
+
+def positive(name: str, value: object) -> float:
+    """``value`` as a float above 0, finite."""
+    return number(name, value, "in (0, inf)", lambda x: 0 < x < math.inf)
+
+
+def not_negative(name: str, value: object) -> float:
+    """``value`` as a float from 0, finite."""
+    return number(name, value, "in [0, inf)", lambda x: 0 <= x < math.inf)
+
+
+def flag(name: str, value: object) -> bool:
+    """``value`` as a bool, which a 0 or 1 is not."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def one_of(name: str, value: Chosen, allowed: tuple[str, ...]) -> Chosen:
+    """``value``, which must be one of the words allowed."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+# --- arrays -----------------------------------------------------------------------------------------------------------
 class _Alias:
     """The memory of a read-only array without that flag.
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from numba.core import types
 from numba.extending import overload
 
-from ._compiling import inlined
+from .compiling import inlined
 from .simd import bits, constant, fma, from_bits, full_like, where
 
 LN2 = math.log(2.0)

@@ -9,7 +9,6 @@ all that decides what it does; what cannot be read is compiled again, and what c
 import hashlib
 import os
 import pickle
-import re
 import sys
 import threading
 import warnings
@@ -76,7 +75,7 @@ class _Entries:
         self._folder = folder
         self._name = f"{module}.{function.__qualname__}"
         # Now, not when something is compiled: by then the files may be those of another version.
-        self._source = source(module)
+        self._source = source()
 
     def load(self, key: Any) -> Any:
         """What was saved under a key; None if nothing was, or if it is damaged."""
@@ -118,18 +117,11 @@ class _Entries:
 
 
 @cache
-def source(module: str) -> str:
-    """A digest of a module's text and of all that it imports from this package, directly or not."""
-    texts: dict[str, bytes] = {}
-    waiting = [module]
-    while waiting:
-        name = waiting.pop()
-        if name not in texts:
-            texts[name] = (files(__package__) / f"{name}.py").read_bytes()
-            for one, several in re.findall(rb"^from \.(\w*) import (.*)", texts[name], re.MULTILINE):
-                named = [one] if one else re.findall(rb"(\w+)(?: as \w+)?(?:, )?", several)
-                waiting += [each.decode() for each in named]
-    return _digest(b"".join(texts[name] for name in sorted(texts)))
+def source() -> str:
+    """A digest of the texts that decide what machine code does: those of all kernels, and of the options they read."""
+    texts = [*files(__package__).iterdir(), files(__package__.rpartition(".")[0]) / "terms.py"]
+    named = sorted((text.name, text.read_bytes()) for text in texts if text.name.endswith(".py"))
+    return _digest(repr(named).encode())
 
 
 def _digest(data: bytes) -> str:

@@ -7,7 +7,7 @@ needs it leaves in a row of a scratch array, which stays in the L1 cache. (One f
 
 import numpy as np
 
-from ._compiling import compiled, inlined
+from .compiling import compiled, inlined
 from .simd import lanes, load, prefetch, store, where, wide
 
 BLOCK = 4096  # samples whose sums are rounded; between blocks nothing is

@@ -9,7 +9,7 @@ from typing import Any
 import numba
 from numba.core.compiler_lock import global_compiler_lock
 
-from . import _cache
+from . import cache
 
 #: The decorator of every function that is part of an inner loop: always inlined by LLVM, never cached on its own. No
 #: reference counts: those of arrays in a tuple LLVM does not see through, and threads fight for them.
@@ -29,7 +29,7 @@ def compiled(function: Any = None, *, parallel: bool = False, allocates: bool = 
     options = {"nogil": True, "error_model": "numpy", "parallel": parallel, "forceinline": False, "_nrt": allocates}
     dispatcher = numba.njit(**options)(function)
     dispatcher.compile = _undisturbed(dispatcher.compile)
-    _cache.keep(dispatcher)
+    cache.keep(dispatcher)
     return dispatcher
 
 

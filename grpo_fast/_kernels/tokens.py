@@ -8,8 +8,9 @@ stands, on any number of threads. `token_level` and `sequence_level` are two way
 from typing import Any, NamedTuple
 
 from . import exact
-from ._compiling import inlined
-from .loss_terms import times
+from .blocks import RUN, ask_ahead
+from .compiling import inlined
+from .formulas import times
 from .simd import (
     WIDTH,
     beyond,
@@ -25,7 +26,6 @@ from .simd import (
     store,
     store_first,
 )
-from .staging import RUN, ask_ahead
 
 # Rows of the exact sums; the last two, of the sums of each sequence over its own tokens.
 SURROGATE, KL, RATIO, RATIO_SQUARED, LOG_RATIO, SURROGATE_MEAN, KL_MEAN, SUMS = range(8)

@@ -8,9 +8,29 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-from ._compiling import compiled, inlined
+from .blocks import BLOCK, RUN, ask_ahead, get, put, scratch_like, settled
+from .compiling import compiled, inlined
 from .elementary import exp, exp_of_any, layout
-from .loss_batch import (
+from .formulas import Clipped, count_clipped, kl_term, surrogate_term, times
+from .simd import (
+    align_stack,
+    bits,
+    fma,
+    from_bits,
+    full,
+    full_like,
+    is_finite,
+    lane_max,
+    lane_min,
+    lane_sum,
+    lanes,
+    load,
+    store,
+    where,
+    wide,
+    wide_squares,
+)
+from .tokens import (
     LOG_RATIO,
     TOKENS,
     Found,
@@ -32,26 +52,6 @@ from .loss_batch import (
     without,
     write,
 )
-from .loss_terms import Clipped, count_clipped, kl_term, surrogate_term, times
-from .simd import (
-    align_stack,
-    bits,
-    fma,
-    from_bits,
-    full,
-    full_like,
-    is_finite,
-    lane_max,
-    lane_min,
-    lane_sum,
-    lanes,
-    load,
-    store,
-    where,
-    wide,
-    wide_squares,
-)
-from .staging import BLOCK, RUN, ask_ahead, get, put, scratch_like, settled
 
 # Rows of the scratch array, each RUN vectors long.
 _ABSENT, _ADVANTAGE, _RHO, _PENALTY, _ROWS = range(5)

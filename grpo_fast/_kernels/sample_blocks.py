@@ -14,9 +14,10 @@ import numba
 import numpy as np
 
 from . import exact
-from ._compiling import compiled, inlined
+from .blocks import BLOCK, RUN, get, scratch_like
+from .compiling import compiled, inlined
 from .elementary import LN2, layout, log
-from .objective_runs import PRESENT, RHO, ROWS, begin_run, count_clipped, moments, squares, surrogate_sum
+from .samples import PRESENT, RHO, ROWS, begin_run, count_clipped, moments, squares, surrogate_sum
 from .simd import (
     align_stack,
     bits,
@@ -31,7 +32,6 @@ from .simd import (
     wide,
     wide_product,
 )
-from .staging import BLOCK, RUN, get, scratch_like
 
 # Rows of the exact sums.
 SURROGATE, KL, RATIO, RATIO_SQUARED, LOG_RATIO, SUMS = range(6)

@@ -7,9 +7,10 @@ import numba
 import numpy as np
 
 from . import exact
-from ._compiling import compiled, inlined
+from .blocks import BLOCK, RUN, ask_ahead, get, put, scratch_like
+from .compiling import compiled, inlined
 from .elementary import layout
-from .objective_runs import ADVANTAGE, RHO, ROWS, F, S, begin_run
+from .samples import ADVANTAGE, RHO, ROWS, F, S, begin_run
 from .simd import (
     align_stack,
     bits,
@@ -29,7 +30,6 @@ from .simd import (
     where,
     wide,
 )
-from .staging import BLOCK, RUN, ask_ahead, get, put, scratch_like
 
 # Rows of the scratch array that are free once the KL is summed.
 _FOLDED, _SIZE = F, S

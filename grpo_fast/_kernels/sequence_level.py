@@ -12,9 +12,12 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-from ._compiling import compiled, inlined
+from .blocks import BLOCK, RUN, ask_ahead, settled
+from .compiling import compiled, inlined
 from .elementary import exp_of_any, layout
-from .loss_batch import (
+from .formulas import Clipped, count_clipped, kl_term, passes_through_ratio, stake, surrogate_term, times
+from .simd import align_stack, bits, full, full_like, lane_max, lane_min, lane_sum, lanes, load, tally, where, wide
+from .tokens import (
     TOKENS,
     Found,
     Objective,
@@ -35,9 +38,6 @@ from .loss_batch import (
     without,
     write,
 )
-from .loss_terms import Clipped, count_clipped, kl_term, passes_through_ratio, stake, surrogate_term, times
-from .simd import align_stack, bits, full, full_like, lane_max, lane_min, lane_sum, lanes, load, tally, where, wide
-from .staging import BLOCK, RUN, ask_ahead, settled
 
 # --- collect ----------------------------------------------------------------------------------------------------------
 # What is collected from each block of a sequence.

@@ -1,0 +1,1 @@
+"""Everything that becomes machine code, and only that."""
