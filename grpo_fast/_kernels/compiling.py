@@ -1,4 +1,7 @@
-"""How the kernels are compiled: functions of inner loops are `inlined`, those that are called are `compiled`."""
+"""How the kernels are compiled: functions of inner loops are `inlined`, those that are called are `compiled`.
+
+Where the types of its arguments pick the formula of an inlined function, it is `inlined_by_type`.
+"""
 
 import functools
 import threading
@@ -8,12 +11,29 @@ from typing import Any
 
 import numba
 from numba.core.compiler_lock import global_compiler_lock
+from numba.extending import overload
 
 from . import cache
 
-#: The decorator of every function that is part of an inner loop: always inlined by LLVM, never cached on its own. No
-#: reference counts: those of arrays in a tuple LLVM does not see through, and threads fight for them.
-inlined = numba.njit(forceinline=True, error_model="numpy", _nrt=False)
+#: No reference counts: those of arrays in a tuple LLVM does not see through, and threads fight for them.
+_INLINED = {"forceinline": True, "error_model": "numpy", "_nrt": False}
+
+#: The decorator of every function that is part of an inner loop: always inlined by LLVM, never cached on its own.
+inlined = numba.njit(**_INLINED)
+
+
+def inlined_by_type(formula_for: Callable[..., Any]) -> Any:
+    """The decorator of an inlined function of which the types of the arguments pick the formula.
+
+    What is decorated gets these types, while a kernel is compiled, and returns the function that is inlined for them.
+    """
+
+    @functools.wraps(formula_for)
+    def called(*_: Any) -> Any:
+        raise TypeError(f"{formula_for.__name__} is known inside kernels only")
+
+    overload(called, jit_options=_INLINED)(formula_for)
+    return called
 
 
 def compiled(function: Any = None, *, parallel: bool = False, allocates: bool = True) -> Any:

@@ -18,9 +18,8 @@ import math
 from typing import Any, NamedTuple
 
 from numba.core import types
-from numba.extending import overload
 
-from .compiling import inlined
+from .compiling import inlined, inlined_by_type
 from .simd import bits, constant, fma, from_bits, full_like, where
 
 LN2 = math.log(2.0)
@@ -92,22 +91,16 @@ FLOAT32 = Layout(
 )
 
 
+@inlined_by_type
 def layout(x):
     """The format of a vector's elements, known when the kernel is compiled."""
-
-
-@overload(layout, jit_options={"forceinline": True})
-def _layout(x):
     chosen = FLOAT64 if x.element is types.float64 else FLOAT32
     return lambda x: chosen
 
 
+@inlined_by_type
 def tail(z):
     """P(z) = (2·artanh(s) − 2s)/s³ with z = s², minimax for 0 ≤ z ≤ 0.0403, which is 2/3 ≤ 1 + f ≤ 3/2 and more."""
-
-
-@overload(tail, jit_options={"forceinline": True})
-def _tail(z):
     if z.element is types.float64:
 
         def polynomial(z):  # error 2.7e-17; pairs first, so that the chain is short
@@ -216,12 +209,9 @@ def split(x):
     return m, pattern - bits(m) - lifted + form.one
 
 
+@inlined_by_type
 def rest_of_exp(g):
     """R(g) = (e^g − 1 − g − g²/2)/g³, minimax for |g| ≤ 0.34661, half of ln 2 and a little."""
-
-
-@overload(rest_of_exp, jit_options={"forceinline": True})
-def _rest_of_exp(g):
     # Even and odd powers, each by Horner's rule: one instruction for a coefficient, which comes from memory. (In
     # pairs, as in `tail`, the chain is shorter, but half of the coefficients cost an instruction more.)
     if g.element is types.float64:

@@ -8,10 +8,9 @@ wait until the end. In Python it is one `int`.
 import math
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 
-from .compiling import compiled
+from .compiling import compiled, inlined
 from .simd import bits
 
 #: Limbs of 32 bits in use: 2098 bits for the largest float64 in units of the least one, 64 for carries and sign; then
@@ -22,7 +21,7 @@ ROW = LIMBS + 1
 _UNIT = 1 << 1074
 
 
-@numba.njit(forceinline=True)
+@inlined
 def add(row: Any, x: float) -> None:
     """Add x to the limbs ``row``, an int64 array of length `ROW`; safe for 2³⁰ numbers before `merge`."""
     pattern = np.int64(bits(x))

@@ -6,14 +6,10 @@ run-time values. Formulas and sources are in `terms`; what an overflow becomes i
 
 from typing import Any, NamedTuple
 
-from numba.extending import overload
-
 from ..terms import CISPO, K1, K2, K3, SAPO, Clip
-from .compiling import inlined
+from .compiling import inlined, inlined_by_type
 from .elementary import exp, k3_of_any_log, k3_of_log, layout
 from .simd import constant, fma, full_like, tally, where
-
-_inlined_overload = {"jit_options": {"forceinline": True, "_nrt": False}}
 
 
 @inlined
@@ -30,12 +26,9 @@ class PolicyTerm(NamedTuple):
     slope: Any
 
 
+@inlined_by_type
 def surrogate_term(surrogate, rho, a, logp):
     """The policy term of each token."""
-
-
-@overload(surrogate_term, **_inlined_overload)
-def _surrogate_term(surrogate, rho, a, logp):
     option = surrogate.instance_class
 
     if option is Clip:
@@ -77,23 +70,17 @@ def _surrogate_term(surrogate, rho, a, logp):
     return term
 
 
+@inlined_by_type
 def stake(surrogate, a, logp):
     """What s is proportional to while ρ and the sign of A stay the same."""
-
-
-@overload(stake, **_inlined_overload)
-def _stake(surrogate, a, logp):
     if surrogate.instance_class is CISPO:
         return lambda surrogate, a, logp: a * logp
     return lambda surrogate, a, logp: a
 
 
+@inlined_by_type
 def passes_through_ratio(surrogate):
     """Whether the gradient is that of ρ."""
-
-
-@overload(passes_through_ratio, **_inlined_overload)
-def _passes_through_ratio(surrogate):
     answer = surrogate.instance_class is not CISPO
     return lambda surrogate: answer
 
@@ -106,12 +93,9 @@ class Clipped(NamedTuple):
     beyond: Any
 
 
+@inlined_by_type
 def count_clipped(surrogate, rho, a, counts):
     """``counts`` with these tokens added."""
-
-
-@overload(count_clipped, **_inlined_overload)
-def _count_clipped(surrogate, rho, a, counts):
     option = surrogate.instance_class
 
     # Selected first and compared then: of two comparisons, joined, LLVM makes 16-bit lanes and back (AVX2), some 50
@@ -151,12 +135,9 @@ class KLTerm(NamedTuple):
     value_and_slope: Any
 
 
+@inlined_by_type
 def kl_term(kl, l, careful):
     """The KL term of each token, without β and ρ; unless ``careful``, for |l| up to `Layout.plain`."""
-
-
-@overload(kl_term, **_inlined_overload)
-def _kl_term(kl, l, careful):
     option = kl.instance_class
 
     if option is K1:
