@@ -86,8 +86,8 @@ def case(request, quick, tmp_path_factory):
     calls = {name: partial(peer, str(path)) for name, peer in peers.items()}
     right = calls["grpo_fast"]()
     for name, call in calls.items():  # sums of n terms of about 1 in float64, in whichever order
-        found = call()
-        assert math.isnan(found) or abs(found - right) <= n * np.finfo(float).eps, name
+        objective = call()
+        assert math.isnan(objective) or abs(objective - right) <= n * np.finfo(float).eps, name
     yield n, measure(calls, request.config), missing
     path.unlink()
 

@@ -12,7 +12,7 @@ from numba import typeof
 
 from grpo_fast import K3, Clip
 from grpo_fast._kernels import sample_blocks, token_level
-from grpo_fast._kernels.tokens import Batch, Objective
+from grpo_fast._kernels.tokens import Batch, LossTerms
 
 
 def inner_loops(assembly: str) -> list[list[str]]:
@@ -34,11 +34,11 @@ def hot_loops(kernel: Any, arguments: tuple[Any, ...]) -> list[list[str]]:
 def kernels(dtype: str) -> dict[str, list[list[str]]]:
     """The hot loops of grpo_objective, and of grpo_loss at token level with Clip, K3 and the gradient."""
     x = np.ones(4096, dtype)
-    batch = Batch(x, x, x[:1], x, None, None, np.array([0, x.size]), False, False)
-    objective = Objective(Clip(), K3(0.04, importance_weighted=False), 1.0, True)
+    batch = Batch(x, x, x[:1], x, None, None, x.copy(), np.array([0, x.size]), False, False)
+    terms = LossTerms(Clip(), K3(0.04, importance_weighted=False), 1.0, True)
     return {
         "objective": hot_loops(sample_blocks.objective_block, (x, x, x, x, 0.8, 1.2)),
-        "loss": hot_loops(token_level.token_block, (batch, objective, x, 1.0, 0, 0, x.size, x.copy())),
+        "loss": hot_loops(token_level.token_block, (batch, terms, 1.0, 0, 0, x.size, x.copy())),
     }
 
 

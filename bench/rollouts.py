@@ -21,13 +21,13 @@ LONGEST = 8192  # tokens, as generation is cut off somewhere
 
 
 def row_groups(rows: int, tokens: int, seed: int) -> Iterator[pa.Table]:
-    """The log, row group by row group; ``tokens`` is the median length."""
+    """Yield the log, row group by row group; ``tokens`` is the median length of its completions."""
     for first in range(0, rows, ROW_GROUP):
         yield _row_group(min(ROW_GROUP, rows - first), tokens, first / rows, np.random.default_rng([seed, first]))
 
 
 def _row_group(rows: int, tokens: int, progress: float, rng: np.random.Generator) -> pa.Table:
-    """Some completions from that far (0 … 1) into training."""
+    """A table of so many completions; ``progress`` is how far into training they are from, 0 … 1."""
     lengths = np.clip(rng.lognormal(np.log(tokens), 0.8, rows), 1, LONGEST).astype(np.int64)
     bounds = np.append(0, np.cumsum(lengths))
     n = int(bounds[-1])
@@ -37,9 +37,10 @@ def _row_group(rows: int, tokens: int, progress: float, rng: np.random.Generator
     # farther behind.
     freedom = np.sqrt(-sampled)
 
-    def moved(by: float) -> Any:
+    def moved(scale: float) -> Any:
+        """The log-probabilities of the same tokens under a policy that has moved so far from the sampling one."""
         whole = np.repeat(rng.normal(0, 0.3, rows), lengths)
-        step = by * freedom * (whole + rng.standard_normal(n))
+        step = scale * freedom * (whole + rng.standard_normal(n))
         return np.minimum(sampled + step, 0).astype(np.float32)
 
     solved = rng.random(-(-rows // GROUP)).repeat(GROUP)[:rows]  # a prompt's difficulty
@@ -52,7 +53,7 @@ def _row_group(rows: int, tokens: int, progress: float, rng: np.random.Generator
 
 
 def write(path: str | Path, rows: int = 8192, tokens: int = 400, seed: int = 0) -> None:
-    """Write a log with checksums, so that a reader notices flipped bits."""
+    """Write a log to ``path``, with checksums, so that a reader notices flipped bits."""
     tables = row_groups(rows, tokens, seed)
     first = next(tables)
     with parquet.ParquetWriter(path, first.schema, use_dictionary=False, write_page_checksum=True) as file:
@@ -62,7 +63,7 @@ def write(path: str | Path, rows: int = 8192, tokens: int = 400, seed: int = 0) 
 
 
 def main() -> None:
-    """Write one log."""
+    """Write the log that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", metavar="OUT.parquet")
     parser.add_argument("--rows", type=int, default=8192, help="completions (%(default)s)")

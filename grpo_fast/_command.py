@@ -18,22 +18,22 @@ from typing import Any
 
 from .files import evaluate, sweep
 from .stats import Stats, Sweep
-from .terms import K1, K2, K3, Clip
+from .terms import AGGREGATIONS, BETA, EPSILON, K1, K2, K3, LEVELS, Clip
 
-_KL = {"k1": K1, "k2": K2, "k3": K3}
+_KL_TERMS = {"k1": K1, "k2": K2, "k3": K3}
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
-def add_to(commands: Any) -> None:
-    """Add ``evaluate`` and ``sweep`` to argparse's subparsers."""
+def add_subcommands(subparsers: Any) -> None:
+    """Add ``evaluate`` and ``sweep`` to argparse's ``subparsers``; each sets ``run``, which `run` calls."""
     for name, run, about in (
         ("evaluate", _evaluate, "the objective and its diagnostics over rollouts in files"),
         ("sweep", _sweep, "the objective for every epsilon and beta over rollouts in files"),
     ):
-        parser = commands.add_parser(name, help=about, description=f"Compute {about} (Parquet or Arrow IPC).")
+        parser = subparsers.add_parser(name, help=about, description=f"Compute {about} (Parquet or Arrow IPC).")
         parser.set_defaults(run=run)
         parser.add_argument("files", nargs="+", metavar="FILE", help="a file or a glob")
-        _add_options(parser, name == "sweep")
+        _add_options(parser, of_sweep=name == "sweep")
         parser.add_argument(
             "--batch-size", type=int, metavar="ROWS", help="rows read at a time (default: about 16 MiB)"
         )
@@ -42,32 +42,38 @@ def add_to(commands: Any) -> None:
         parser.add_argument("--json", action="store_true", help="print JSON, in which null is what does not apply")
 
 
-def _add_options(parser: argparse.ArgumentParser, grid: bool) -> None:
-    if grid:
-        parser.add_argument("--epsilon", type=_numbers, default="0.1,0.2,0.3", metavar="E,E,…", help="(%(default)s)")
-        parser.add_argument("--beta", type=_numbers, default="0,0.01", metavar="B,B,…", help="(%(default)s)")
+def _add_options(parser: argparse.ArgumentParser, *, of_sweep: bool) -> None:
+    """Add what is computed, and from which columns; ``--epsilon`` and ``--beta`` are lists for a sweep."""
+    if of_sweep:
+        parser.add_argument("--epsilon", type=_floats, default="0.1,0.2,0.3", metavar="E,E,…", help="(%(default)s)")
+        parser.add_argument("--beta", type=_floats, default=f"0,{BETA}", metavar="B,B,…", help="(%(default)s)")
         parser.add_argument("--plot", metavar="OUT", help="draw it into a .png, .svg or .pdf")
     else:
-        parser.add_argument("--epsilon", type=float, default=0.2, help="(%(default)s)")
-        parser.add_argument("--beta", type=float, default=0.01, help="weight of the KL term; 0: none (%(default)s)")
+        parser.add_argument("--epsilon", type=float, default=EPSILON, help="(%(default)s)")
+        parser.add_argument("--beta", type=float, default=BETA, help="weight of the KL term; 0: none (%(default)s)")
         parser.add_argument("--epsilon-high", type=float, help="(as --epsilon)*")
         parser.add_argument("--delta", type=float, help="hard bound of the ratio*")
-        parser.add_argument("--importance-sampling-level", choices=("token", "sequence"), help="(token)*")
+        parser.add_argument("--importance-sampling-level", choices=LEVELS, help="(token)*")
     parser.epilog = "Options with * are those of log-probability columns."
-    parser.add_argument("--kl", choices=tuple(_KL), help="estimator of the KL term (k3)*")
-    aggregations = ("token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum")
-    parser.add_argument("--aggregation", choices=aggregations, help="(seq-mean-token-mean)*")
+    parser.add_argument("--kl", choices=tuple(_KL_TERMS), help="estimator of the KL term (k3)*")
+    parser.add_argument("--aggregation", choices=AGGREGATIONS, help="(seq-mean-token-mean)*")
     parser.add_argument("--normalizer", type=float, help="what to divide by instead*")
     parser.add_argument(
-        "--columns", nargs="+", type=_renamed, metavar="NAME=COLUMN", help="which columns to take for which arguments"
+        "--columns",
+        nargs="+",
+        type=_argument_and_column,
+        metavar="NAME=COLUMN",
+        help="which columns to take for which arguments",
     )
 
 
-def _numbers(text: str) -> list[float]:
+def _floats(text: str) -> list[float]:
+    """The numbers in ``text``, which commas separate; argparse makes an error message of a ValueError."""
     return [float(number) for number in text.split(",")]
 
 
-def _renamed(text: str) -> tuple[str, str | None]:
+def _argument_and_column(text: str) -> tuple[str, str | None]:
+    """The two names in ``NAME=COLUMN``; in ``NAME=``, None as the column."""
     name, equals, column = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"must be NAME=COLUMN, got {text!r}")
@@ -76,16 +82,18 @@ def _renamed(text: str) -> tuple[str, str | None]:
 
 # --- what is printed and drawn ----------------------------------------------------------------------------------------
 def _as_json(values: dict[str, Any]) -> str:
-    def plain(value: Any) -> Any:
+    """``values``, which may be nested lists, as JSON text, in which NaN and infinity are null."""
+
+    def null_unless_finite(value: Any) -> Any:
         if isinstance(value, list):
-            return [plain(one) for one in value]
+            return [null_unless_finite(element) for element in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    return json.dumps({name: plain(value) for name, value in values.items()}, indent=2, allow_nan=False)
+    return json.dumps({name: null_unless_finite(x) for name, x in values.items()}, indent=2, allow_nan=False)
 
 
-def _columns_of(result: Sweep) -> dict[str, Any]:
-    """What a sweep has to say, as plain lists under the names that `Stats.as_dict` uses."""
+def _sweep_as_dict(result: Sweep) -> dict[str, Any]:
+    """What a sweep found, as numbers and lists under the names that `Stats.as_dict` uses."""
     return {
         "epsilons": result.epsilons.tolist(),
         "betas": result.betas.tolist(),
@@ -97,7 +105,8 @@ def _columns_of(result: Sweep) -> dict[str, Any]:
     }
 
 
-def _table_of(result: Sweep) -> str:
+def _sweep_as_table(result: Sweep) -> str:
+    """A line for each ε with the clip fractions and the objective for each β; mean KL and tokens below."""
     head = ["epsilon", "clipped low", "clipped high", *(f"beta {beta:g}" for beta in result.betas)]
     rows = zip(result.epsilons, result.clip_ratio_low, result.clip_ratio_high, result.objective, strict=True)
     lines = [[f"{x:.6g}" for x in (epsilon, low, high, *objectives)] for epsilon, low, high, objectives in rows]
@@ -105,8 +114,11 @@ def _table_of(result: Sweep) -> str:
     return f"{table}\n\nobjective by epsilon and beta; mean KL {result.kl:.6g}, {result.tokens:,} tokens"
 
 
-def draw(result: Sweep, path: str) -> None:
-    """Draw objective and clip fractions over ε into a file, which is complete or not there."""
+def _draw(result: Sweep, path: str) -> None:
+    """Draw objective and clip fractions over ε into a file at ``path``, in the format of its suffix.
+
+    If that fails there is no new file, and what was at ``path`` before stays.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -123,13 +135,13 @@ def draw(result: Sweep, path: str) -> None:
         axes.set_xlabel("ε")
         axes.grid(alpha=0.3)
         axes.legend()
-    with _whole_or_not(path) as temporary:
+    with _replaced_when_complete(path) as temporary:
         figure.savefig(temporary, metadata={"Date": None} if path.endswith(".svg") else None)
 
 
 @contextmanager
-def _whole_or_not(path: str) -> Iterator[str]:
-    """A name beside ``path`` to write to, which takes its place if all goes well and vanishes if not."""
+def _replaced_when_complete(path: str) -> Iterator[str]:
+    """The name of a file beside ``path`` to write to; afterwards it is moved there, or removed on an exception."""
     stem, suffix = os.path.splitext(path)
     temporary = f"{stem}.{os.getpid()}{suffix}"
     try:
@@ -142,7 +154,10 @@ def _whole_or_not(path: str) -> Iterator[str]:
 
 # --- what is run ------------------------------------------------------------------------------------------------------
 def run(arguments: argparse.Namespace) -> int:
-    """Run a subcommand; the exit code is 2 for bad input and 130 after Ctrl-C."""
+    """Run the subcommand that was parsed, print its result, or its error to stderr, and return the exit code.
+
+    It is 2 for bad input and 130 after Ctrl-C.
+    """
     try:
         print(arguments.run(arguments))
     except (OSError, ImportError, TypeError, ValueError) as error:
@@ -155,48 +170,54 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> str:
-    options: dict[str, Any] = {"epsilon": arguments.epsilon, "beta": arguments.beta}
-    own = ("epsilon_high", "delta", "importance_sampling_level", "kl", "aggregation", "normalizer")
-    given = _given(arguments, own)
-    if _of_tokens(arguments, given):
+    """What ``grpo-fast evaluate`` prints."""
+    only_tokens = ("epsilon_high", "delta", "importance_sampling_level", "kl", "aggregation", "normalizer")
+    given = _given(arguments, only_tokens)
+    options: dict[str, Any]
+    if _files_hold_log_probabilities(arguments, given):
         clip = Clip(arguments.epsilon, given.pop("epsilon_high", None), given.pop("delta", None))
-        kl = _KL[given.pop("kl", "k3")](arguments.beta) if arguments.beta else None
+        kl = _KL_TERMS[given.pop("kl", "k3")](arguments.beta) if arguments.beta else None
         options = given | {"surrogate": clip, "kl": kl}
+    else:
+        options = {"epsilon": arguments.epsilon, "beta": arguments.beta}
     with _executor(arguments.workers) as executor:
         stats: Stats = evaluate(arguments.files, executor=executor, **_common(arguments), **options)
     return _as_json(stats.as_dict()) if arguments.json else str(stats)
 
 
 def _sweep(arguments: argparse.Namespace) -> str:
+    """What ``grpo-fast sweep`` prints; draws a picture if one was asked for."""
     options = _given(arguments, ("kl", "aggregation", "normalizer"))
     if arguments.plot and os.path.splitext(arguments.plot)[1] not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--plot must end in .png, .svg or .pdf, got {arguments.plot}")
-    if _of_tokens(arguments, options) and "kl" in options:
-        options["kl"] = _KL[options["kl"]]
+    if _files_hold_log_probabilities(arguments, options) and "kl" in options:
+        options["kl"] = _KL_TERMS[options["kl"]]
     grid = {"epsilons": arguments.epsilon, "betas": arguments.beta}
     with _executor(arguments.workers) as executor:
         result = sweep(arguments.files, executor=executor, **grid, **_common(arguments), **options)
     if arguments.plot:
-        draw(result, arguments.plot)
-    return _as_json(_columns_of(result)) if arguments.json else _table_of(result)
+        _draw(result, arguments.plot)
+    return _as_json(_sweep_as_dict(result)) if arguments.json else _sweep_as_table(result)
 
 
 def _given(arguments: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Those of the options ``names`` that are on the command line; none of them has a default."""
     return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
 
 
-def _of_tokens(arguments: argparse.Namespace, given: dict[str, Any]) -> bool:
-    """Whether the files hold log-probabilities; if not, what only these know must not be given."""
-    from . import _rollouts
+def _files_hold_log_probabilities(arguments: argparse.Namespace, given: dict[str, Any]) -> bool:
+    """Whether they do, rather than probabilities; then a ValueError if any options are ``given`` that these lack."""
+    from . import _rollouts  # which needs pyarrow
 
-    kind = _rollouts.kind_of(_rollouts.find(arguments.files)[0], _common(arguments)["columns"])
-    if kind == _rollouts.PROBABILITIES and given:
+    form = _rollouts.form_of(_rollouts.find(arguments.files)[0], _common(arguments)["columns"])
+    if given and form is _rollouts.Form.PROBABILITIES:
         options = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise ValueError(f"{options}: not for probability columns, which know no tokens and sequences")
-    return kind == _rollouts.LOG_PROBABILITIES
+        raise ValueError(f"{options}: not for probability columns, which have no tokens and sequences")
+    return form is _rollouts.Form.LOG_PROBABILITIES
 
 
 def _common(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that `evaluate` and `sweep` have in common, but for files and executor."""
     return {
         "columns": dict(arguments.columns) if arguments.columns else None,
         "batch_size": arguments.batch_size,
@@ -206,7 +227,7 @@ def _common(arguments: argparse.Namespace) -> dict[str, Any]:
 
 @contextmanager
 def _executor(workers: int) -> Iterator[Executor | None]:
-    """Processes that leave Ctrl-C to this one, or None."""
+    """A pool of so many processes, which leave Ctrl-C to this one; None without any."""
     if workers < 0:
         raise ValueError(f"--workers must be at least 0, got {workers}")
     if not workers:

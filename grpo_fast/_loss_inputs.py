@@ -1,11 +1,11 @@
-"""The arguments of `loss` → the `Batch` of its kernels and a place for the gradient, or an error that says what is bad.
+"""The arguments of `grpo_loss` → the `Batch` of its kernels, with a place for the gradient, or an error that names one.
 
 Values are looked at here only after a kernel has found that a sum is not finite.
 """
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,38 +14,98 @@ from ._checks import FLOAT32, FLOAT64, Array, complaint, flat, real
 from ._kernels.tokens import Batch
 
 
-def batch_of(shape: tuple[int, ...], inputs: Mapping[str, Any], cu_seqlens: ArrayLike | None) -> Batch:
-    """The arrays for the kernels: flat, of one dtype, not copied where they are that already."""
-    dtype = FLOAT32 if inputs["logps"].dtype.newbyteorder("=") == np.float32 else FLOAT64
-    bounds = _bounds(shape, cu_seqlens)
-    sequences = (len(bounds) - 1,)
+class Inputs(NamedTuple):
+    """The arguments, checked."""
 
-    def each(name: str, *, or_per_sequence: bool = False, optional: bool = True) -> tuple[Any, bool]:
-        """The flat array, and whether it holds one number for each token."""
-        value = inputs[name]
-        if value is None and optional:
-            return None, True
-        if type(value) is np.ndarray and value.dtype is dtype and value.shape == shape and value.flags.carray:
-            return value.reshape(-1), True  # as nearly always: the rest would take three times as long
+    batch: Batch  # for the kernels: everything flat, of one dtype, not copied where it is that already
+    shape: tuple[int, ...]  # that of ``logps`` as given
+    place: Array | None  # where the caller wants the gradient, in that shape
+
+    @classmethod
+    def of(
+        cls,
+        logps: ArrayLike,
+        old_logps: ArrayLike | None,
+        advantages: ArrayLike,
+        ref_logps: ArrayLike | None,
+        mask: ArrayLike | None,
+        cu_seqlens: ArrayLike | None,
+        rollout_is_weights: ArrayLike | None,
+        grad: bool | Array,
+    ) -> "Inputs":
+        """Arguments of `grpo_loss` as inputs; see there for what is raised."""
+        array = real("logps", logps)
+        if array.ndim not in (1, 2) or array.size == 0:
+            raise ValueError(f"logps must be (B, T) or (N,) and not empty, got shape {array.shape}")
+        dtype = FLOAT32 if array.dtype.newbyteorder("=") == np.float32 else FLOAT64
+        bounds = _bounds(array.shape, cu_seqlens)
+        form = _Form(array.shape, dtype, (len(bounds) - 1,))
+        advantages_per_token, flat_advantages = form.per_token_or_sequence("advantages", advantages)
+        weights_per_token, weights = True, None
+        if rollout_is_weights is not None:
+            weights_per_token, weights = form.per_token_or_sequence("rollout_is_weights", rollout_is_weights)
+        place = _place_for(grad, array.shape, dtype)
+        batch = Batch(
+            logps=form.per_token("logps", array),
+            old_logps=None if old_logps is None else form.per_token("old_logps", old_logps),
+            advantages=flat_advantages,
+            ref_logps=None if ref_logps is None else form.per_token("ref_logps", ref_logps),
+            mask=None if mask is None else _mask(array.shape, mask),
+            weights=weights,
+            grad=None if place is None else _flat_gradient(place),
+            bounds=bounds,
+            advantages_per_token=advantages_per_token,
+            weights_per_token=weights_per_token,
+        )
+        if isinstance(grad, np.ndarray):
+            _refuse_overlap(
+                grad,
+                logps=array,
+                old_logps=old_logps,
+                advantages=advantages,
+                ref_logps=ref_logps,
+                mask=mask,
+                rollout_is_weights=rollout_is_weights,
+                cu_seqlens=cu_seqlens,
+            )
+        return cls(batch, array.shape, place)
+
+    def deliver_gradient(self) -> None:
+        """Copy the gradient to where the caller wants it, if the kernels could not write it there."""
+        if self.place is not None and not self.place.flags.carray:
+            self.place[...] = self.batch.grad.reshape(self.shape)
+
+
+class _Form(NamedTuple):
+    """What arrays beside ``logps`` must be like."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]  # that computes
+    sequences: tuple[int]  # the shape of one number per sequence
+
+    def per_token(self, name: str, value: Any) -> Array:
+        """The flat array of an argument that has one number for each token."""
+        if self._is_as_needed(value):
+            return flat(value, self.dtype)
+        return self._flat_if(name, np.atleast_1d(real(name, value)), (self.shape,))
+
+    def per_token_or_sequence(self, name: str, value: Any) -> tuple[bool, Array]:
+        """Whether an argument has one number for each token, else for each sequence; and its flat array."""
+        if self._is_as_needed(value):
+            return True, flat(value, self.dtype)
         array = np.atleast_1d(real(name, value))
-        if array.shape == shape or (or_per_sequence and array.shape == sequences):
-            return flat(array, dtype), array.shape == shape
-        or_else = f" or {sequences}, one per sequence" if or_per_sequence else ""
-        raise ValueError(f"{name} must have shape {shape} as logps{or_else}, got {array.shape}")
+        return array.shape == self.shape, self._flat_if(name, array, (self.shape, self.sequences))
 
-    advantages, advantages_per_token = each("advantages", or_per_sequence=True, optional=False)
-    weights, weights_per_token = each("rollout_is_weights", or_per_sequence=True)
-    return Batch(
-        logps=each("logps")[0],
-        old=each("old_logps")[0],
-        advantages=advantages,
-        ref=each("ref_logps")[0],
-        mask=_mask(shape, inputs["mask"]),
-        weights=weights,
-        bounds=bounds,
-        advantages_per_token=advantages_per_token,
-        weights_per_token=weights_per_token,
-    )
+    def _is_as_needed(self, value: Any) -> bool:  # as nearly always: the rest would take three times as long
+        return (
+            type(value) is np.ndarray and value.dtype is self.dtype and value.shape == self.shape and value.flags.carray
+        )
+
+    def _flat_if(self, name: str, array: Array, shapes: tuple[tuple[int, ...], ...]) -> Array:
+        if array.shape not in shapes:
+            or_else = f" or {self.sequences}, one per sequence" if self.sequences in shapes else ""
+            raise ValueError(f"{name} must have shape {self.shape} as logps{or_else}, got {array.shape}")
+        return flat(array, self.dtype)
 
 
 def _bounds(shape: tuple[int, ...], cu_seqlens: ArrayLike | None) -> Array:
@@ -68,10 +128,8 @@ def _bounds(shape: tuple[int, ...], cu_seqlens: ArrayLike | None) -> Array:
     return flat(bounds, np.dtype(np.int64))
 
 
-def _mask(shape: tuple[int, ...], mask: ArrayLike | None) -> Array | None:
-    """The mask as bytes; bools are used in place."""
-    if mask is None:
-        return None
+def _mask(shape: tuple[int, ...], mask: ArrayLike) -> Array:
+    """The mask as flat bytes; bools are used in place."""
     array = real("mask", mask)
     if array.shape != shape:
         raise ValueError(f"mask must have shape {shape} as logps, got {array.shape}")
@@ -83,10 +141,9 @@ def _mask(shape: tuple[int, ...], mask: ArrayLike | None) -> Array | None:
     return flat(array, np.dtype(np.bool_)).view(np.uint8)
 
 
-def place_for_gradient(
-    grad: Any, shape: tuple[int, ...], dtype: np.dtype[Any], inputs: Mapping[str, Any]
-) -> NDArray[Any] | None:
-    """Where the gradient goes, or None."""
+# --- the gradient -----------------------------------------------------------------------------------------------------
+def _place_for(grad: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array | None:
+    """Where the gradient goes: the caller's array, a new one, or nowhere."""
     if isinstance(grad, (bool, np.bool_)):
         return np.empty(shape, dtype) if grad else None
     if not isinstance(grad, np.ndarray):
@@ -95,25 +152,34 @@ def place_for_gradient(
         raise ValueError(f"grad must be {dtype} {shape} as logps, got {grad.dtype} {grad.shape}")
     if not grad.flags.writeable:
         raise ValueError("grad must be writeable, got a read-only array")
-    for name, values in inputs.items():
+    return grad
+
+
+def _flat_gradient(place: Array) -> Array:
+    """What the kernels write into: the same memory, if it is C-contiguous and aligned, or new memory."""
+    gradient = np.asarray(place) if place.flags.carray else np.empty(place.shape, place.dtype)
+    return gradient.reshape(-1)
+
+
+def _refuse_overlap(grad: Array, **arguments: Any) -> None:
+    """Raise the ValueError for the first of the arguments that shares memory with ``grad``, if any."""
+    for name, values in arguments.items():
         if values is None or isinstance(values, (list, tuple)):
             continue
         array = np.asarray(values)
         if np.may_share_memory(grad, array) and np.shares_memory(grad, array):  # the first is quick, the second exact
             raise ValueError(f"grad must not overlap another argument, got memory of {name}")
-    return grad
 
 
-def refuse_if_not_finite(batch: Batch, shape: tuple[int, ...]) -> None:
+# --- what is not finite -----------------------------------------------------------------------------------------------
+def refuse_if_not_finite(inputs: Inputs) -> None:
     """Raise the ValueError for the first unmasked token that is not finite, if any: sums may overflow, too."""
+    batch = inputs.batch
     mask = np.ones(1, np.uint8) if batch.mask is None else batch.mask
-    per_token = {"logps": batch.logps, "old_logps": batch.old, "ref_logps": batch.ref}
+    per_token = {"logps": batch.logps, "old_logps": batch.old_logps, "ref_logps": batch.ref_logps}
     per_sequence: dict[str, Any] = {}
-    for name, array, each in (
-        ("advantages", batch.advantages, batch.advantages_per_token),
-        ("rollout_is_weights", batch.weights, batch.weights_per_token),
-    ):
-        (per_token if each else per_sequence)[name] = array
+    (per_token if batch.advantages_per_token else per_sequence)["advantages"] = batch.advantages
+    (per_token if batch.weights_per_token else per_sequence)["rollout_is_weights"] = batch.weights
     named = {name: array for name, array in per_token.items() if array is not None}
 
     def bad(keep: Any, *arrays: Any) -> Mapping[str, NDArray[np.bool_]]:
@@ -123,7 +189,7 @@ def refuse_if_not_finite(batch: Batch, shape: tuple[int, ...]) -> None:
             for k, (name, x) in enumerate(zip(named, arrays, strict=True), start=1)
         }
 
-    found = complaint(bad, [np.broadcast_to(mask, batch.logps.shape), *named.values()], shape)
+    found = complaint(bad, [np.broadcast_to(mask, batch.logps.shape), *named.values()], inputs.shape)
     if found:
         raise ValueError(found)
     for name, array in per_sequence.items():

@@ -12,7 +12,10 @@ from ._kernels import roof, threads
 
 
 def read(a: NDArray[Any], b: NDArray[Any], c: NDArray[Any], d: NDArray[Any]) -> float:
-    """Read four arrays of one dtype and length, on all threads when they are large: the read-only roof."""
+    """The sum of four arrays of one dtype and length: to be timed, as a call that reads them and does nothing else.
+
+    It uses all threads when they are large, as `grpo_objective` does.
+    """
     with threads.tasks(a.size) as tasks:
         if tasks == 1:
             return float(roof.read(a, b, c, d, 0, a.size))
@@ -22,10 +25,11 @@ def read(a: NDArray[Any], b: NDArray[Any], c: NDArray[Any], d: NDArray[Any]) -> 
 
 
 def side_by_side(functions: Mapping[str, Callable[[], Any]], seconds: float = 3.0) -> dict[str, list[float]]:
-    """Seconds of one call of each function, over interleaved rounds: what disturbs one round disturbs all in it alike.
+    """The seconds that one call of each function took, round by round: a list for each, of the same length.
 
-    Each is called once before, which is not counted. Calls too short to time are repeated within a round. At least
-    three rounds, then as many as fit into about ``seconds``.
+    The rounds are interleaved, so that what disturbs the machine disturbs all functions alike. Each function is called
+    twice before, which is not counted: once to warm up, once to see how often to repeat it within a round, where a
+    call is too short to time. There are at least three rounds, then as many as fit into about ``seconds``.
     """
     repeats = {}
     for name, call in functions.items():
@@ -44,6 +48,6 @@ def side_by_side(functions: Mapping[str, Callable[[], Any]], seconds: float = 3.
     return times
 
 
-def ratio(times: Mapping[str, list[float]], numerator: str, denominator: str) -> float:
+def median_ratio(times: Mapping[str, list[float]], numerator: str, denominator: str) -> float:
     """The median over the rounds of one function's time over another's."""
     return median(a / b for a, b in zip(times[numerator], times[denominator], strict=True))

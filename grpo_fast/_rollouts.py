@@ -1,11 +1,13 @@
 """Rollout files, Parquet or Arrow IPC, as batches of arrays; and errors that name file, row group, row and column.
 
-First which files and which of their columns, then their batches one after the other, last the arrays of a batch.
+First which files, and what they hold; then which of their columns are read, and in which row groups; then the row
+groups batch by batch; last the arrays of a batch.
 """
 
 import glob
 import os
 from collections.abc import Generator, Iterable, Mapping
+from enum import Enum
 from itertools import groupby
 from typing import Any, NamedTuple, TypeAlias
 
@@ -16,219 +18,301 @@ from ._formats import UNREADABLE, File, is_list, opened, types
 
 Paths: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
-PROBABILITIES = ("rhos", "A", "pi_theta_old", "pi_theta_ref")
-LOG_PROBABILITIES = ("logps", "old_logps", "advantages", "ref_logps", "mask", "rollout_is_weights")
-#: Read where a file has them; the others must be there.
-_OPTIONAL = ("mask", "rollout_is_weights")
-#: One number for each sequence, unless they are lists.
-_PER_SEQUENCE = ("advantages", "rollout_is_weights")
 
-
-# --- which files, which columns ---------------------------------------------------------------------------------------
+# --- which files, and what they hold ----------------------------------------------------------------------------------
 def find(paths: Paths) -> list[str]:
-    """The files that paths and globs name, in order.
+    """The files that ``paths``, which may be globs, name, in order.
 
     Raises
     ------
     FileNotFoundError, ValueError
         A path or glob names no file, or two name the same one, which would count twice.
     """
-    found: dict[str, str] = {}
+    files: dict[str, str] = {}  # by their real paths
     for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
-        name = os.fspath(path)
-        names = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
-        if not names:
-            raise FileNotFoundError(f"no such file: {name}")
-        for one in names:
-            if os.path.isdir(one):
-                raise ValueError(f"{one} is a directory; name its files, for example {os.path.join(one, '*.parquet')}")
-            if os.path.realpath(one) in found:
-                raise ValueError(f"{one} is named twice and would be counted twice")
-            found[os.path.realpath(one)] = one
-    if not found:
+        pattern = os.fspath(path)
+        matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        if not matches:
+            raise FileNotFoundError(f"no such file: {pattern}")
+        for name in matches:
+            if os.path.isdir(name):
+                example = os.path.join(name, "*.parquet")
+                raise ValueError(f"{name} is a directory; name its files, for example {example}")
+            if os.path.realpath(name) in files:
+                raise ValueError(f"{name} is named twice and would be counted twice")
+            files[os.path.realpath(name)] = name
+    if not files:
         raise ValueError("paths must name at least one file, got none")
-    return list(found.values())
+    return list(files.values())
 
 
-class Rollouts(NamedTuple):
-    """What is read from each file."""
+class Form(Enum):
+    """What files hold: probabilities, for `grpo_stats`, or log-probabilities, for `grpo_loss`.
 
-    columns: dict[str, str]  # argument: column
-    sequences: bool  # whether a row is a sequence, and its per-token columns lists
+    The values are the arguments that a file may have as columns; the first one marks a file as of that form.
+    """
+
+    PROBABILITIES = ("rhos", "A", "pi_theta_old", "pi_theta_ref")
+    LOG_PROBABILITIES = ("logps", "old_logps", "advantages", "ref_logps", "mask", "rollout_is_weights")
 
     @property
-    def renamed(self) -> str:
-        """For error messages: which arguments are called otherwise in the file."""
-        names = [f"{argument} is column {column!r}" for argument, column in self.columns.items() if argument != column]
-        return f" ({', '.join(names)})" if names else ""
+    def arguments(self) -> tuple[str, ...]:
+        """The arguments that can be columns."""
+        names: tuple[str, ...] = self.value
+        return names
 
 
-class Part(NamedTuple):
-    """A row group of a Parquet file, or a record batch of an Arrow file: what one worker takes on at a time."""
+#: The arguments of both forms.
+_ARGUMENTS = Form.PROBABILITIES.arguments + Form.LOG_PROBABILITIES.arguments
+#: There is nothing to compute without these: ``columns`` cannot map them to None.
+_REQUIRED = ("rhos", "A", "logps", "advantages")
+#: Read where a file has such a column; a column for any other argument must be there.
+_OPTIONAL = ("mask", "rollout_is_weights")
+#: One number for each sequence, unless they are lists.
+_PER_SEQUENCE = ("advantages", "rollout_is_weights")
 
-    path: str
-    unit: str
-    number: int
 
-    def __str__(self) -> str:
-        return f"{self.path}, {self.unit} {self.number}"
+def form_of(path: str, columns: Mapping[str, str | None] | None) -> Form:
+    """The form of the arguments that ``columns`` names; without it, the form that the file at ``path`` is of.
+
+    Raises
+    ------
+    TypeError, ValueError
+        ``columns`` is not a mapping of arguments to names of columns, or both or neither of the forms are named or
+        there; or the file cannot be read.
+    FileNotFoundError, PermissionError
+        As `open` raises them.
+    """
+    _check_mapping(columns)
+    if columns:
+        names = list(columns)
+        forms = [form for form in Form if not set(names).isdisjoint(form.arguments)]
+    else:
+        names = opened(path).schema.names
+        # Only the ratio or the log-probability decides: other columns may happen to be called A or mask.
+        forms = [form for form in Form if form.arguments[0] in names]
+    if len(forms) != 1:
+        which = "both" if forms else "neither"
+        advice = "name the columns of one of them" if columns else "choose with columns={'logps': 'logps'}, for example"
+        raise ValueError(
+            f"{'columns' if columns else path} must have either rhos, A, … (probabilities) or logps, advantages, … "
+            f"(log-probabilities), got {which} in {', '.join(names) or 'nothing'}: {advice}"
+        )
+    return forms[0]
 
 
-def kind_of(path: str, columns: Mapping[str, str | None] | None) -> tuple[str, ...]:
-    """PROBABILITIES or LOG_PROBABILITIES: which arguments ``columns`` names, or else which columns the file has."""
+def _check_mapping(columns: Mapping[str, str | None] | None) -> None:
+    """Raise a TypeError or ValueError unless ``columns`` maps arguments to columns, or those allowed to None."""
     if columns is not None and not isinstance(columns, Mapping):
         raise TypeError(f"columns must map arguments to names of columns, got {columns!r}")
     for argument, column in (columns or {}).items():
-        if argument not in PROBABILITIES + LOG_PROBABILITIES:
-            raise ValueError(
-                f"columns must name arguments among {', '.join(PROBABILITIES + LOG_PROBABILITIES)}; got {argument!r}"
-            )
-        if not isinstance(column, str) and (column is not None or argument in ("rhos", "A", "logps", "advantages")):
+        if argument not in _ARGUMENTS:
+            raise ValueError(f"columns must name arguments among {', '.join(_ARGUMENTS)}; got {argument!r}")
+        if not isinstance(column, str) and (column is not None or argument in _REQUIRED):
             raise TypeError(f"columns[{argument!r}] must be the name of a column, got {column!r}")
-    names = list(columns or opened(path).schema.names)
-    kinds = [kind for kind in (PROBABILITIES, LOG_PROBABILITIES) if set(names) & set(kind)]
-    if not columns:  # then the ratio or the log-probability decides: others may happen to be called A or mask
-        kinds = [kind for kind in kinds if kind[0] in names]
-    if len(kinds) != 1:
-        found = "both" if kinds else "neither"
-        wanted = "name the columns of one of them" if columns else "choose with columns={'logps': 'logps'}, for example"
-        raise ValueError(
-            f"{'columns' if columns else path} must have either rhos, A, … (probabilities) or logps, advantages, … "
-            f"(log-probabilities), got {found} in {', '.join(names) or 'nothing'}: {wanted}"
-        )
-    return kinds[0]
 
 
-def plan(
-    files: list[str], kind: tuple[str, ...], unread: set[str], columns: Mapping[str, str | None] | None
-) -> tuple[Rollouts, list[Part], int]:
-    """What to read, the parts to read it from, and how many rows there are; every file's columns are checked."""
-    named = {argument: argument for argument in kind} | dict(columns or {})
+# --- which columns and row groups are read ----------------------------------------------------------------------------
+class Layout(NamedTuple):
+    """Which columns are read, and how they hold their numbers; the same in all files of a call."""
+
+    columns: dict[str, str]  # by the argument that each is
+    rows_are_sequences: bool  # then the per-token columns hold lists; otherwise a row is a token or sample
+
+    @property
+    def renamed(self) -> str:
+        """For the end of error messages: which arguments have another name as columns; empty if none have."""
+        names = [f"{argument} is column {column!r}" for argument, column in self.columns.items() if argument != column]
+        return f" ({', '.join(names)})" if names else ""
+
+    def __str__(self) -> str:
+        return f"{'lists' if self.rows_are_sequences else 'numbers'} in {', '.join(self.columns.values())}"
+
+
+class RowGroup(NamedTuple):
+    """Where a row group of a Parquet file, or a record batch of an Arrow file, is: what a worker is given at a time."""
+
+    path: str
+    name: str  # what its format calls it: "row group" or "record batch"
+    number: int  # from 0, within its file
+
+    def __str__(self) -> str:
+        return f"{self.path}, {self.name} {self.number}"
+
+
+class Plan(NamedTuple):
+    """What will be read."""
+
+    layout: Layout
+    row_groups: list[RowGroup]  # of all files
+    rows: int  # of all files
+
+
+def plan(files: list[str], form: Form, unread: set[str], columns: Mapping[str, str | None] | None) -> Plan:
+    """The columns to read, less the arguments in ``unread``, and the row groups of all ``files``, which are opened.
+
+    Raises
+    ------
+    ValueError
+        A file cannot be read, lacks a column, has one that does not fit, or differs from the first in its layout; or
+        there are no rows in any.
+    FileNotFoundError, PermissionError
+        As `open` raises them.
+    """
+    named = {argument: argument for argument in form.arguments} | dict(columns or {})
     wanted = {argument: column for argument, column in named.items() if column is not None and argument not in unread}
-    parts, rows, first = [], 0, None
+    row_groups: list[RowGroup] = []
+    rows, first = 0, None
     for path in files:
         file = opened(path)
-        rollouts = _checked(path, file.schema, wanted, set(columns or {}))
-        first = first or rollouts
-        if rollouts != first:
-            raise ValueError(f"{path} differs from {files[0]} in its columns: {_told(rollouts)} beside {_told(first)}")
-        parts += [Part(path, file.unit, i) for i in range(file.units)]
+        layout = _layout_of(path, file.schema, wanted, set(columns or {}))
+        first = first or layout
+        if layout != first:
+            raise ValueError(f"{path} differs from {files[0]} in its columns: {layout} beside {first}")
+        row_groups += [RowGroup(path, file.row_group_name, number) for number in range(file.row_group_count)]
         rows += file.rows
     if first is None or not rows:
         raise ValueError(f"{', '.join(files)}: no rows")
-    return first, parts, rows
+    return Plan(first, row_groups, rows)
 
 
-def _checked(path: str, schema: Any, wanted: Mapping[str, str], explicit: set[str]) -> Rollouts:
-    """The columns that one file has of those wanted, or a ValueError."""
-    columns = {}
-    for argument, column in wanted.items():
-        places = schema.get_all_field_indices(column)
-        if not places and argument in _OPTIONAL and argument not in explicit:
-            continue
-        if len(places) != 1:
-            what = "missing" if not places else "there more than once"
-            called = "" if column == argument else f" (for {argument})"
-            unused = f"; if there is none, columns={{{argument!r}: None}}" if argument == "old_logps" else ""
-            raise ValueError(f"{path}: column {column!r}{called} is {what}; it has {', '.join(schema.names)}{unused}")
-        columns[argument] = column
-    lists = {}
-    for argument, column in columns.items():
-        of = schema.field(column).type
-        lists[argument] = is_list(of)
-        value = of.value_type if lists[argument] else of
-        number = types.is_floating(value) or types.is_integer(value)
-        if not number and not (argument == "mask" and types.is_boolean(value)):
-            allowed = "bools or 0/1" if argument == "mask" else "real numbers"
-            raise ValueError(f"{path}: column {column!r} must hold {allowed}, or lists of them, got {of}")
-    ruling = next(iter(columns))
-    for argument, listed in lists.items():
-        if listed != lists[ruling] and not (lists[ruling] and argument in _PER_SEQUENCE):
-            shape = ("numbers", "lists")
+def _layout_of(path: str, schema: Any, wanted: Mapping[str, str], explicit: set[str]) -> Layout:
+    """The layout of a file, given its ``schema``; a ValueError if a column is missing or does not fit.
+
+    ``wanted`` are the columns by argument. Those of `_OPTIONAL` arguments may be missing unless in ``explicit``.
+    """
+    may_be_missing = set(_OPTIONAL) - explicit
+    columns = {
+        argument: column
+        for argument, column in wanted.items()
+        if _has_column(path, schema, argument, column, may_be_missing=argument in may_be_missing)
+    }
+    in_lists = {argument: _holds_lists(path, schema, argument, column) for argument, column in columns.items()}
+    # All others must hold lists if the first one does, and numbers if not.
+    first = next(iter(columns))
+    for argument, listed in in_lists.items():
+        if listed != in_lists[first] and not (in_lists[first] and argument in _PER_SEQUENCE):
+            held = ("numbers", "lists")
             raise ValueError(
-                f"{path}: column {columns[argument]!r} holds {shape[listed]}, but column {columns[ruling]!r} "
-                f"{shape[lists[ruling]]}: either all hold one number a row, or all a list"
+                f"{path}: column {columns[argument]!r} holds {held[listed]}, but column {columns[first]!r} "
+                f"{held[in_lists[first]]}: either all hold one number a row, or all a list"
             )
-    return Rollouts(columns, lists[ruling])
+    return Layout(columns, in_lists[first])
 
 
-def _told(rollouts: Rollouts) -> str:
-    return f"{'lists' if rollouts.sequences else 'numbers'} in {', '.join(rollouts.columns.values())}"
+def _has_column(path: str, schema: Any, argument: str, column: str, *, may_be_missing: bool) -> bool:
+    """Whether there is such a column; a ValueError if it is missing and may not be, or is there more than once."""
+    count = len(schema.get_all_field_indices(column))
+    if count == 1:
+        return True
+    if not count and may_be_missing:
+        return False
+    what = "there more than once" if count else "missing"
+    called = "" if column == argument else f" (for {argument})"
+    unused = f"; if there is none, columns={{{argument!r}: None}}" if argument == "old_logps" else ""
+    raise ValueError(f"{path}: column {column!r}{called} is {what}; it has {', '.join(schema.names)}{unused}")
 
 
-# --- batches ----------------------------------------------------------------------------------------------------------
-class Piece(NamedTuple):
-    """Some rows of a part."""
+def _holds_lists(path: str, schema: Any, argument: str, column: str) -> bool:
+    """Whether the column holds lists rather than numbers; a ValueError if it holds neither, or not of real numbers."""
+    column_type = schema.field(column).type
+    listed = is_list(column_type)
+    value_type = column_type.value_type if listed else column_type
+    real = types.is_floating(value_type) or types.is_integer(value_type)
+    if not real and not (argument == "mask" and types.is_boolean(value_type)):
+        allowed = "bools or 0/1" if argument == "mask" else "real numbers"
+        raise ValueError(f"{path}: column {column!r} must hold {allowed}, or lists of them, got {column_type}")
+    return listed
 
-    part: Part
-    first_row: int
-    batch: Any  # pyarrow.RecordBatch
+
+# --- row groups, batch by batch ---------------------------------------------------------------------------------------
+class RowBatch(NamedTuple):
+    """Some rows of a row group, which are read and computed together."""
+
+    row_group: RowGroup
+    first_row: int  # within the row group
+    records: Any  # the rows: a pyarrow.RecordBatch
 
 
-def pieces(parts: Iterable[Part], rollouts: Rollouts, batch_size: int | None, threads: bool) -> Generator[Piece]:
-    """The parts' rows, batch by batch; ``threads`` is whether pyarrow may decode columns on several."""
-    columns = list(rollouts.columns.values())
-    for path, group in groupby(parts, key=lambda part: part.path):
+def row_batches(
+    row_groups: Iterable[RowGroup], layout: Layout, batch_size: int | None, use_threads: bool
+) -> Generator[RowBatch]:
+    """Read the row groups, and yield their rows in order, in batches of about ``batch_size``.
+
+    With ``use_threads`` pyarrow may decode columns on several threads. Raises the ValueErrors of `plan`, and one that
+    names row group and, if possible, column, where the file cannot be read.
+    """
+    columns = list(layout.columns.values())
+    for path, of_one_file in groupby(row_groups, key=lambda row_group: row_group.path):
         file = opened(path)
-        _checked(path, file.schema, rollouts.columns, set(rollouts.columns))  # on a worker, or meanwhile, it may differ
-        for part in group:
+        # It was checked by `plan`, but may have changed since, or be another one on a worker's machine.
+        _layout_of(path, file.schema, layout.columns, set(layout.columns))
+        for row_group in of_one_file:
             first_row = 0
             try:
-                for batch in file.batches(part.number, columns, batch_size, threads):
-                    yield Piece(part, first_row, batch)
-                    first_row += batch.num_rows
+                for records in file.batches(row_group.number, columns, batch_size, use_threads):
+                    yield RowBatch(row_group, first_row, records)
+                    first_row += records.num_rows
             except UNREADABLE as error:
-                column = _culprit(file, part.number, columns)
-                raise ValueError(f"{part}{column}: cannot be read: {error}") from error
+                column = _unreadable_column(file, row_group.number, columns)
+                where = f"{row_group}, column {column!r}" if column is not None else str(row_group)
+                raise ValueError(f"{where}: cannot be read: {error}") from error
 
 
-def _culprit(file: File, index: int, columns: list[str]) -> str:
-    """Which column cannot be read, found by reading one after the other."""
+def _unreadable_column(file: File, number: int, columns: list[str]) -> str | None:
+    """The first column of row group ``number`` that cannot be read by itself; None if all can. Reads them to see."""
     for column in columns:
         try:
-            for _ in file.batches(index, [column], None, False):
+            for _ in file.batches(number, [column], None, False):
                 pass
         except UNREADABLE:
-            return f", column {column!r}"
-    return ""
+            return column
+    return None
 
 
 # --- the arrays of a batch --------------------------------------------------------------------------------------------
-def arrays(batch: Any, rollouts: Rollouts) -> dict[str, Array]:
-    """The batch as arguments: flat arrays, on pyarrow's memory but for masks of bools; ``cu_seqlens`` of lists.
+def arrays_of(records: Any, layout: Layout) -> dict[str, Array]:
+    """The arguments by name: the numbers of each column as a flat array; of lists, ``cu_seqlens``, too.
+
+    The arrays are on pyarrow's memory, but for masks of bools.
 
     Raises
     ------
     ValueError
         There is a null, or lists in one row differ in length.
     """
-    result: dict[str, Array] = {}
-    bounds, ruling = None, ""
-    for argument, column in rollouts.columns.items():
-        values = batch.column(column)
+    arguments: dict[str, Array] = {}
+    bounds, reference_column = None, ""
+    for argument, column in layout.columns.items():
+        values = records.column(column)
         if values.null_count:
             raise ValueError(f"column {column!r} has a null")
         listed = is_list(values.type)
         if listed:
-            values, own = _values_and_bounds(values)
+            values, own_bounds = _values_and_bounds(values)
             if values.null_count:
                 raise ValueError(f"column {column!r} has a null in a list")
             if bounds is None:
-                bounds, ruling = own, column
-            elif not np.array_equal(own, bounds):
-                row = int((np.diff(own) != np.diff(bounds)).argmax())
-                lengths = [int(b[row + 1] - b[row]) for b in (own, bounds)]
-                raise ValueError(
-                    f"lists must be of one length, got {lengths[0]} in column {column!r}, {lengths[1]} in {ruling!r}"
-                )
-        numbers = values.to_numpy(zero_copy_only=not types.is_boolean(values.type))
-        if not listed and bounds is not None and bounds[-1] == len(batch):
+                bounds, reference_column = own_bounds, column
+            elif not np.array_equal(own_bounds, bounds):
+                raise _unequal_lengths(column, own_bounds, reference_column, bounds)
+        array = values.to_numpy(zero_copy_only=not types.is_boolean(values.type))
+        if not listed and bounds is not None and bounds[-1] == len(records):
             # As many tokens as sequences: grpo_loss would take these for one per token.
-            numbers = np.repeat(numbers, np.diff(bounds))
-        result[argument] = numbers
+            array = np.repeat(array, np.diff(bounds))
+        arguments[argument] = array
     if bounds is not None:
-        result["cu_seqlens"] = bounds
-    return result
+        arguments["cu_seqlens"] = bounds
+    return arguments
+
+
+def _unequal_lengths(column: str, bounds: Array, reference_column: str, reference_bounds: Array) -> ValueError:
+    """The error that names the lengths of the first two lists in one row that differ in them."""
+    row = int((np.diff(bounds) != np.diff(reference_bounds)).argmax())
+    length, reference_length = (int(b[row + 1] - b[row]) for b in (bounds, reference_bounds))
+    return ValueError(
+        f"lists must be of one length, got {length} in column {column!r}, {reference_length} in {reference_column!r}"
+    )
 
 
 def _values_and_bounds(lists: Any) -> tuple[Any, Array]:

@@ -12,8 +12,11 @@ T = TypeVar("T")
 _IN_FLIGHT = 1024
 
 
-def ahead(items: Iterator[T]) -> Generator[T]:
-    """The same items; while one is in use, another thread makes the next."""
+def read_ahead(items: Iterator[T]) -> Generator[T]:
+    """Yield ``items``, none of which may be None; while one is in use, another thread makes the next.
+
+    Closing the generator waits for the one that is being made.
+    """
     with ThreadPoolExecutor(1, "grpo_fast-reader") as reader:
         upcoming = reader.submit(next, items, None)
         while (item := upcoming.result()) is not None:
@@ -21,8 +24,11 @@ def ahead(items: Iterator[T]) -> Generator[T]:
             yield item
 
 
-def mapped(executor: Executor, work: Callable[[S], T], items: Iterable[S]) -> Generator[T]:
-    """The results of all items, as they come; what was not begun is cancelled when one fails or nobody wants more."""
+def map_unordered(executor: Executor, work: Callable[[S], T], items: Iterable[S]) -> Generator[T]:
+    """Yield ``work(item)`` for all items, in the order in which the executor completes them.
+
+    When one of them raises, which is passed on, or the generator is closed, what has not begun is cancelled.
+    """
     waiting = iter(items)
     pending: set[Future[T]] = set()
     try:
@@ -39,7 +45,10 @@ def mapped(executor: Executor, work: Callable[[S], T], items: Iterable[S]) -> Ge
 
 
 class Progress:
-    """A bar of rows on stderr, or nothing."""
+    """A context in which a bar on stderr shows how many of ``rows`` are done, if ``shown``.
+
+    Entering it gives the function to call with the number of rows that have been done since the last call.
+    """
 
     def __init__(self, rows: int, shown: bool) -> None:
         self._bar = None

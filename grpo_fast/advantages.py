@@ -67,8 +67,8 @@ def group_advantages(
     GRPO (DeepSeekMath), arXiv:2402.03300, section 4.1.2. "none": Dr. GRPO, arXiv:2503.20783. Leave one out:
     arXiv:2402.14740. "batch": arXiv:2508.08221.
     """
-    rewards = _numbers(rewards)
-    freedom, eps = _check_options(scale, leave_one_out, ddof, eps)
+    rewards = _checked_rewards(rewards)
+    ddof, eps = _checked_options(scale, leave_one_out, ddof, eps)
     group, first = _groups(rewards, group_size, group_ids)
 
     r = rewards.ravel().astype(np.float64)
@@ -78,10 +78,10 @@ def group_advantages(
     if leave_one_out:
         centred *= (size / np.maximum(size - 1, 1))[group]
     if scale == "group":
-        variance = np.bincount(group, centred**2) / np.maximum(size - freedom, 1)
+        variance = np.bincount(group, centred**2) / np.maximum(size - ddof, 1)
         centred = _divide(centred, np.sqrt(variance)[group] + eps)
     elif scale == "batch":
-        std = np.std(r - r[0], ddof=freedom) if r.size > freedom else 0.0
+        std = np.std(r - r[0], ddof=ddof) if r.size > ddof else 0.0
         centred = _divide(centred, std + eps)
     return centred.astype(rewards.dtype if rewards.dtype.kind == "f" else np.float64).reshape(rewards.shape)
 
@@ -120,7 +120,8 @@ def _groups(
     return np.arange(rewards.size) // size, np.arange(0, rewards.size, size)
 
 
-def _numbers(rewards: ArrayLike) -> NDArray[np.generic]:
+def _checked_rewards(rewards: ArrayLike) -> NDArray[np.generic]:
+    """``rewards`` as an array, or a TypeError or ValueError."""
     array = plain("rewards", rewards)
     if array.dtype.kind not in "biuf":
         raise TypeError(f"rewards must be numbers or bools, got {array.dtype}")
@@ -133,8 +134,9 @@ def _numbers(rewards: ArrayLike) -> NDArray[np.generic]:
     return array
 
 
-def _check_options(scale: str, leave_one_out: bool, ddof: int, eps: float) -> tuple[float, float]:
+def _checked_options(scale: str, leave_one_out: bool, ddof: int, eps: float) -> tuple[int, float]:
+    """``ddof`` and ``eps``; a TypeError or ValueError if one of the four is not allowed."""
     one_of("scale", scale, ("group", "batch", "none"))
     if flag("leave_one_out", leave_one_out) and scale != "none":
         raise ValueError(f"leave_one_out must be False unless scale='none', got True with {scale!r}")
-    return number("ddof", ddof, "that is 0 or 1", lambda x: x in (0, 1)), not_negative("eps", eps)
+    return int(number("ddof", ddof, "that is 0 or 1", lambda x: x in (0, 1))), not_negative("eps", eps)

@@ -18,13 +18,13 @@ from . import _workers
 from ._checks import Array, not_negative
 from ._kernels.blocks import BLOCK
 from ._kernels.threads import serially
-from .loss import grpo_loss, options_of
+from .loss import grpo_loss
 from .objective import grid_of, grpo_stats, grpo_sweep
-from .stats import Options, Stats, Sweep
-from .terms import K3, KL, Clip
+from .stats import Stats, Sweep
+from .terms import BETA, EPSILON, K3, KL, Clip, Options
 
 if TYPE_CHECKING:
-    from ._rollouts import Part, Paths, Piece, Rollouts
+    from ._rollouts import Layout, Paths, RowBatch, RowGroup
 
 #: What is computed of a batch; None if there is nothing in it.
 Job: TypeAlias = Callable[[dict[str, Array]], Any]
@@ -87,7 +87,8 @@ def evaluate(
     ImportError
         pyarrow, or for ``progress`` tqdm, is missing: ``pip install 'grpo_fast[data]'``.
     """
-    stats: Stats = _run(paths, columns, batch_size, executor, progress, partial(_evaluation, options=options))
+    preparation = partial(_evaluation, options=options)
+    stats: Stats = _sum_over_files(paths, columns, batch_size, executor, progress, preparation)
     return stats
 
 
@@ -126,7 +127,7 @@ def sweep(
     """
     grid = grid_of(epsilons, betas)
     preparation = partial(_sweeping, grid=grid, options=options)
-    result: Sweep = _run(paths, columns, batch_size, executor, progress, preparation)
+    result: Sweep = _sum_over_files(paths, columns, batch_size, executor, progress, preparation)
     return result
 
 
@@ -135,11 +136,11 @@ def _evaluation(probabilities: bool, *, options: dict[str, Any]) -> tuple[Job, s
     """The job, the arguments that it does not read, and its options where it is about log-probabilities."""
     if probabilities:
         _only(options, "probability", ("epsilon", "beta"))
-        epsilon = Clip(options.get("epsilon", 0.2)).epsilon
-        beta = not_negative("beta", options.get("beta", 0.01))
+        epsilon = Clip(options.get("epsilon", EPSILON)).epsilon
+        beta = not_negative("beta", options.get("beta", BETA))
         return partial(_samples, epsilon=epsilon, beta=beta), set() if beta else {"pi_theta_old", "pi_theta_ref"}, None
     _only(options, "log-probability", Options._fields)
-    checked = options_of(**options)
+    checked = Options(**options)
     return partial(_tokens, options=checked), set() if checked.kl else {"ref_logps"}, checked
 
 
@@ -155,7 +156,7 @@ def _sweeping(
     term: Callable[[float], KL] = options.get("kl", K3)
     if not callable(term):
         raise TypeError(f"kl must be K1, K2, K3 or a function of β that returns one, got {term!r}")
-    checked = options_of(**options | {"kl": term(1.0) if with_kl else None})
+    checked = Options(**options | {"kl": term(1.0) if with_kl else None})
     return partial(_token_grid, grid=grid, options=checked), set() if with_kl else {"ref_logps"}, checked
 
 
@@ -185,19 +186,19 @@ def _tokens(arrays: dict[str, Array], *, options: Options) -> Stats:
 
 def _token_grid(arrays: dict[str, Array], *, grid: Any, options: Options) -> Sweep:
     each = [options._replace(surrogate=Clip(epsilon), kl=None) for epsilon in grid[0]]
-    each[0] = each[0]._replace(kl=options.kl)  # of which any one knows all
+    each[0] = each[0]._replace(kl=options.kl)  # the KL term is the same for every ε
     stats = _losses(arrays, each)
+    first = stats[0]
     return Sweep(
         grid=grid,
-        tokens=stats[0].tokens,
-        sequence_count=stats[0].sequence_count,
-        surrogate_totals=tuple(one.surrogate_total for one in stats),
-        kl_total=stats[0].kl_total,
-        kl_sum=stats[0].kl_sum,
-        clipped_low=tuple(one.clipped_low for one in stats),
-        clipped_high=tuple(one.clipped_high for one in stats),
-        aggregation=options.aggregation,
-        normalizer=options.normalizer,
+        options=first.options,
+        tokens=first.tokens,
+        sequence_count=first.sequence_count,
+        surrogate_numerators=tuple(one.numerator.surrogate for one in stats),
+        kl_numerator=first.numerator.kl,
+        kl_sum=first.sums.kl,
+        clipped_low=tuple(one.clipped.low for one in stats),
+        clipped_high=tuple(one.clipped.high for one in stats),
     )
 
 
@@ -222,7 +223,7 @@ def _one_masked(arrays: dict[str, Array]) -> dict[str, Array]:
 
 
 # --- how it is spread over time and machines --------------------------------------------------------------------------
-def _run(
+def _sum_over_files(
     paths: "Paths",
     columns: Mapping[str, str | None] | None,
     batch_size: int | None,
@@ -230,7 +231,10 @@ def _run(
     progress: bool,
     preparation: Callable[[bool], tuple[Job, set[str], Options | None]],
 ) -> Any:
-    """Check all that can be checked without reading, then read, compute and add up."""
+    """The results of all batches, added; the common arguments of `evaluate` and `sweep` are theirs.
+
+    ``preparation`` is `_evaluation` or `_sweeping`. Whatever can be checked without reading rows is checked first.
+    """
     from . import _rollouts
 
     if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
@@ -238,18 +242,18 @@ def _run(
     if executor is not None and not hasattr(executor, "submit"):
         raise TypeError(f"executor must be a concurrent.futures.Executor, got {executor!r}")
     files = _rollouts.find(paths)
-    kind = _rollouts.kind_of(files[0], columns)
-    job, unread, options = preparation(kind == _rollouts.PROBABILITIES)
-    rollouts, parts, rows = _rollouts.plan(files, kind, unread, columns)
-    if options and not rollouts.sequences:
+    form = _rollouts.form_of(files[0], columns)
+    job, unread, options = preparation(form is _rollouts.Form.PROBABILITIES)
+    layout, row_groups, rows = _rollouts.plan(files, form, unread, columns)
+    if options and not layout.rows_are_sequences:
         _refuse_sequences(files[0], options)
     if executor is None:
-        results = _each_batch(parts, rollouts, batch_size, job, threads=True)
+        results = _results_of_batches(row_groups, layout, batch_size, job, use_threads=True)
     else:
-        work = partial(_row_group, rollouts=rollouts, batch_size=batch_size, job=job)
-        results = _workers.mapped(executor, work, parts)
+        work = partial(_sum_over_row_group, layout=layout, batch_size=batch_size, job=job)
+        results = _workers.map_unordered(executor, work, row_groups)
     with closing(results), _workers.Progress(rows, progress) as advance:
-        _, total = _added(results, advance)
+        _, total = _sum_of(results, advance)
     if total is None:
         raise ValueError(f"{', '.join(files)}: no samples")
     return total
@@ -264,13 +268,20 @@ def _refuse_sequences(path: str, options: Options) -> None:
         )
 
 
-def _row_group(part: "Part", *, rollouts: "Rollouts", batch_size: int | None, job: Job) -> tuple[int, Any]:
-    """What an executor calls: the rows of one part, and its result."""
-    return _added(_each_batch([part], rollouts, batch_size, job, threads=False))
+def _sum_over_row_group(
+    row_group: "RowGroup", *, layout: "Layout", batch_size: int | None, job: Job
+) -> tuple[int, Any]:
+    """The number of rows of one row group, and its batches' results, added: the task of an executor's worker."""
+    return _sum_of(_results_of_batches([row_group], layout, batch_size, job, use_threads=False))
 
 
-def _added(results: Iterable[tuple[int, Any]], advance: Callable[[int], object] = lambda rows: None) -> tuple[int, Any]:
-    """The rows and the results, added up; None if there are none."""
+def _sum_of(
+    results: Iterable[tuple[int, Any]], advance: Callable[[int], object] = lambda rows: None
+) -> tuple[int, Any]:
+    """The sums of the numbers of rows and of the results that belong to them; None where there is no result.
+
+    Calls ``advance`` with each number of rows.
+    """
     rows, total = 0, None
     for done, result in results:
         advance(done)
@@ -280,38 +291,41 @@ def _added(results: Iterable[tuple[int, Any]], advance: Callable[[int], object] 
     return rows, total
 
 
-def _each_batch(
-    parts: Iterable["Part"], rollouts: "Rollouts", batch_size: int | None, job: Job, *, threads: bool
+def _results_of_batches(
+    row_groups: Iterable["RowGroup"], layout: "Layout", batch_size: int | None, job: Job, *, use_threads: bool
 ) -> Generator[tuple[int, Any]]:
-    """Rows and result of each batch; the next one is read meanwhile."""
+    """Yield the number of rows and the result of each batch; the next one is read meanwhile, on another thread."""
     from . import _rollouts
 
-    with closing(_workers.ahead(_rollouts.pieces(parts, rollouts, batch_size, threads))) as pieces:
-        for piece in pieces:
+    with closing(_workers.read_ahead(_rollouts.row_batches(row_groups, layout, batch_size, use_threads))) as batches:
+        for batch in batches:
             try:
                 # On one thread: that keeps up with decoding, and more of them would wait for the decoding ones, in
                 # 16 MiB batches 1.6 times the whole (flat columns, 2 cores).
                 with serially():
-                    result = job(_rollouts.arrays(piece.batch, rollouts)) if piece.batch.num_rows else None
+                    result = job(_rollouts.arrays_of(batch.records, layout)) if batch.records.num_rows else None
             except ValueError as error:
-                raise _first_bad(piece, rollouts, job, error) from error
-            yield piece.batch.num_rows, result
+                raise _at_first_bad_row(batch, layout, job, error) from error
+            yield batch.records.num_rows, result
 
 
-def _first_bad(piece: "Piece", rollouts: "Rollouts", job: Job, error: ValueError) -> ValueError:
-    """What is wrong with the first bad row, which is found by halving; indices in the message count within it."""
+def _at_first_bad_row(batch: "RowBatch", layout: "Layout", job: Job, error: ValueError) -> ValueError:
+    """The error of the first bad row alone, with where it is; or ``error``, which the whole batch raised.
+
+    The row is found by halving; an index in its error's message counts from the beginning of the row.
+    """
     from . import _rollouts
 
-    low, high = 0, piece.batch.num_rows
+    low, high = 0, batch.records.num_rows
     while high - low > 1:
         middle = (low + high) // 2
         try:
-            job(_rollouts.arrays(piece.batch.slice(low, middle - low), rollouts))
+            job(_rollouts.arrays_of(batch.records.slice(low, middle - low), layout))
             low = middle
         except ValueError:
             high = middle
     try:
-        job(_rollouts.arrays(piece.batch.slice(low, 1), rollouts))
+        job(_rollouts.arrays_of(batch.records.slice(low, 1), layout))
     except ValueError as alone:
-        return ValueError(f"{piece.part}, row {piece.first_row + low}: {alone}{rollouts.renamed}")
-    return ValueError(f"{piece.part}, rows from {piece.first_row}: {error}{rollouts.renamed}")
+        return ValueError(f"{batch.row_group}, row {batch.first_row + low}: {alone}{layout.renamed}")
+    return ValueError(f"{batch.row_group}, rows from {batch.first_row}: {error}{layout.renamed}")

@@ -1,22 +1,23 @@
 """The loss from log-probabilities: `grpo_loss`, with its gradient and every diagnostic."""
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ._checks import Array, one_of, positive, real
-from ._kernels import exact, sequence_level, threads, token_level
+from ._checks import Array
+from ._kernels import sequence_level, threads, token_level
 from ._kernels.blocks import BLOCK
-from ._kernels.exact import Exact
-from ._kernels.tokens import COUNTS, SUMS, SURROGATE_MEAN, TOKENS, Batch, Objective, Result
-from ._loss_inputs import batch_of, place_for_gradient, refuse_if_not_finite
-from .stats import Options, Stats
-from .terms import CISPO, K1, K2, K3, KL, SAPO, Aggregation, Clip, Level, Surrogate
+from ._kernels.sums import empty_accumulators, merged
+from ._kernels.tokens import Batch, Extent, LossTerms, begin_long_sequence
+from ._loss_inputs import Inputs, refuse_if_not_finite
+from .stats import Stats
+from .terms import DEFAULT_SURROGATE, KL, Aggregation, Level, Options, Surrogate
 
-#: Into so many pieces each task's sequences are cut, of about equal length: tasks take them in turns, and so share the
+#: Into so many ranges each task's sequences are cut, of about equal length: tasks take them in turns, and so share the
 #: padding, wherever in the batch the short sequences are.
-_PIECES = 16
+_RANGES = 16
 #: Sequences of more tokens may be shared out among the threads, one after the other.
 _LONG = 1 << 16
 
@@ -37,7 +38,7 @@ def grpo_loss(
     *,
     mask: ArrayLike | None = None,
     cu_seqlens: ArrayLike | None = None,
-    surrogate: Surrogate = Clip(epsilon=0.2),  # noqa: B008 - an immutable value
+    surrogate: Surrogate = DEFAULT_SURROGATE,
     kl: KL | None = None,
     importance_sampling_level: Level = "token",
     rollout_is_weights: ArrayLike | None = None,
@@ -125,175 +126,111 @@ def grpo_loss(
     >>> round(result.loss, 6)
     0.2
     """
-    options = options_of(surrogate, kl, importance_sampling_level, aggregation, normalizer)
-    array = real("logps", logps)
-    if array.ndim not in (1, 2) or array.size == 0:
-        raise ValueError(f"logps must be (B, T) or (N,) and not empty, got shape {array.shape}")
-    inputs = {
-        "logps": array,
-        "old_logps": old_logps,
-        "advantages": advantages,
-        "ref_logps": None if kl is None else ref_logps,
-        "mask": mask,
-        "rollout_is_weights": rollout_is_weights,
-    }
-    if kl is not None and ref_logps is None:
+    options = Options(surrogate, kl, importance_sampling_level, aggregation, normalizer)
+    if kl is None:
+        ref_logps = None
+    elif ref_logps is None:
         raise ValueError("ref_logps must be given with a kl, got None")
-    batch = batch_of(array.shape, inputs, cu_seqlens)
-    place = place_for_gradient(grad, array.shape, batch.logps.dtype, inputs | {"cu_seqlens": cu_seqlens})
-    stats = _compute(batch, options, place, array.shape)
-    return LossResult(stats.loss, place, stats)
+    inputs = Inputs.of(logps, old_logps, advantages, ref_logps, mask, cu_seqlens, rollout_is_weights, grad)
+    stats = _compute(inputs, options)
+    return LossResult(stats.loss, inputs.place, stats)
 
 
-def options_of(
-    surrogate: Surrogate = Clip(epsilon=0.2),  # noqa: B008 - an immutable value
-    kl: KL | None = None,
-    importance_sampling_level: Level = "token",
-    aggregation: Aggregation = "seq-mean-token-mean",
-    normalizer: float | None = None,
-) -> Options:
-    """The options of `grpo_loss`, checked."""
-    if type(surrogate) not in (Clip, CISPO, SAPO):
-        raise TypeError(f"surrogate must be a Clip, CISPO or SAPO, got {surrogate!r}")
-    if kl is not None and type(kl) not in (K1, K2, K3):
-        raise TypeError(f"kl must be a K1, K2, K3 or None, got {kl!r}")
-    return Options(
-        surrogate,
-        kl,
-        one_of("importance_sampling_level", importance_sampling_level, ("token", "sequence")),
-        one_of("aggregation", aggregation, ("token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum")),
-        None if normalizer is None else positive("normalizer", normalizer),
+# --- drivers ----------------------------------------------------------------------------------------------------------
+def _compute(inputs: Inputs, options: Options) -> Stats:
+    """The `Stats` of a batch; writes the gradient on the way."""
+    batch = inputs.batch
+    terms = LossTerms(
+        options.surrogate,
+        options.kl,
+        denominator=math.nan if batch.grad is None else _denominator(batch, options),
+        mean_within=options.mean_within,
     )
-
-
-# --- drivers --------------------------------------------------------------------------------------------------------
-def _compute(batch: Batch, options: Options, place: NDArray[Any] | None, shape: tuple[int, ...]) -> Stats:
-    """Run the kernels over a batch; the gradient goes to ``place``."""
-    gradient = None
-    if place is not None:
-        gradient = np.asarray(place) if place.flags.carray else np.empty(shape, place.dtype)
-        gradient = gradient.reshape(-1)
-    objective = Objective(
-        surrogate=options.surrogate,
-        kl=options.kl,
-        denominator=_denominator(batch, options, gradient is not None),
-        mean_within=options.aggregation == "seq-mean-token-mean",
-    )
-    add_up = _at_token_level if options.importance_sampling_level == "token" else _at_sequence_level
+    compute = _at_token_level if options.importance_sampling_level == "token" else _at_sequence_level
     with threads.tasks(2 * batch.logps.size) as tasks:  # a token costs what two samples of probabilities do
-        result = Result(
-            rows=np.zeros((tasks, SUMS, exact.ROW), np.int64),
-            counts=np.zeros((tasks, COUNTS), np.int64),
-            extremes=np.array([(np.inf, -np.inf)] * tasks),
-        )
-        add_up(batch, objective, gradient, result)
-    exact.merge(result.rows)
-    low, high, beyond, doubtful, tokens = result.counts.sum(axis=0).tolist()
-    if doubtful:
-        refuse_if_not_finite(batch, shape)
-    if place is not None and gradient is not None and not place.flags.carray:
-        place[...] = gradient.reshape(shape)
-    sums = Exact.of_rows(result.rows[0] if objective.mean_within else result.rows[0, :SURROGATE_MEAN])
-    return Stats.of(
-        options,
-        tokens=tokens,
-        sequence_count=len(batch.bounds) - 1,
-        sums=sums,
-        clipped=(low, high, beyond),
-        extremes=result.extremes,
-    )
+        accumulators = empty_accumulators(tasks)
+        compute(batch, terms, accumulators)
+    totals = merged(accumulators)
+    if totals.suspect:
+        refuse_if_not_finite(inputs)
+    inputs.deliver_gradient()
+    return Stats.of(options, totals, sequence_count=len(batch.bounds) - 1)
 
 
-def _at_token_level(batch: Batch, objective: Objective, gradient: Array | None, result: Result) -> None:
-    """Work on a batch with as many threads as there are tasks in ``result``."""
-    tasks = len(result.rows)
+def _denominator(batch: Batch, options: Options) -> float:
+    """What the aggregation divides the gradient by; the unmasked tokens are counted if that is them."""
+    tokens = batch.logps.size
+    if options.aggregation == "token-mean" and options.normalizer is None and batch.mask is not None:
+        tokens = int(np.count_nonzero(batch.mask))
+    return options.denominator(tokens, len(batch.bounds) - 1)
+
+
+def _at_token_level(batch: Batch, terms: LossTerms, accumulators: Array) -> None:
+    """Add a batch to the accumulators, of which each is a task's, and write its gradient."""
+    tasks = len(accumulators)
     if tasks == 1:
-        token_level.token_level(batch, objective, gradient, None, *_alone(batch, result))
+        token_level.token_level(batch, terms, None, _all_sequences(batch), batch.logps.size, accumulators, 0)
         return
-    pieces, limit, long = _pieces(batch, tasks)
+    ranges, limit, long = _ranges(batch, tasks)
     if len(long) <= len(batch.bounds) - 2:
-        token_level.token_level_parallel(batch, *objective, gradient, None, pieces, limit, *result)
-    shares = [_share_out(batch, gradient, sequence, tasks, result) for sequence in long]
+        token_level.token_level_parallel(batch, *terms, None, ranges, limit, accumulators)
     if long:
-        parts = token_level.Parts(*(np.concatenate(column) for column in zip(*shares, strict=True)))
-        numbers = np.arange(len(parts.start) + 1)
-        pieces = np.column_stack((numbers[:-1], numbers[1:]))
-        token_level.token_level_parallel(batch, *objective, gradient, parts, pieces, limit, *result)
+        spans = [_spans(batch, sequence, tasks, accumulators) for sequence in long]
+        together = token_level.Spans(*(np.concatenate(column) for column in zip(*spans, strict=True)))
+        numbers = np.arange(len(together.start) + 1)
+        each = np.column_stack((numbers[:-1], numbers[1:]))
+        token_level.token_level_parallel(batch, *terms, together, each, limit, accumulators)
 
 
-def _at_sequence_level(batch: Batch, objective: Objective, gradient: Array | None, result: Result) -> None:
-    """Work on a batch with as many threads as there are tasks in ``result``."""
-    kernels, tasks = sequence_level, len(result.rows)
+def _at_sequence_level(batch: Batch, terms: LossTerms, accumulators: Array) -> None:
+    """Add a batch to the accumulators, of which each is a task's, and write its gradient."""
+    tasks = len(accumulators)
     if tasks == 1:
-        kernels.sequence_level(batch, objective, gradient, *_alone(batch, result))
+        sequence_level.sequence_level(batch, terms, _all_sequences(batch), batch.logps.size, accumulators, 0)
         return
-    pieces, limit, long = _pieces(batch, tasks)
+    ranges, limit, long = _ranges(batch, tasks)
     if len(long) <= len(batch.bounds) - 2:
-        kernels.sequence_level_parallel(batch, *objective, gradient, pieces, limit, *result)
+        sequence_level.sequence_level_parallel(batch, *terms, ranges, limit, accumulators)
     for sequence in long:
-        start, stop, tokens = _extent(batch, gradient, sequence, result)
-        if tokens:
-            collected = np.empty((-(-(stop - start) // BLOCK), kernels.COLLECTED))
-            kernels.collect_parallel(batch, *objective, gradient, sequence, start, stop, collected, tasks)
-            made_of = kernels.conclude(batch, objective, tokens, collected, Result(*(x[0] for x in result)))
-            if gradient is not None:
-                kernels.spread_parallel(batch, *objective, gradient, made_of, sequence, start, stop, tasks)
+        extent = _begin_long_sequence(batch, sequence, accumulators)
+        if extent.tokens:
+            collected = np.empty(len(range(extent.start, extent.stop, BLOCK)), sequence_level.COLLECTED)
+            sequence_level.collect_parallel(batch, *terms, sequence, extent, collected, tasks)
+            coefficients = sequence_level.conclude(batch, terms, extent.tokens, collected, accumulators, 0)
+            if batch.grad is not None:
+                sequence_level.spread_parallel(batch, *terms, coefficients, sequence, extent, tasks)
 
 
-def _alone(batch: Batch, result: Result) -> tuple[Any, ...]:
-    """The last arguments of a kernel for the one task that does all."""
-    pieces = np.array([[0, len(batch.bounds) - 1]])
-    return pieces, batch.logps.size, 0, 1, Result(*(x[0] for x in result))
+def _all_sequences(batch: Batch) -> Array:
+    """The one range of sequences for the one task that does all."""
+    return np.array([[0, len(batch.bounds) - 1]])
 
 
-def _pieces(batch: Batch, tasks: int) -> tuple[Array, int, list[int]]:
+def _ranges(batch: Batch, tasks: int) -> tuple[Array, int, list[int]]:
     """Ranges of sequences for tasks to take in turns; the length beyond which one is shared out; those longer."""
-    bounds, size, count = batch.bounds, batch.logps.size, _PIECES * tasks
+    bounds, size, count = batch.bounds, batch.logps.size, _RANGES * tasks
     limit = max(_LONG, size // count)
     edges = np.searchsorted(bounds, np.arange(count + 1) * (size / count))
     edges[-1] = len(bounds) - 1
-    pieces = np.empty((count, 2), np.int64)
-    pieces[:, 0], pieces[:, 1] = edges[:-1], edges[1:]
-    # From large to small: in any other order one task's turns could all be the larger pieces, or the only ones.
-    sizes = bounds[pieces[:, 1]] - bounds[pieces[:, 0]]
-    pieces = pieces[np.argsort(-sizes, kind="stable")]
+    ranges = np.empty((count, 2), np.int64)
+    ranges[:, 0], ranges[:, 1] = edges[:-1], edges[1:]
+    # From large to small: in any other order one task's turns could all be the larger ranges, or the only ones.
+    sizes = bounds[ranges[:, 1]] - bounds[ranges[:, 0]]
+    ranges = ranges[np.argsort(-sizes, kind="stable")]
     lengths = bounds[1:] - bounds[:-1]
-    return pieces, limit, np.flatnonzero(lengths > limit).tolist() if lengths.max() > limit else []
+    return ranges, limit, np.flatnonzero(lengths > limit).tolist() if lengths.max() > limit else []
 
 
-def _extent(batch: Batch, gradient: Array | None, sequence: int, result: Result) -> tuple[int, int, int]:
-    """As `tokens.extent` for a long sequence, whose masked ends are done with here."""
+def _begin_long_sequence(batch: Batch, sequence: int, accumulators: Array) -> Extent:
+    """`tokens.begin_sequence`, with its side effects, for a sequence that is shared out."""
     first, last = batch.bounds[sequence : sequence + 2].tolist()
-    start, stop, tokens = first, last, last - first
-    if batch.mask is not None:
-        mask = batch.mask[first:last] != 0
-        tokens = int(np.count_nonzero(mask))
-        start, stop = first + int(mask.argmax()), last - int(mask[::-1].argmax())
-        stop = stop if tokens else start
-    if gradient is not None:
-        gradient[first:start] = 0
-        gradient[stop:last] = 0
-    result.counts[0, TOKENS] += tokens
-    return start, stop, tokens
+    return Extent(*begin_long_sequence(batch.mask, batch.grad, first, last, accumulators))
 
 
-def _share_out(
-    batch: Batch, gradient: Array | None, sequence: int, tasks: int, result: Result
-) -> tuple[Array, Array, Array, Array]:
-    """The `token_level.Parts` of one long sequence: of whole blocks, one for each task."""
-    start, stop, tokens = _extent(batch, gradient, sequence, result)
-    cuts = start + np.arange(tasks + 1) * -(-(stop - start) // BLOCK) // tasks * BLOCK
-    return np.full(tasks, sequence), cuts[:-1], np.minimum(cuts[1:], stop), np.full(tasks, tokens)
-
-
-def _denominator(batch: Batch, options: Options, with_gradient: bool) -> float:
-    """What the aggregation divides the gradient by; what it divides the loss by is known afterwards."""
-    if options.normalizer is not None:
-        return options.normalizer
-    if options.aggregation == "token-sum":
-        return 1.0
-    if options.aggregation != "token-mean":
-        return float(len(batch.bounds) - 1)
-    if batch.mask is None or not with_gradient:
-        return float(batch.logps.size)
-    return float(max(int(np.count_nonzero(batch.mask)), 1))
+def _spans(batch: Batch, sequence: int, tasks: int, accumulators: Array) -> token_level.Spans:
+    """A long sequence, begun, as spans of whole blocks: one for each task."""
+    extent = _begin_long_sequence(batch, sequence, accumulators)
+    blocks = len(range(extent.start, extent.stop, BLOCK))
+    cuts = extent.start + np.arange(tasks + 1) * blocks // tasks * BLOCK
+    stops = np.minimum(cuts[1:], extent.stop)
+    return token_level.Spans(np.full(tasks, sequence), cuts[:-1], stops, np.full(tasks, extent.tokens))

@@ -2,17 +2,18 @@
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ._checks import Array, refuse_sample, same_shape
-from ._kernels import exact, sample_blocks, sweep_blocks, threads
+from ._checks import refuse_sample, same_shape
+from ._kernels import sample_blocks, sweep_blocks, threads
 from ._kernels.blocks import BLOCK
 from ._kernels.exact import Exact, rounded_sum
-from .stats import Options, Stats, Sweep, objective_of
-from .terms import K3, Clip
+from ._kernels.sums import Sums, Totals, empty_accumulators, merged
+from .stats import Stats, Sweep, objective_of
+from .terms import BETA, EPSILON, K3, Clip, Options
 
 
 def grpo_objective(
@@ -20,8 +21,8 @@ def grpo_objective(
     A: ArrayLike,
     pi_theta_old: ArrayLike,
     pi_theta_ref: ArrayLike,
-    epsilon: float = 0.2,
-    beta: float = 0.01,
+    epsilon: float = EPSILON,
+    beta: float = BETA,
 ) -> float:
     """The GRPO objective over N samples, in one pass over memory.
 
@@ -71,22 +72,22 @@ def grpo_objective(
     >>> round(grpo_objective([1.2, 0.8, 1.1], [1.0, 1.0, 1.0], [0.9, 1.1, 1.0], [1.0, 0.5, 1.5]), 5)
     1.03277
     """
-    _, penalty, low, high = _options(epsilon, beta)
-    arrays, shape = _samples((rhos, A, pi_theta_old, pi_theta_ref), penalty.beta != 0.0)
+    _, k3, low, high = terms = _terms(epsilon, beta)
+    arrays, shape = _arrays((rhos, A, pi_theta_old, pi_theta_ref), k3.beta != 0.0)
     n = arrays[0].size
     if n <= BLOCK:
-        surrogate, kl, legal = sample_blocks.objective_block(*arrays, low, high)
+        surrogate, kl, illegal = sample_blocks.objective_block(*arrays, low, high)
     elif n < threads.WORTH_SHARING:
-        sums = np.empty((-(-n // BLOCK), 2))
-        legal = sample_blocks.objective_blocks(*arrays, low, high, sums)
-        surrogate, kl = (rounded_sum(column) for column in sums.T.tolist())
+        surrogates, kls = np.empty((2, len(range(0, n, BLOCK))))
+        illegal = sample_blocks.objective_blocks(*arrays, low, high, surrogates, kls)
+        surrogate, kl = rounded_sum(surrogates.tolist()), rounded_sum(kls.tolist())
     else:
-        rows, counts, _ = _totals(arrays, low, high, None)
-        surrogate, kl = map(float, Exact.of_rows(rows[: sample_blocks.KL + 1]))
-        legal = not counts[:, 2].any()
-    if not legal:
+        totals = _totals(arrays, terms, None)
+        sums = Sums(*Exact.of_limbs(totals.sums))
+        surrogate, kl, illegal = float(sums.surrogate), float(sums.kl), totals.suspect > 0
+    if illegal:
         _refuse(arrays, shape)
-    return objective_of(surrogate / n, kl / n, penalty.beta)
+    return objective_of(surrogate / n, kl / n, k3.beta)
 
 
 def grpo_stats(
@@ -94,8 +95,8 @@ def grpo_stats(
     A: ArrayLike,
     pi_theta_old: ArrayLike,
     pi_theta_ref: ArrayLike,
-    epsilon: float = 0.2,
-    beta: float = 0.01,
+    epsilon: float = EPSILON,
+    beta: float = BETA,
 ) -> Stats:
     """The objective and every diagnostic, in the same pass.
 
@@ -108,21 +109,14 @@ def grpo_stats(
         Its ``objective`` is that of `grpo_objective`, to the bit. The results of shards add to that of the whole
         exactly if the shards are cut at multiples of ``grpo_fast.BLOCK`` samples, and to rounding otherwise.
     """
-    clip, penalty, low, high = _options(epsilon, beta)
-    with_kl = penalty.beta != 0.0 or pi_theta_old is not None or pi_theta_ref is not None
-    arrays, shape = _samples((rhos, A, pi_theta_old, pi_theta_ref), with_kl)
-    rows, counts, extremes = _totals(arrays, low, high, True)
-    clipped_low, clipped_high, illegal = counts.sum(axis=0).tolist()
-    if illegal:
+    terms = _terms(epsilon, beta)
+    with_kl = terms.k3.beta != 0.0 or pi_theta_old is not None or pi_theta_ref is not None
+    arrays, shape = _arrays((rhos, A, pi_theta_old, pi_theta_ref), with_kl)
+    totals = _totals(arrays, terms, True)
+    if totals.suspect:
         _refuse(arrays, shape)
-    return Stats.of(
-        Options(clip, penalty if with_kl else None),
-        tokens=arrays[0].size,
-        sequence_count=None,
-        sums=Exact.of_rows(rows),
-        clipped=(clipped_low, clipped_high, 0),
-        extremes=extremes,
-    )
+    options = Options(terms.clip, terms.k3 if with_kl else None, aggregation="token-mean")
+    return Stats.of(options, totals, sequence_count=None)
 
 
 def grpo_sweep(
@@ -153,70 +147,41 @@ def grpo_sweep(
         As `grpo_objective`.
     """
     grid = grid_of(epsilons, betas)
-    arrays, shape = _samples((rhos, A, pi_theta_old, pi_theta_ref), any(grid[1]))
+    with_kl = any(grid[1])
+    arrays, shape = _arrays((rhos, A, pi_theta_old, pi_theta_ref), with_kl)
     steps = np.array(grid[0])
     n = arrays[0].size
     with threads.tasks(n) as tasks:
-        rows = np.zeros((tasks, steps.size + 1, exact.ROW), np.int64)
-        counts = np.zeros((tasks, steps.size + 1, 2), np.int64)
+        pairs, shared = sweep_blocks.sweep_accumulators(tasks, steps.size)
         driver = sweep_blocks.sweep_parallel if tasks > 1 else sweep_blocks.sweep
-        driver(*arrays, 1.0 - steps, 1.0 + steps, rows, counts)
-    exact.merge(rows)
-    *clipped, (illegal, _) = counts.sum(axis=0).tolist()
-    if illegal:
+        driver(*arrays, 1.0 - steps, 1.0 + steps, pairs, shared)
+    sweep_blocks.merge_sweep(pairs, shared)
+    if shared["suspect"][0]:
         _refuse(arrays, shape)
-    clipped_low, clipped_high = zip(*clipped, strict=True)
-    *surrogate_sums, kl_sum = Exact.of_rows(rows[0])
+    (kl_sum,) = Exact.of_limbs(shared["kl"][:1])
     return Sweep(
         grid=grid,
+        options=Options(Clip(grid[0][0]), K3(1.0) if with_kl else None, aggregation="token-mean"),
         tokens=n,
         sequence_count=None,
-        surrogate_totals=tuple(surrogate_sums),
-        kl_total=kl_sum,
+        surrogate_numerators=tuple(Exact.of_limbs(pairs["surrogate"][0])),
+        kl_numerator=kl_sum,
         kl_sum=kl_sum,
-        clipped_low=clipped_low,
-        clipped_high=clipped_high,
-        aggregation="token-mean",
-        normalizer=None,
+        clipped_low=tuple(pairs["clipped_low"][0].tolist()),
+        clipped_high=tuple(pairs["clipped_high"][0].tolist()),
     )
 
 
 def grid_of(epsilons: ArrayLike, betas: ArrayLike) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The ε and the β of a sweep, checked."""
     return (
-        tuple(Clip(epsilon).epsilon for epsilon in _numbers("epsilons", epsilons)),
-        tuple(K3(beta).beta for beta in _numbers("betas", betas)),
+        tuple(Clip(epsilon).epsilon for epsilon in _axis("epsilons", epsilons)),
+        tuple(K3(beta).beta for beta in _axis("betas", betas)),
     )
 
 
-def _make_options(epsilon: float, beta: float) -> tuple[Clip, K3, float, float]:
-    clip, penalty = Clip(epsilon), K3(beta)
-    return clip, penalty, 1.0 - clip.epsilon, 1.0 + clip.epsilon_high
-
-
-_made_options = lru_cache(maxsize=256, typed=True)(_make_options)
-
-
-def _options(epsilon: float, beta: float) -> tuple[Clip, K3, float, float]:
-    """Both options, checked, and the bounds of ρ; from a cache, since making them would be a third of a small call."""
-    try:
-        return _made_options(epsilon, beta)
-    except TypeError:  # not hashable, hence not a number, or just not a number
-        return _make_options(epsilon, beta)
-
-
-_NAMES = ("rhos", "A", "pi_theta_old", "pi_theta_ref")
-
-
-def _samples(values: tuple[Any, ...], with_kl: bool) -> tuple[tuple[Any, ...], tuple[int, ...]]:
-    """The four arrays for a kernel, with None for probabilities that are not needed, and their common shape."""
-    if with_kl:
-        return same_shape(_NAMES, values)
-    arrays, shape = same_shape(_NAMES[:2], values[:2])
-    return (*arrays, None, None), shape
-
-
-def _numbers(name: str, values: ArrayLike) -> list[float]:
+def _axis(name: str, values: ArrayLike) -> list[float]:
+    """One axis of a grid as a list of numbers, or the ValueError that names it."""
     try:
         array = np.atleast_1d(np.asarray(values))
     except ValueError:  # ragged
@@ -226,24 +191,57 @@ def _numbers(name: str, values: ArrayLike) -> list[float]:
     return list(array.tolist())
 
 
-def _totals(arrays: tuple[Any, ...], low: float, high: float, diagnostics: bool | None) -> tuple[Array, Array, Array]:
-    """What `totals` adds up: the rows of limbs, merged; counts and extremes, still one row for each task."""
+class _Terms(NamedTuple):
+    """Both terms, and the bounds of ρ."""
+
+    clip: Clip
+    k3: K3
+    low: float
+    high: float
+
+
+def _make_terms(epsilon: float, beta: float) -> _Terms:
+    clip = Clip(epsilon)
+    return _Terms(clip, K3(beta), 1.0 - clip.epsilon, 1.0 + clip.epsilon_high)
+
+
+_made_terms = lru_cache(maxsize=256, typed=True)(_make_terms)
+
+
+def _terms(epsilon: float, beta: float) -> _Terms:
+    """Both terms, checked; from a cache, since making them would be a third of a small call."""
+    try:
+        return _made_terms(epsilon, beta)
+    except TypeError:  # not hashable, hence not a number, or just not a number
+        return _make_terms(epsilon, beta)
+
+
+_NAMES = ("rhos", "A", "pi_theta_old", "pi_theta_ref")
+
+
+def _arrays(values: tuple[Any, ...], with_kl: bool) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """The arrays of `Samples`, None for probabilities that are not needed, and the shape that the caller's have."""
+    if with_kl:
+        return same_shape(_NAMES, values)
+    arrays, shape = same_shape(_NAMES[:2], values[:2])
+    return (*arrays, None, None), shape
+
+
+def _totals(arrays: tuple[Any, ...], terms: _Terms, diagnostics: bool | None) -> Totals:
+    """The totals of all samples; without ``diagnostics`` (None) only its first two sums are right."""
     with threads.tasks(arrays[0].size) as tasks:
-        rows = np.zeros((tasks, sample_blocks.SUMS, exact.ROW), np.int64)
-        counts = np.zeros((tasks, 3), np.int64)
-        extremes = np.full((tasks, 2), (np.inf, -np.inf))
+        accumulators = empty_accumulators(tasks)
         driver = sample_blocks.totals_parallel if tasks > 1 else sample_blocks.totals
-        driver(*arrays, low, high, diagnostics, rows, counts, extremes)
-    exact.merge(rows)
-    return rows[0], counts, extremes
+        driver(*arrays, terms.low, terms.high, diagnostics, accumulators)
+    return merged(accumulators)
 
 
 def _refuse(arrays: tuple[Any, ...], shape: tuple[int, ...]) -> NoReturn:
     refuse_sample(_illegal, [a for a in arrays if a is not None], shape)
 
 
-def _illegal(rho: Any, a: Any, old: Any = None, ref: Any = None) -> Mapping[str, NDArray[np.bool_]]:
-    """What can be wrong with a sample, told in this order; the same limits as `objective_runs._load_carefully`."""
+def _illegal(rho: Any, a: Any, pi_old: Any = None, pi_ref: Any = None) -> Mapping[str, NDArray[np.bool_]]:
+    """What can be wrong with a sample, told in this order; the same limits as `samples._load_carefully`."""
     form = np.finfo(rho.dtype)
     wider = "" if rho.dtype == np.float64 else "pass float64, or "
     advice = f"{wider}use grpo_loss on log-probabilities"
@@ -256,15 +254,15 @@ def _illegal(rho: Any, a: Any, old: Any = None, ref: Any = None) -> Mapping[str,
         "rhos must be positive and finite, got rhos[{i}] = {values[0]!r}": ~positive(rho),
         "A must be finite, got A[{i}] = {values[1]!r}": ~np.isfinite(a),
     }
-    if old is not None:
+    if pi_old is not None:
         reasons |= {
-            "pi_theta_old must be positive and finite, got pi_theta_old[{i}] = {values[2]!r}": ~positive(old),
-            "pi_theta_ref must be positive and finite, got pi_theta_ref[{i}] = {values[3]!r}": ~positive(ref),
+            "pi_theta_old must be positive and finite, got pi_theta_old[{i}] = {values[2]!r}": ~positive(pi_old),
+            "pi_theta_ref must be positive and finite, got pi_theta_ref[{i}] = {values[3]!r}": ~positive(pi_ref),
         }
     reasons[f"rhos must be {tiny}, got rhos[{{i}}] = {{values[0]!r}}: {advice}"] = rho < form.tiny
-    if old is not None:
-        pi = rho * old
-        r = ref / pi
+    if pi_old is not None:
+        pi = rho * pi_old
+        r = pi_ref / pi
         reasons |= {
             f"rhos·pi_theta_old must be {tiny} and finite, got index {{i}} of {{values}}: {advice}": ~(
                 (pi >= form.tiny) & (pi <= form.max)

@@ -27,7 +27,22 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ._checks import one_of, positive
-from .terms import CISPO, K1, K2, K3, KL, SAPO, Aggregation, Clip, Level, Surrogate
+from .terms import (
+    BETA,
+    CISPO,
+    DEFAULT_SURROGATE,
+    EPSILON,
+    K1,
+    K2,
+    K3,
+    KL,
+    LEVELS,
+    SAPO,
+    Aggregation,
+    Clip,
+    Level,
+    Surrogate,
+)
 
 Floats: TypeAlias = NDArray[np.floating]
 
@@ -37,8 +52,8 @@ def grpo_objective(
     A: ArrayLike,
     pi_theta_old: ArrayLike,
     pi_theta_ref: ArrayLike,
-    epsilon: float = 0.2,
-    beta: float = 0.01,
+    epsilon: float = EPSILON,
+    beta: float = BETA,
 ) -> float:
     """mean( min(ρA, clip(ρ, 1−ε, 1+ε)·A) − β·ρ·(r − log r − 1) ), r = π_ref/(ρ·π_old); nothing is checked.
 
@@ -68,7 +83,7 @@ def grpo_loss(
     *,
     mask: ArrayLike | None = None,
     cu_seqlens: ArrayLike | None = None,
-    surrogate: Surrogate = Clip(epsilon=0.2),  # noqa: B008 - an immutable value
+    surrogate: Surrogate = DEFAULT_SURROGATE,
     kl: KL | None = None,
     importance_sampling_level: Level = "token",
     rollout_is_weights: ArrayLike | None = None,
@@ -118,7 +133,7 @@ def grpo_loss(
     logps = np.asarray(logps)
     logps = logps if logps.dtype == np.float32 else logps.astype(np.float64)
     tokens = _Tokens.of(logps, mask, cu_seqlens)
-    level = one_of("importance_sampling_level", importance_sampling_level, ("token", "sequence"))
+    level = one_of("importance_sampling_level", importance_sampling_level, LEVELS)
 
     logp = tokens.each("logps", logps)
     old = logp if old_logps is None else tokens.each("old_logps", old_logps)

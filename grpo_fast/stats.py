@@ -6,15 +6,16 @@ of the whole to the last bit.
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ._kernels.exact import Exact
-from .terms import CISPO, KL, Aggregation, Clip, Level, Surrogate
+from ._kernels.sums import Clipped, Numerator, Sums, Totals
+from .terms import CISPO, Clip, Options
 
 #: Below it, squares have lost digits, being subnormal.
 _LEAST_SQUARES = sys.float_info.min / sys.float_info.epsilon
@@ -56,26 +57,10 @@ def _if_known(a: int | None, b: int | None) -> int | None:
     return None if a is None or b is None else a + b
 
 
-def _each(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(x + y for x, y in zip(a, b, strict=True))
-
-
-def _denominator(aggregation: Aggregation, normalizer: float | None, tokens: int, sequences: int | None) -> float:
-    """What the aggregation divides by; the normalizer, if there is one."""
-    if normalizer is not None:
-        return normalizer
-    counted = {"token-mean": tokens, "token-sum": 1}.get(aggregation, sequences)
-    return max(counted or 0, 1)
-
-
-class Options(NamedTuple):
-    """What the sums of a `Stats` are sums of; only those of the same options can be added."""
-
-    surrogate: Surrogate
-    kl: KL | None
-    importance_sampling_level: Level = "token"
-    aggregation: Aggregation = "token-mean"
-    normalizer: float | None = None
+def _each(a: Any, b: Any) -> Any:
+    """The sums of two tuples, field by field."""
+    total = (x + y for x, y in zip(a, b, strict=True))
+    return a._make(total) if hasattr(a, "_make") else tuple(total)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,69 +99,45 @@ class Stats(_Additive):
     options: Options = _added_by(_same)  # noqa: RUF009 - a dataclass field
     tokens: int
     sequence_count: int | None = _added_by(_if_known)
-    surrogate_sum: Exact
-    kl_sum: Exact
-    surrogate_total: Exact  # of the objective's numerator: the same sums, or those of each sequence over its tokens
-    kl_total: Exact
-    ratio_sum: Exact
-    ratio_squared_sum: Exact
-    log_ratio_sum: Exact
-    clipped_low: int
-    clipped_high: int
-    clipped_beyond: int  # the hard bound: δ, or ratio_max
+    sums: Sums = _added_by(_each)  # noqa: RUF009 - a dataclass field; of Exact
+    numerator: Numerator = _added_by(_each)  # noqa: RUF009 - of the objective; of Exact
+    clipped: Clipped = _added_by(_each)  # noqa: RUF009
     least_ratio: float = _added_by(min)
     largest_ratio: float = _added_by(max)
 
     @classmethod
-    def of(
-        cls,
-        options: Options,
-        *,
-        tokens: int,
-        sequence_count: int | None,
-        sums: Sequence[Exact],
-        clipped: Sequence[int],
-        extremes: NDArray[np.float64],
-    ) -> Self:
-        """From the sums of a kernel, in its order; the last two if the objective's numerator is not made of the first.
-
-        ``extremes`` (tasks, 2) are the least and the largest ratio.
-        """
-        surrogate, kl, ratio, ratio_squared, log_ratio, *totals = sums
-        low, high, beyond = clipped
-        least, largest = zip(*extremes.tolist(), strict=True)  # of a few tasks: NumPy's min and max take longer
+    def of(cls, options: Options, totals: Totals, sequence_count: int | None) -> Self:
+        """From what the kernels have added up."""
+        sums = Sums(*Exact.of_limbs(totals.sums))
+        if options.mean_within:
+            numerator = Numerator(*Exact.of_limbs(totals.numerator))
+        else:
+            numerator = Numerator(sums.surrogate, sums.kl)
         return cls(
             options=options,
-            tokens=tokens,
+            tokens=totals.tokens,
             sequence_count=sequence_count,
-            surrogate_sum=surrogate,
-            kl_sum=kl,
-            surrogate_total=totals[0] if totals else surrogate,
-            kl_total=totals[1] if totals else kl,
-            ratio_sum=ratio,
-            ratio_squared_sum=ratio_squared,
-            log_ratio_sum=log_ratio,
-            clipped_low=low,
-            clipped_high=high,
-            clipped_beyond=beyond,
-            least_ratio=min(least),
-            largest_ratio=max(largest),
+            sums=sums,
+            numerator=numerator,
+            clipped=Clipped(totals.clipped_low, totals.clipped_high, totals.clipped_hard),
+            least_ratio=totals.least_ratio,
+            largest_ratio=totals.largest_ratio,
         )
 
     def _mean(self, total: Exact | int) -> float:
         return float(total) / self.tokens if self.tokens else math.nan
 
-    def _share(self, of: type, clipped: int) -> float:
-        return self._mean(clipped) if isinstance(self.options.surrogate, of) else math.nan
+    def _fraction(self, surrogate: type, clipped: int) -> float:
+        return self._mean(clipped) if isinstance(self.options.surrogate, surrogate) else math.nan
 
     @property
     def denominator(self) -> float:
         """What the aggregation divides by; ``normalizer``, if there is one."""
-        return _denominator(self.options.aggregation, self.options.normalizer, self.tokens, self.sequence_count)
+        return self.options.denominator(self.tokens, self.sequence_count)
 
     @property
     def objective(self) -> float:
-        surrogate, kl = (float(total) / self.denominator for total in (self.surrogate_total, self.kl_total))
+        surrogate, kl = (float(total) / self.denominator for total in self.numerator)
         return objective_of(surrogate, kl, self.options.kl.beta if self.options.kl else 0.0)
 
     @property
@@ -185,35 +146,35 @@ class Stats(_Additive):
 
     @property
     def surrogate(self) -> float:
-        return self._mean(self.surrogate_sum)
+        return self._mean(self.sums.surrogate)
 
     @property
     def kl(self) -> float:
-        return self._mean(self.kl_sum) if self.options.kl else math.nan
+        return self._mean(self.sums.kl) if self.options.kl else math.nan
 
     @property
     def clip_ratio_low(self) -> float:
-        return self._share(Clip, self.clipped_low)
+        return self._fraction(Clip, self.clipped.low)
 
     @property
     def clip_ratio_high(self) -> float:
-        return self._share(Clip, self.clipped_high)
+        return self._fraction(Clip, self.clipped.high)
 
     @property
     def clip_ratio_region(self) -> float:
-        return self._share(Clip, self.clipped_low + self.clipped_high)
+        return self._fraction(Clip, self.clipped.low + self.clipped.high)
 
     @property
     def clip_ratio_delta(self) -> float:
-        return self._share(Clip, self.clipped_beyond)
+        return self._fraction(Clip, self.clipped.hard)
 
     @property
     def cispo_clip_ratio(self) -> float:
-        return self._share(CISPO, self.clipped_beyond)
+        return self._fraction(CISPO, self.clipped.hard)
 
     @property
     def ratio_mean(self) -> float:
-        return self._mean(self.ratio_sum)
+        return self._mean(self.sums.ratio)
 
     @property
     def ratio_min(self) -> float:
@@ -225,13 +186,13 @@ class Stats(_Additive):
 
     @property
     def ess(self) -> float:
-        total, squares = float(self.ratio_sum), self.tokens * float(self.ratio_squared_sum)
+        total, squares = float(self.sums.ratio), self.tokens * float(self.sums.ratio_squared)
         # Of equal ρ, rounding makes more than 1.
         return min(total * total / squares, 1.0) if _LEAST_SQUARES < squares < math.inf else math.nan
 
     @property
     def approx_kl(self) -> float:
-        return 0.0 - self._mean(self.log_ratio_sum)
+        return 0.0 - self._mean(self.sums.log_ratio)
 
     @property
     def sequences(self) -> float:
@@ -281,15 +242,14 @@ class Sweep(_Additive):
     """
 
     grid: tuple[tuple[float, ...], tuple[float, ...]] = _added_by(_same)
+    options: Options = _added_by(_same)  # noqa: RUF009 - a dataclass field; but for ε and β, the same over the grid
     tokens: int
-    surrogate_totals: tuple[Exact, ...] = _added_by(_each)  # of the objective's numerator, as in Stats
-    kl_total: Exact
+    surrogate_numerators: tuple[Exact, ...] = _added_by(_each)  # of the objective, for each ε
+    kl_numerator: Exact
     kl_sum: Exact
     clipped_low: tuple[int, ...] = _added_by(_each)
     clipped_high: tuple[int, ...] = _added_by(_each)
     sequence_count: int | None = _added_by(_if_known)
-    aggregation: Aggregation = _added_by(_same)  # noqa: RUF009 - a dataclass field
-    normalizer: float | None = _added_by(_same)
 
     @property
     def epsilons(self) -> NDArray[np.float64]:
@@ -305,8 +265,8 @@ class Sweep(_Additive):
 
     @property
     def objective(self) -> NDArray[np.float64]:
-        denominator = _denominator(self.aggregation, self.normalizer, self.tokens, self.sequence_count)
-        kl, *surrogates = (float(total) / denominator for total in (self.kl_total, *self.surrogate_totals))
+        denominator = self.options.denominator(self.tokens, self.sequence_count)
+        kl, *surrogates = (float(total) / denominator for total in (self.kl_numerator, *self.surrogate_numerators))
         return np.array([[objective_of(s, kl, beta) for beta in self.grid[1]] for s in surrogates])
 
     @property

@@ -1,23 +1,28 @@
-"""The options of the objective as values: ``Clip``, ``CISPO``, ``SAPO`` (policy term) and ``K1``, ``K2``, ``K3`` (KL).
+"""The options as values: ``Clip``, ``CISPO``, ``SAPO`` (policy term), ``K1``, ``K2``, ``K3`` (KL), all in ``Options``.
 
-An option is a NamedTuple whose fields are floats or bools: Numba reads it as it is and compiles one kernel for each
+A term is a NamedTuple whose fields are floats or bools: Numba reads it as it is and compiles one kernel for each
 class, while the numbers stay run-time values. Every way to make one (call, ``_replace``, copy, unpickle) goes through
-its constructor, so a kernel never meets an invalid option, nor a None or an int that would make it another type.
+its constructor, so a kernel never meets an invalid term, nor a None or an int that would make it another type.
 
 Notation, per token: ρ = π_θ/π_old (for a whole sequence at sequence level), A the advantage, l = log π_θ − log π_ref.
 """
 
 import math
-from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias, get_args
 
-from ._checks import flag, not_negative, number, positive
+from ._checks import flag, not_negative, number, one_of, positive
 
 Level: TypeAlias = Literal["token", "sequence"]
 Aggregation: TypeAlias = Literal["token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum"]
+LEVELS: tuple[str, ...] = get_args(Level)
+AGGREGATIONS: tuple[str, ...] = get_args(Aggregation)
+#: The defaults of ε and β, wherever they are parameters of a call or options of the command.
+EPSILON = 0.2
+BETA = 0.01
 
 
 # --- what all options share -------------------------------------------------------------------------------------------
-class _Option(tuple[float, ...]):
+class _Option(tuple[Any, ...]):
     """Make a NamedTuple compare as a value of its own class, and let no field by the constructor."""
 
     __slots__ = ()
@@ -69,7 +74,7 @@ class Clip(_Option, NamedTuple("Clip", [("epsilon", float), ("epsilon_high", flo
 
     __slots__ = ()
 
-    def __new__(cls, epsilon: float = 0.2, epsilon_high: float | None = None, delta: float | None = None) -> Self:
+    def __new__(cls, epsilon: float = EPSILON, epsilon_high: float | None = None, delta: float | None = None) -> Self:
         epsilon = number("epsilon", epsilon, "in [0, 1)", lambda x: 0 <= x < 1)
         high = epsilon if epsilon_high is None else not_negative("epsilon_high", epsilon_high)
         bound = math.inf
@@ -241,5 +246,68 @@ class K3(_KL):
     __slots__ = ()
 
 
+# --- all of them ------------------------------------------------------------------------------------------------------
 Surrogate: TypeAlias = Clip | CISPO | SAPO
 KL: TypeAlias = K1 | K2 | K3
+
+_SURROGATES, _KLS = get_args(Surrogate), get_args(KL)
+
+#: The surrogate where none is given.
+DEFAULT_SURROGATE: Surrogate = Clip()
+
+
+class Options(
+    _Option,
+    NamedTuple(
+        "Options",
+        [
+            ("surrogate", Surrogate),
+            ("kl", KL | None),
+            ("importance_sampling_level", Level),
+            ("aggregation", Aggregation),
+            ("normalizer", float | None),
+        ],
+    ),
+):
+    """What `grpo_loss` computes: all its options, checked. Only `Stats` of the same options can be added.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An option is of another type, not one of the words allowed, or outside its interval.
+    """
+
+    __slots__ = ()
+
+    def __new__(
+        cls,
+        surrogate: Surrogate = DEFAULT_SURROGATE,
+        kl: KL | None = None,
+        importance_sampling_level: Level = "token",
+        aggregation: Aggregation = "seq-mean-token-mean",
+        normalizer: float | None = None,
+    ) -> Self:
+        if type(surrogate) not in _SURROGATES:
+            raise TypeError(f"surrogate must be a Clip, CISPO or SAPO, got {surrogate!r}")
+        if kl is not None and type(kl) not in _KLS:
+            raise TypeError(f"kl must be a K1, K2, K3 or None, got {kl!r}")
+        return super().__new__(
+            cls,
+            surrogate,
+            kl,
+            one_of("importance_sampling_level", importance_sampling_level, LEVELS),
+            one_of("aggregation", aggregation, AGGREGATIONS),
+            None if normalizer is None else positive("normalizer", normalizer),
+        )
+
+    @property
+    def mean_within(self) -> bool:
+        """Whether a sequence's sum is divided by the number of its tokens before it is added to others."""
+        return self.aggregation == "seq-mean-token-mean"
+
+    def denominator(self, tokens: int, sequences: int | None) -> float:
+        """What the sum over all is divided by, for so many unmasked tokens and sequences; at least 1 unless given."""
+        if self.normalizer is not None:
+            return self.normalizer
+        counted = {"token-mean": tokens, "token-sum": 1}.get(self.aggregation, sequences)
+        return max(counted or 0, 1)

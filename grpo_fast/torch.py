@@ -10,9 +10,8 @@ from typing import Any, TypeAlias
 
 from ._checks import positive
 from .loss import grpo_loss as loss_of_arrays
-from .loss import options_of
 from .stats import Stats
-from .terms import CISPO, K1, K2, K3, KL, SAPO, Aggregation, Clip, Level, Surrogate
+from .terms import CISPO, DEFAULT_SURROGATE, K1, K2, K3, KL, SAPO, Aggregation, Clip, Level, Options, Surrogate
 
 try:
     import torch
@@ -30,7 +29,7 @@ def grpo_loss(
     *,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    surrogate: Surrogate = Clip(epsilon=0.2),  # noqa: B008 - an immutable value
+    surrogate: Surrogate = DEFAULT_SURROGATE,
     kl: KL | None = None,
     importance_sampling_level: Level = "token",
     rollout_is_weights: Tensor | None = None,
@@ -82,7 +81,7 @@ def grpo_loss(
     is. Otherwise, as from ``(loss / steps).backward()``, a scaled one is made beside it; a ``normalizer`` that counts
     the steps spares that.
     """
-    options_of(surrogate, kl, importance_sampling_level, aggregation)  # raises what is to be raised
+    Options(surrogate, kl, importance_sampling_level, aggregation)  # raises what is to be raised
     _refuse_unless_plain("logps", logps)
     if logps.dtype in _HALVES:
         logps = logps.float()

@@ -10,15 +10,13 @@ import argparse
 import hashlib
 import itertools
 import json
-from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 from combinations import COMBINATIONS, TOKEN
 
-from grpo_fast import grpo_loss, grpo_objective, grpo_stats, grpo_sweep
-from grpo_fast._kernels.exact import Exact
+from grpo_fast import Sweep, grpo_loss, grpo_objective, grpo_stats, grpo_sweep
 
 PATH = Path(__file__).with_name("recorded.json")
 PROBABILITIES = "rhos", "A", "pi_theta_old", "pi_theta_ref"
@@ -106,10 +104,13 @@ def spelled(stats):
 
 
 def sums(stats):
-    """All that is added up, as text."""
-    values = [getattr(stats, f.name) for f in fields(stats)]
-    values = [x for value in values for x in (value if type(value) is tuple else [value])]
-    return " ".join(f"{x.units:x}:{x.special}" for x in values if isinstance(x, Exact))
+    """All that is added up exactly, as text."""
+    if isinstance(stats, Sweep):
+        values = [*stats.surrogate_numerators, stats.kl_numerator, stats.kl_sum]
+    else:
+        found = stats.sums
+        values = [found.surrogate, found.kl, *stats.numerator, found.ratio, found.ratio_squared, found.log_ratio]
+    return " ".join(f"{x.units:x}:{x.special}" for x in values)
 
 
 def digest(data):

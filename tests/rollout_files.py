@@ -38,19 +38,19 @@ def tokens(sequences, seed=0, longest=300, optional=False):
     return arrays
 
 
-def lists(values, bounds, kind=pa.large_list):
+def lists(values, bounds, list_type=pa.large_list):
     """Sequences as an Arrow array of lists."""
-    make = pa.LargeListArray if kind is pa.large_list else pa.ListArray
-    offsets = pa.array(bounds, pa.int64() if kind is pa.large_list else pa.int32())
+    make = pa.LargeListArray if list_type is pa.large_list else pa.ListArray
+    offsets = pa.array(bounds, pa.int64() if list_type is pa.large_list else pa.int32())
     return make.from_arrays(offsets, pa.array(values))
 
 
-def table(arrays, kind=pa.large_list):
+def table(arrays, list_type=pa.large_list):
     """Arguments of grpo_loss or grpo_stats as a table: lists where there are sequences."""
     bounds = arrays.get("cu_seqlens")
     return pa.table(
         {
-            name: lists(array, bounds, kind) if bounds is not None and name in PER_TOKEN else pa.array(array)
+            name: lists(array, bounds, list_type) if bounds is not None and name in PER_TOKEN else pa.array(array)
             for name, array in arrays.items()
             if name != "cu_seqlens"
         }
@@ -58,15 +58,15 @@ def table(arrays, kind=pa.large_list):
 
 
 def write(path, *tables):
-    """A Parquet or Arrow file, told by its name, of which each table becomes a row group or record batch."""
+    """Write a file in the format of its suffix; each table becomes a row group or record batch. Returns ``path``."""
     if path.suffix == ".arrow":
         with pa.ipc.new_file(path, tables[0].schema) as file:
-            for each in tables:
-                file.write_table(each)
+            for rows in tables:
+                file.write_table(rows)
     else:
         with parquet.ParquetWriter(path, tables[0].schema, write_page_checksum=True) as file:
-            for each in tables:
-                file.write_table(each, row_group_size=max(len(each), 1))
+            for rows in tables:
+                file.write_table(rows, row_group_size=max(len(rows), 1))
     return path
 
 

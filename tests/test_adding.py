@@ -14,7 +14,8 @@ from conftest import DTYPES, samples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from grpo_fast import BLOCK, Stats, exact, grpo_objective, grpo_stats, grpo_sweep, reference
+from grpo_fast import BLOCK, Stats, grpo_objective, grpo_stats, grpo_sweep, reference
+from grpo_fast._kernels import exact
 from grpo_fast._kernels.exact import ROW, Exact
 from grpo_fast.terms import K2
 
@@ -121,14 +122,21 @@ def add_up(numbers, row):
         exact.add(row, x)
 
 
+@numba.njit
+def merge(rows):
+    for row in rows[1:]:
+        exact.join(rows[0], row)
+    exact.carry(rows[0])
+
+
 def exact_sum(numbers, tasks=3):
     """The sum as kernels find it: each task adds to limbs of its own, which are then merged."""
-    rows = np.zeros((tasks, 2, ROW), np.int64)
+    rows = np.zeros((tasks, ROW), np.int64)
     for task in range(tasks):
-        add_up(np.array(numbers[task::tasks], np.float64), rows[task, 1])
-    exact.merge(rows)
-    assert not rows[0, 0].any()
-    return Exact.of_rows(rows[0])[1]
+        add_up(np.array(numbers[task::tasks], np.float64), rows[task])
+    merge(rows)
+    (total,) = Exact.of_limbs(rows[:1])
+    return total
 
 
 HUGE, TINY = 1.7976931348623157e308, 5e-324
@@ -161,8 +169,9 @@ def test_infinities_and_nan_sum_as_in_ieee(finite, special):
 def test_limbs_hold_many_of_the_largest():
     # What a limb takes in before the merge grows with the count; after a merge it can go on.
     numbers = np.full(1 << 20, HUGE)
-    rows = np.zeros((1, 1, ROW), np.int64)
+    rows = np.zeros((1, ROW), np.int64)
     for _ in range(2):
-        add_up(numbers, rows[0, 0])
-        exact.merge(rows)
-    assert Fraction(Exact.of_rows(rows[0])[0].units, 1 << 1074) == (1 << 21) * Fraction(HUGE)
+        add_up(numbers, rows[0])
+        merge(rows)
+    (total,) = Exact.of_limbs(rows)
+    assert Fraction(total.units, 1 << 1074) == (1 << 21) * Fraction(HUGE)

@@ -164,7 +164,7 @@ print(grpo_fast.grpo_objective([1.2, 0.8, 1.1], [1.0, -1.0, 1.0], [0.9, 1.1, 1.0
 UPGRADES = {
     "an elementary function": ("elementary", "0.22222223072008154", "0.22322223072008154", 1),
     # Numba's own index is read before its stamp is compared, and names classes that are there no more.
-    "the name of a class": ("sample_blocks", "BlockSums", "SumsOfBlock", 0),
+    "the name of a class": ("sums", "Contribution", "ContributionOfBlock", 0),
 }
 
 

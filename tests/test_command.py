@@ -1,17 +1,19 @@
-"""The command line over files: results on stdout, the bar on stderr, exit codes, nothing half-written."""
+"""The command line, mostly over files: results on stdout, the bar on stderr, exit codes, nothing half-written."""
 
 import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import samples
 
+import grpo_fast.__main__
 from grpo_fast import K3, Clip, grpo_loss, grpo_stats
-from grpo_fast.__main__ import main
+from grpo_fast.__main__ import main, synthetic_samples
 
 pa = pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[data]'")
 from rollout_files import PROBABILITIES, table, tokens, write  # noqa: E402
@@ -73,6 +75,12 @@ def test_evaluate_prints_what_stats_print(probabilities, capsys):
     assert "1.00k/1.00k" in err
 
 
+def test_the_defaults_are_those_of_the_functions(probabilities, capsys):
+    path, arrays = probabilities
+    assert main(["evaluate", path, "--no-progress"]) == 0
+    assert capsys.readouterr().out == f"{grpo_stats(**arrays)}\n"
+
+
 def test_options_of_tokens(rollouts, arrays, capsys):
     options = "--epsilon 0.1 --epsilon-high 0.3 --delta 4 --beta 0.04 --kl k3 --aggregation token-mean --normalizer 9"
     assert main(["evaluate", rollouts, *options.split(), "--batch-size", "7", "--no-progress"]) == 0
@@ -111,7 +119,8 @@ def test_bad_input_is_one_line(arguments, message, probabilities, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["evaluate"], ["sweep", "x", "--epsilon", "a,b"], ["evaluate", "x", "--columns", "A"]]
+    "arguments",
+    [["evaluate"], ["sweep", "x", "--epsilon", "a,b"], ["evaluate", "x", "--columns", "A"], ["--samples", "0"]],
 )
 def test_what_argparse_refuses(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
@@ -155,3 +164,32 @@ def test_ctrl_c_while_reading(probabilities, monkeypatch, capsys):
     monkeypatch.setattr(grpo_fast.files, "grpo_stats", interrupted)
     assert main(["evaluate", probabilities[0], "--no-progress"]) == 130
     assert capsys.readouterr() == ("", "grpo-fast: interrupted\n")
+
+
+# --- the demonstration ------------------------------------------------------------------------------------------------
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(grpo_fast.__main__, "side_by_side", partial(grpo_fast.__main__.side_by_side, seconds=0))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_demonstration(dtype, quick, capsys):
+    assert main(["--samples", "5000", "--dtype", dtype, "--seed", "7"]) == 0
+    out, err = capsys.readouterr()
+    stats = grpo_stats(*synthetic_samples(5000, dtype, seed=7))
+    assert f"5,000 synthetic samples, {dtype}, epsilon 0.2, beta 0.01, seed 7\n" in out
+    assert f"\n{stats}\n" in out
+    assert f"\n{stats.objective:.15g}\n" in out
+    assert out.endswith("by the NumPy reference in float64: they agree\n")
+    assert err == ""
+
+
+def test_a_demonstration_that_disagrees(quick, monkeypatch, capsys):
+    monkeypatch.setattr(grpo_fast.__main__, "grpo_objective", lambda *_: 0.5)
+    assert main(["--samples", "5000"]) == 1
+    assert "they DISAGREE" in capsys.readouterr().out
+
+
+def test_a_demonstration_of_bad_input(capsys):
+    assert main(["--samples", "10", "--epsilon", "2"]) == 2
+    assert "grpo-fast: error: epsilon must be" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from grpo_fast import evaluate
 pa = pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[data]'")
 from rollout_files import PROBABILITIES, table, tokens, write  # noqa: E402
 
-KINDS = ["samples.parquet", "tokens.parquet", "samples.arrow", "tokens.arrow"]
+NAMES = ["samples.parquet", "tokens.parquet", "samples.arrow", "tokens.arrow"]
 settings.register_profile("files", settings(derandomize=True, suppress_health_check=[HealthCheck.too_slow]))
 
 
@@ -25,10 +25,10 @@ class Files(dict):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Of each kind a small file, what is in it, and the right answer."""
+    """By name: a small file, its bytes, and the right answer."""
     folder = tmp_path_factory.mktemp("corrupt")
     result = Files()
-    for name in KINDS:
+    for name in NAMES:
         rows = dict(zip(PROBABILITIES, samples(90), strict=True)) if "samples" in name else tokens(30, longest=9)
         whole = table(rows, pa.list_)
         path = write(folder / name, whole.slice(0, 20), whole.slice(20))
@@ -37,20 +37,20 @@ def files(tmp_path_factory):
 
 
 def check(files, name, content):
-    """Evaluate the kind of file with other content."""
+    """Evaluate one of the files with other content, and restore it."""
     path, original, right = files[name]
     path.write_bytes(content)
     try:
-        found = evaluate(path)
+        stats = evaluate(path)
     except ValueError as error:
         assert str(path) in str(error)  # noqa: PT017 - or no error at all
         return
     finally:
         path.write_bytes(original)
-    assert found == right or path.suffix == ".arrow"
+    assert stats == right or path.suffix == ".arrow"
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", NAMES)
 @settings(settings.get_profile("files"), max_examples=40)
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_cut_off(files, name, share):
@@ -65,7 +65,7 @@ def test_cut_off(files, name, share):
         path.write_bytes(original)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", NAMES)
 @settings(settings.get_profile("files"), max_examples=150)
 @given(flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), min_size=1, max_size=3))
 def test_flipped_bits(files, name, flips):
@@ -75,7 +75,7 @@ def test_flipped_bits(files, name, flips):
     check(files, name, content)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", NAMES)
 @settings(settings.get_profile("files"), max_examples=40)
 @given(a=st.floats(0, 1), b=st.floats(0, 1), value=st.sampled_from([0, 255]))
 def test_a_hole(files, name, a, b, value):
@@ -84,28 +84,28 @@ def test_a_hole(files, name, a, b, value):
     check(files, name, original[:low] + bytes([value]) * (high - low) + original[high:])
 
 
-def test_a_row_group_that_is_told_shorter(files):
+def test_a_row_group_that_the_footer_makes_shorter(files):
     # No checksum covers the footer, and pyarrow would silently leave out the rows beyond.
     path, original, _ = files["samples.parquet"]
     footer = len(original) - 8 - int.from_bytes(original[-8:-4], "little")
-    found = 0
+    tried = 0
     for at in range(footer, len(original) - 8):
         content = bytearray(original)
         content[at] ^= 8  # makes 16 of 20
         try:
             metadata = pa.parquet.ParquetFile(pa.BufferReader(content)).metadata
-            told = metadata.row_group(0).num_rows
+            footer_rows = metadata.row_group(0).num_rows
         except (pa.ArrowException, OSError, IndexError):
             continue
-        if told == 16:
-            found += 1
+        if footer_rows == 16:
+            tried += 1
             path.write_bytes(content)
             try:
                 with pytest.raises(ValueError, match="rows in all row groups where the footer says 90"):
                     evaluate(path)
             finally:
                 path.write_bytes(original)
-    assert found == 1
+    assert tried == 1
 
 
 def test_the_page_that_is_damaged_is_named(tmp_path):

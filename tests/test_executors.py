@@ -47,12 +47,12 @@ class _DyingOnce:
     """An executor one of whose workers is killed when it has a result, before it can hand it back."""
 
     def __init__(self, executor, marker):
-        self.submit = lambda work, part: executor.submit(_work_or_die, work, part, str(marker))
+        self.submit = lambda work, row_group: executor.submit(_work_or_die, work, row_group, str(marker))
 
 
-def _work_or_die(work, part, marker):
-    result = work(part)
-    if part.number == 5:
+def _work_or_die(work, row_group, marker):
+    result = work(row_group)
+    if row_group.number == 5:
         try:
             os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
         except FileExistsError:
@@ -106,8 +106,8 @@ def test_what_was_not_begun_is_cancelled(rollouts):
 
 class _Failing:
     def __init__(self, executor):
-        self.submit = lambda work, part: executor.submit(_fail, part)
+        self.submit = lambda work, row_group: executor.submit(_fail, row_group)
 
 
-def _fail(part):
-    raise ValueError(f"{part} is out of reach")
+def _fail(row_group):
+    raise ValueError(f"{row_group} is out of reach")

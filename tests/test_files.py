@@ -14,7 +14,7 @@ from grpo_fast.files import sweep
 pa = pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[data]'")
 from rollout_files import FORMATS, GRID, OPTIONS, PER_TOKEN, lists, probabilities, refused, table, tokens, write  # noqa: E402
 
-LISTS = [pa.list_, pa.large_list]
+LIST_TYPES = [pa.list_, pa.large_list]
 
 
 def loss_stats(arrays, **options):
@@ -37,11 +37,11 @@ def test_samples_in_shuffled_shards(suffix, tmp_path):
     arrays = probabilities(7 * BLOCK + 77)
     whole = table(arrays)
     cuts = [0, 3 * BLOCK, 4 * BLOCK, 6 * BLOCK, len(whole)]
-    parts = [whole.slice(i, j - i) for i, j in pairwise(cuts)]
+    tables = [whole.slice(i, j - i) for i, j in pairwise(cuts)]
     paths = [
-        write(tmp_path / f"a.{suffix}", parts[2], parts[0]),
-        write(tmp_path / f"b.{suffix}", parts[3]),
-        write(tmp_path / f"c.{suffix}", whole.slice(0, 0), parts[1]),  # an empty row group is nothing
+        write(tmp_path / f"a.{suffix}", tables[2], tables[0]),
+        write(tmp_path / f"b.{suffix}", tables[3]),
+        write(tmp_path / f"c.{suffix}", whole.slice(0, 0), tables[1]),  # an empty row group is nothing
     ]
     expected = grpo_stats(**arrays)
     assert evaluate(paths) == expected
@@ -51,11 +51,11 @@ def test_samples_in_shuffled_shards(suffix, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-@pytest.mark.parametrize("kind", LISTS)
+@pytest.mark.parametrize("list_type", LIST_TYPES)
 @pytest.mark.parametrize("batch_size", [None, 1, 7])
-def test_sequences_in_any_batches(batch_size, kind, suffix, tmp_path):
+def test_sequences_in_any_batches(batch_size, list_type, suffix, tmp_path):
     arrays = tokens(40)
-    whole = table(arrays, kind)
+    whole = table(arrays, list_type)
     path = write(tmp_path / f"rollouts.{suffix}", whole.slice(0, 23), whole.slice(23))  # Arrow keeps the offset
     expected = loss_stats(arrays)
     assert evaluate(path, batch_size=batch_size, **OPTIONS) == expected
@@ -133,7 +133,7 @@ def test_lists_of_fixed_size(suffix, tmp_path):
     )
     path = write(tmp_path / f"rollouts.{suffix}", whole.slice(0, 7), whole.slice(7))
     assert evaluate(path, batch_size=3, **OPTIONS) == loss_stats(arrays)
-    arrays["logps"][10 * size + 4] = np.inf  # a row of the second part, which is searched for in slices
+    arrays["logps"][10 * size + 4] = np.inf  # a row of the second row group, which is searched for in slices
     columns = {name: pa.FixedSizeListArray.from_arrays(pa.array(arrays[name]), size) for name in PER_TOKEN[:3]}
     whole = pa.table(columns | {"advantages": arrays["advantages"]})
     path = write(tmp_path / f"rollouts.{suffix}", whole.slice(0, 7), whole.slice(7))
@@ -161,8 +161,8 @@ def test_as_many_tokens_as_sequences(tmp_path):
     expected = loss_stats(
         tokens(1) | {name: np.array(x[1]) for name, x in rows.items()} | {"advantages": -1.0, "cu_seqlens": None}
     )
-    found = evaluate(path, **OPTIONS)
-    assert (found.sequences, found.tokens, found.surrogate_sum) == (2, 2, expected.surrogate_sum)
+    stats = evaluate(path, **OPTIONS)
+    assert (stats.sequences, stats.tokens, stats.sums.surrogate) == (2, 2, expected.sums.surrogate)
 
 
 def test_sequences_without_a_token(tmp_path):
@@ -173,9 +173,9 @@ def test_sequences_without_a_token(tmp_path):
         write(tmp_path / "empty.parquet", pa.table(empty, schema)),
         write(tmp_path / "full.parquet", table(arrays, pa.list_)),
     ]
-    found, full = evaluate(paths, **OPTIONS), loss_stats(arrays)
-    assert (found.sequences, found.tokens) == (7, full.tokens)
-    assert found.surrogate_total == full.surrogate_total
+    stats, full = evaluate(paths, **OPTIONS), loss_stats(arrays)
+    assert (stats.sequences, stats.tokens) == (7, full.tokens)
+    assert stats.numerator.surrogate == full.numerator.surrogate
     assert evaluate(paths[0], **OPTIONS).objective == 0
 
 
@@ -186,13 +186,13 @@ def test_flat_tokens(batch_size, tmp_path):
     assert n > 3 * BLOCK
     arrays["advantages"] = np.random.default_rng(0).normal(size=n)
     path = write(tmp_path / "rollouts.parquet", table(arrays))
-    found = evaluate(path, batch_size=batch_size, aggregation="token-mean", **OPTIONS)
+    stats = evaluate(path, batch_size=batch_size, aggregation="token-mean", **OPTIONS)
     expected = loss_stats(arrays, aggregation="token-mean")
-    assert np.isnan(found.sequences)
-    assert (found.objective, found.surrogate_sum, found.kl_sum) == (
+    assert np.isnan(stats.sequences)
+    assert (stats.objective, stats.sums.surrogate, stats.sums.kl) == (
         expected.objective,
-        expected.surrogate_sum,
-        expected.kl_sum,
+        expected.sums.surrogate,
+        expected.sums.kl,
     )
     swept = sweep(path, batch_size=batch_size, aggregation="token-mean", **GRID)
     assert swept.objective[1, 1] == expected.objective
@@ -206,9 +206,9 @@ def test_a_mask_does_not_move_the_blocks_of_flat_tokens(tmp_path):
     mask[: BLOCK + 5] = False  # the second batch begins with masked tokens
     columns = {"logps": logps, "old_logps": old, "ref_logps": ref, "advantages": logps, "mask": mask}
     path = write(tmp_path / "rollouts.parquet", pa.table(columns))
-    found = [evaluate(path, batch_size=size, aggregation="token-mean", **OPTIONS) for size in (None, 1, 2 * BLOCK)]
-    assert found[0] == found[1] == found[2]
-    assert found[0].tokens == mask.sum()
+    results = [evaluate(path, batch_size=size, aggregation="token-mean", **OPTIONS) for size in (None, 1, 2 * BLOCK)]
+    assert results[0] == results[1] == results[2]
+    assert results[0].tokens == mask.sum()
 
 
 def test_flat_tokens_have_no_sequences(tmp_path):
@@ -246,11 +246,11 @@ def test_columns_of_other_names(tmp_path):
 def test_only_what_is_needed_is_read(tmp_path):
     arrays = probabilities(100)
     path = write(tmp_path / "samples.parquet", table({name: arrays[name] for name in ("rhos", "A")}))
-    found = evaluate(path, beta=0)
-    assert found == grpo_stats(arrays["rhos"], arrays["A"], None, None, beta=0)
-    assert found.objective == grpo_stats(**arrays, beta=0).objective
-    assert np.isnan(found.kl)
-    assert sweep(path, epsilons=0.2, betas=0).objective == found.objective
+    stats = evaluate(path, beta=0)
+    assert stats == grpo_stats(arrays["rhos"], arrays["A"], None, None, beta=0)
+    assert stats.objective == grpo_stats(**arrays, beta=0).objective
+    assert np.isnan(stats.kl)
+    assert sweep(path, epsilons=0.2, betas=0).objective == stats.objective
     arrays = tokens(10)
     del arrays["ref_logps"]
     path = write(tmp_path / "tokens.parquet", table(arrays))

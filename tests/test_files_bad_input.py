@@ -105,7 +105,7 @@ def test_arguments_that_do_not_fit(tmp_path):
     refused("kl must be K1, K2, K3 or a function", other, call=sweep, kl=K3(0.1), **GRID, error=TypeError)
 
 
-def test_files_of_another_kind(tmp_path):
+def test_files_of_another_format(tmp_path):
     text, stream = tmp_path / "a.csv", tmp_path / "b.arrow"
     text.write_text("rhos,A\n1,1\n")
     refused(r"a.csv: neither a Parquet nor an Arrow IPC file: it begins with b'rhos,A'", text)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from grpo_fast import CISPO, K2, K3, SAPO, Clip, grpo_loss
 from grpo_fast._kernels.tokens import Batch
-from grpo_fast.loss import _pieces
+from grpo_fast.loss import _ranges
 
 #: Nothing, and the ends of vectors and of blocks.
 LENGTHS = (9001, 0, 1, 7, 8, 9, 16, 17, 127, 128, 129, 255, 256, 257, 0, 4095, 4096, 4097, 33)
@@ -278,9 +278,9 @@ def test_serial_or_cut_into_tasks(layout, lengths, case, dtype, monkeypatch):
 @pytest.mark.parametrize("lengths", [[5000] * 16, [5000] * 48, [1] * 70_000, range(1, 600), [1, 9] * 9000], ids=len)
 def test_every_task_has_its_share(lengths, tasks):
     n = np.array(lengths)
-    batch = Batch(*[np.zeros(n.sum())] * 6, np.append(0, np.cumsum(n)), True, True)
-    pieces, _, long = _pieces(batch, tasks)
-    shares = [sum(n[a:b].sum() for a, b in pieces[task::tasks]) for task in range(tasks)]
+    batch = Batch(*[np.zeros(n.sum())] * 7, np.append(0, np.cumsum(n)), True, True)
+    ranges, _, long = _ranges(batch, tasks)
+    shares = [sum(n[a:b].sum() for a, b in ranges[task::tasks]) for task in range(tasks)]
     assert not long
     assert sum(shares) == n.sum()
     assert max(shares) <= 1.2 * n.sum() / tasks + n.max()  # a sequence is not cut

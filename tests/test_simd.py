@@ -13,6 +13,7 @@ from numba.core import types
 
 from grpo_fast import BLOCK
 from grpo_fast._kernels import sample_blocks, simd
+from grpo_fast._kernels.samples import Samples
 from grpo_fast._kernels.simd import (
     beyond,
     bits,
@@ -270,7 +271,8 @@ def assembly(dtype):
     """The machine code of `sum_block` as compiled for this CPU (Numba shows none for what came out of its cache)."""
     kernel = numba.njit(nogil=True, error_model="numpy")(sample_blocks.sum_block.py_func)
     array = types.Array(numba.from_dtype(np.dtype(dtype)), 1, "C")
-    kernel.compile((*[array] * 4, *[types.intp] * 2, *[types.float64] * 2, types.none, array))
+    samples = types.NamedTuple([array] * 4, Samples)
+    kernel.compile((samples, *[types.intp] * 2, *[types.float64] * 2, types.none, array))
     return next(iter(kernel.inspect_asm().values()))
 
 

@@ -1,41 +1,86 @@
-"""How a kernel works through a block: `RUN` vectors at a time, handed from one short loop to the next.
+"""How a kernel works through its data: tasks share blocks of `BLOCK` items, and a block is runs of `RUN` vectors.
 
-Each loop is short enough for its values to stay in registers and for its iterations to overlap; what the next one
-needs it leaves in a row of a scratch array, which stays in the L1 cache. (One fused loop over the probabilities took
-2.25 ns a sample on AVX2, the chain of short ones 1.65.)
+A run passes through several short loops, each of which leaves what the next one needs in a row of a scratch array, in
+the L1 cache. A short loop keeps its values in registers, and its iterations overlap. (One fused loop over the
+probabilities took 2.25 ns a sample on AVX2, the chain of short ones 1.65.)
 """
 
 import numpy as np
 
 from .compiling import compiled, inlined
-from .simd import lanes, load, prefetch, store, where, wide
+from .simd import is_finite, lanes, load, prefetch, store, where, wide
 
-BLOCK = 4096  # samples whose sums are rounded; between blocks nothing is
+BLOCK = 4096  # samples or tokens whose sums are rounded; beyond a block, sums are exact
 RUN = 16  # vectors; in float32 also how many terms are added before they go into float64
 AHEAD = 32  # vectors: how far ahead of its use memory is asked for
 
 
+# --- who works on what ------------------------------------------------------------------------------------------------
+@inlined
+def block_count(items):
+    """How many blocks hold so many items."""
+    return (items + BLOCK - 1) // BLOCK
+
+
+@inlined
+def share(items, task, tasks):
+    """The first of the ``items`` that are one task's, and the one after the last; all are somebody's."""
+    return task * items // tasks, (task + 1) * items // tasks
+
+
+@inlined
+def vectors_in_run(array, run, stop):
+    """How many vectors of the run that begins at ``run`` hold items before ``stop``; `RUN` at most."""
+    return min(RUN, (stop - run + lanes(array) - 1) // lanes(array))
+
+
+# --- from loop to loop ------------------------------------------------------------------------------------------------
 @compiled
 def scratch_like(array, rows):
-    """A scratch array with rows of RUN vectors."""
+    """A new scratch array of the dtype of ``array``, with so many rows of RUN vectors."""
     return np.empty(rows * RUN * lanes(array), array.dtype)
 
 
 @inlined
-def put(scratch, row, v, vector):
-    """Leave a vector in a row."""
+def store_row(scratch, row, v, vector):
+    """Write vector number ``v`` of a row of the scratch array."""
     store(scratch, (row * RUN + v) * lanes(scratch), vector)
 
 
 @inlined
-def get(scratch, row, v):
-    """Take it out."""
+def load_row(scratch, row, v):
+    """Vector number ``v`` of a row of the scratch array."""
     return load(scratch, (row * RUN + v) * lanes(scratch))
 
 
 @inlined
-def settled(total, in_float64, careful):
-    """The sum of a run, added in the dtype; or in float64 where that overflowed, as it only can when ``careful``."""
+def prefetch_ahead(array, start, v):
+    """Ask for the cache line that a later run needs when this one, from ``start`` on, is at vector ``v``.
+
+    The loops of a run share this out: asked for in one of them, lines come in bursts larger than a core can have under
+    way (20 M float64 samples in 40 ms; shared out 36, without any 44).
+    """
+    prefetch(array, start + (v + AHEAD) * lanes(array))
+
+
+@inlined
+def prefetch_if_given(array, start, v):
+    """`prefetch_ahead`; nothing if the array is None."""
+    if array is not None:
+        prefetch_ahead(array, start, v)
+
+
+# --- the sum of a run -------------------------------------------------------------------------------------------------
+# Sixteen float32 terms may overflow though their mean is finite; then they are added in float64. In two ways: what a
+# careful attempt at the block computes anew anyway is added in both formats there (`run_sum`). But the policy term
+# overflows by its advantage or by ε, on which no other sum may depend: it alone is added again (`overflowed`), and the
+# others keep their bits.
+@inlined
+def run_sum(total, in_float64, careful):
+    """The sum of a run, of which ``total`` was added in the dtype and, when ``careful``, ``in_float64`` beside it.
+
+    It is the first, in float64; or, if ``careful``, the second where the first overflowed.
+    """
     narrow = wide(total)
     if careful:
         return where(narrow - narrow == 0.0, narrow, in_float64)
@@ -43,10 +88,6 @@ def settled(total, in_float64, careful):
 
 
 @inlined
-def ask_ahead(array, start, v):
-    """Ask for a line that a later run needs.
-
-    The loops of a run share this out: asked for in one of them, lines come in bursts larger than a core can have under
-    way (20 M float64 samples in 40 ms; shared out 36, without any 44).
-    """
-    prefetch(array, start + (v + AHEAD) * lanes(array))
+def overflowed(array, in_float64):
+    """Whether the sum of a run, added in the dtype of ``array`` and then widened, is to be added again in float64."""
+    return lanes(array) > 8 and not is_finite(in_float64)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .compiling import compiled, inlined
+from .compiling import inlined
 from .simd import bits
 
 #: Limbs of 32 bits in use: 2098 bits for the largest float64 in units of the least one, 64 for carries and sign; then
@@ -23,7 +23,7 @@ _UNIT = 1 << 1074
 
 @inlined
 def add(row: Any, x: float) -> None:
-    """Add x to the limbs ``row``, an int64 array of length `ROW`; safe for 2³⁰ numbers before `merge`."""
+    """Add x to the limbs ``row``, an int64 array of length `ROW`; safe for 2³⁰ numbers before `carry`."""
     pattern = np.int64(bits(x))
     exponent = (pattern >> 52) & 0x7FF
     if exponent == 0x7FF:  # 1, 2 and 4 stand for +inf, −inf and NaN
@@ -43,21 +43,22 @@ def add(row: Any, x: float) -> None:
     row[limb + 2] += sign * (high >> 32)
 
 
-@compiled
-def merge(rows: Any) -> None:
-    """Add ``rows[1:]`` to ``rows[0]``, then bring its limbs into 0 … 2³² − 1, two's complement, for `Exact.of_rows`.
+@inlined
+def join(row, other):
+    """Add the limbs ``other`` to those of ``row``."""
+    for limb in range(LIMBS):
+        row[limb] += other[limb]
+    row[_SPECIAL] |= other[_SPECIAL]
 
-    ``rows`` is (tasks, sums, ROW).
-    """
-    for sum_ in range(rows.shape[1]):
-        above = np.int64(0)
-        for limb in range(LIMBS):
-            for task in range(len(rows)):
-                above += rows[task, sum_, limb]
-            rows[0, sum_, limb] = above & 0xFFFFFFFF
-            above >>= 32
-        for task in range(1, len(rows)):
-            rows[0, sum_, _SPECIAL] |= rows[task, sum_, _SPECIAL]
+
+@inlined
+def carry(row):
+    """Bring the limbs of ``row`` into 0 … 2³² − 1, two's complement, for `Exact.of_limbs`."""
+    above = np.int64(0)
+    for limb in range(LIMBS):
+        above += row[limb]
+        row[limb] = above & 0xFFFFFFFF
+        above >>= 32
 
 
 def rounded_sum(values: list[float]) -> float:
@@ -75,8 +76,8 @@ class Exact(NamedTuple):
     special: int = 0
 
     @classmethod
-    def of_rows(cls, rows: np.ndarray) -> "list[Exact]":
-        """The sums in rows of limbs after `merge`."""
+    def of_limbs(cls, rows: np.ndarray) -> "list[Exact]":
+        """The sums in rows of limbs, (sums, ROW), after `carry`."""
         digits = rows[:, :LIMBS].astype("<u4").tobytes()
         units = (digits[start : start + 4 * LIMBS] for start in range(0, len(digits), 4 * LIMBS))
         specials = rows[:, _SPECIAL].tolist()

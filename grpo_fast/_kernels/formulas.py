@@ -1,7 +1,7 @@
-"""The terms of the loss on vectors of tokens: one plain function for each idea, whose formula the option's class picks.
+"""The terms of the loss on vectors of tokens: one function for each idea, whose formula the class of the option picks.
 
-While a kernel is compiled, `overload` looks at the class of the option and gives the one body for it; its numbers stay
-run-time values. Formulas and sources are in `terms`; what an overflow becomes is in the header of `reference`.
+While a kernel is compiled, `inlined_by_type` looks at that class and takes the one body for it; the option's numbers
+stay run-time values. Formulas and sources are in `terms`; what an overflow becomes is in the header of `reference`.
 """
 
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ from ..terms import CISPO, K1, K2, K3, SAPO, Clip
 from .compiling import inlined, inlined_by_type
 from .elementary import exp, k3_of_any_log, k3_of_log, layout
 from .simd import constant, fma, full_like, tally, where
+from .sums import Clipped
 
 
 @inlined
@@ -28,7 +29,7 @@ class PolicyTerm(NamedTuple):
 
 @inlined_by_type
 def surrogate_term(surrogate, rho, a, logp):
-    """The policy term of each token."""
+    """The `PolicyTerm` of each token."""
     option = surrogate.instance_class
 
     if option is Clip:
@@ -58,7 +59,7 @@ def surrogate_term(surrogate, rho, a, logp):
         def term(surrogate, rho, a, logp):
             tau = where(a > 0.0, full_like(rho, surrogate.tau_pos), full_like(rho, surrogate.tau_neg))
             x = tau * (rho - 1.0)
-            limit = full_like(rho, layout(rho).plain)
+            limit = full_like(rho, layout(rho).exp_limit)
             closed = x > limit  # the gate, so far that nothing is left of its slope
             x = where(closed, limit, where(x < -limit, -limit, x))
             decay = exp(-x)
@@ -71,8 +72,8 @@ def surrogate_term(surrogate, rho, a, logp):
 
 
 @inlined_by_type
-def stake(surrogate, a, logp):
-    """What s is proportional to while ρ and the sign of A stay the same."""
+def linear_factor(surrogate, a, logp):
+    """The factor in which s is linear, for a given ρ and a given sign of A: A, or A·log π_θ."""
     if surrogate.instance_class is CISPO:
         return lambda surrogate, a, logp: a * logp
     return lambda surrogate, a, logp: a
@@ -80,22 +81,14 @@ def stake(surrogate, a, logp):
 
 @inlined_by_type
 def passes_through_ratio(surrogate):
-    """Whether the gradient is that of ρ."""
+    """Whether the slope of `surrogate_term` is by log ρ, and not by log π_θ with ρ held constant."""
     answer = surrogate.instance_class is not CISPO
     return lambda surrogate: answer
 
 
-class Clipped(NamedTuple):
-    """Counts of clipped tokens, in each lane: below, above, and beyond the hard bound (δ, or CISPO's)."""
-
-    low: Any
-    high: Any
-    beyond: Any
-
-
 @inlined_by_type
 def count_clipped(surrogate, rho, a, counts):
-    """``counts`` with these tokens added."""
+    """The counts, a `Clipped` in lanes, with those of these tokens added that are clipped."""
     option = surrogate.instance_class
 
     # Selected first and compared then: of two comparisons, joined, LLVM makes 16-bit lanes and back (AVX2), some 50
@@ -109,14 +102,14 @@ def count_clipped(surrogate, rho, a, counts):
             return Clipped(
                 tally(counts.low, losing < full_like(rho, 1.0 - surrogate.epsilon)),
                 tally(counts.high, winning > full_like(rho, 1.0 + surrogate.epsilon_high)),
-                tally(counts.beyond, losing > full_like(rho, surrogate.delta)),
+                tally(counts.hard, losing > full_like(rho, surrogate.delta)),
             )
 
     elif option is CISPO:
 
         def count(surrogate, rho, a, counts):
             winning = where(a > 0.0, rho, full_like(rho, 0.0))
-            return Clipped(counts.low, counts.high, tally(counts.beyond, winning > full_like(rho, surrogate.ratio_max)))
+            return Clipped(counts.low, counts.high, tally(counts.hard, winning > full_like(rho, surrogate.ratio_max)))
 
     else:
 
@@ -137,7 +130,7 @@ class KLTerm(NamedTuple):
 
 @inlined_by_type
 def kl_term(kl, l, careful):
-    """The KL term of each token, without β and ρ; unless ``careful``, for |l| up to `Layout.plain`."""
+    """The `KLTerm` of each token, without β and ρ; unless ``careful``, for |l| up to `Layout.exp_limit`."""
     option = kl.instance_class
 
     if option is K1:

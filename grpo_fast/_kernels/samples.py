@@ -1,14 +1,19 @@
-"""What the kernels of `objective` do with a run of samples: probabilities in, what a run adds to the sums out.
+"""Samples of probabilities: how kernels read them, and what one run of them adds to the sums.
 
-How a block is worked through, `staging` says. From the inside out:
+How a block is worked through, `blocks` says. From the inside out:
 
     _load, _load_carefully      one vector of samples; wherever the first does not do, the second
-    _prepare                    memory → ρ, A, and r = π_ref/π_θ reduced → scratch
+    _load_run                   memory → ρ, A, and r = π_ref/π_θ reduced → scratch
     _kl_sum, surrogate_sum …    scratch → what a run adds to the sums
     begin_run                   the first two, in the near way if that will do
+    fast_then_careful           a block, in the fast way and in the careful way if need be
 """
 
-from .blocks import RUN, ask_ahead, get, put
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .blocks import load_row, overflowed, prefetch_ahead, prefetch_if_given, store_row, vectors_in_run
 from .compiling import inlined
 from .elementary import (
     NEAR,
@@ -27,8 +32,9 @@ from .simd import (
     from_bits,
     full,
     full_like,
-    is_finite,
     lane_max,
+    lane_min,
+    lane_sum,
     lanes,
     load,
     load_first,
@@ -40,94 +46,118 @@ from .simd import (
 )
 
 # Rows of the scratch array, each RUN vectors long. Where a vector is longer than its block, ρ and A are 0, and the
-# smallest and the largest of what is present are those of all.
+# smallest and the largest of what is present are those of all. F is f of r = 2ᵏ(1 + f), and then the KL term.
 RHO, ADVANTAGE, _POWER, F, S, PRESENT, ROWS = range(7)
 
 
+class Samples(NamedTuple):
+    """The arrays of N samples, of one dtype. Without probabilities (None) there is no KL term: another kernel."""
+
+    rhos: Any
+    advantages: Any
+    pi_old: Any
+    pi_ref: Any
+
+
 # --- memory → scratch -------------------------------------------------------------------------------------------------
+class _Vector(NamedTuple):
+    """One vector of samples: ρ; A; and three numbers near 1 with the same r as ρ, π_old and π_ref, or these."""
+
+    rho: Any
+    a: Any
+    scaled_rho: Any
+    scaled_old: Any
+    scaled_ref: Any
+
+
+# Numba leaves out a branch on None, before it looks at its types, only if it is about an argument.
 @inlined
-def _load(ratio, advantage, old, ref, i):
-    """One vector of samples: ρ, A, and ρ, π_old, π_ref, assumed to be far from the limits of the format."""
-    rho = load(ratio, i)
-    if old is None:
-        one = full(ratio, 1.0)
-        return rho, load(advantage, i), rho, one, one
-    return rho, load(advantage, i), rho, load(old, i), load(ref, i)
+def _load(rhos, advantages, pi_old, pi_ref, i):
+    """The vector of samples from number i on, which are assumed to be far from the limits of the format."""
+    rho = load(rhos, i)
+    a = load(advantages, i)
+    if pi_old is None:
+        one = full(rhos, 1.0)
+        return _Vector(rho, a, rho, one, one)
+    return _Vector(rho, a, rho, load(pi_old, i), load(pi_ref, i))
 
 
 @inlined
-def _load_carefully(ratio, advantage, old, ref, i, stop):
-    """One vector of which samples may be missing, or anywhere in the domain, or outside it.
+def _load_carefully(rhos, advantages, pi_old, pi_ref, i, stop):
+    """The vector of samples from number i on, and whether all of them are legal.
 
-    Returns ρ, A; three numbers near 1 with the same r as ρ, π_old and π_ref; and whether all samples are legal.
-    A missing sample is ρ = 1, A = 0, r = 1.
+    Samples may be missing, from ``stop`` on, and anywhere in the domain, or outside. A missing one is ρ = 1, A = 0,
+    r = 1.
     """
-    n = min(stop - i, lanes(ratio))
-    rho = load_first(ratio, i, n, 1.0)
-    a = load_first(advantage, i, n, 0.0)
+    n = min(stop - i, lanes(rhos))
+    rho = load_first(rhos, i, n, 1.0)
+    a = load_first(advantages, i, n, 0.0)
     form = layout(rho)
     legal = (rho >= form.smallest_normal) & (rho <= form.largest) & (a >= -form.largest) & (a <= form.largest)
-    one = full(ratio, 1.0)
-    if old is None:
-        return rho, a, one, one, one, every(legal)
-    pi_old = load_first(old, i, n, 1.0)
-    pi_ref = load_first(ref, i, n, 1.0)
-    pi = rho * pi_old
-    r = pi_ref / pi
+    one = full(rhos, 1.0)
+    if pi_old is None:
+        return _Vector(rho, a, one, one, one), every(legal)
+    old = load_first(pi_old, i, n, 1.0)
+    ref = load_first(pi_ref, i, n, 1.0)
+    pi = rho * old
+    r = ref / pi
     legal = legal & (pi >= form.smallest_normal) & (pi <= form.largest)  # hence π_old > 0, and π_ref
     legal = legal & (r >= form.smallest_normal) & (r <= 0.125 * form.largest)
     rho_m, rho_e = split(where(legal, rho, one))
-    old_m, old_e = split(where(legal, pi_old, one))
-    ref_m, ref_e = split(where(legal, pi_ref, one))
-    return rho, a, rho_m, old_m, from_bits(bits(ref_m) + ref_e - rho_e - old_e), every(legal)
+    old_m, old_e = split(where(legal, old, one))
+    ref_m, ref_e = split(where(legal, ref, one))
+    return _Vector(rho, a, rho_m, old_m, from_bits(bits(ref_m) + ref_e - rho_e - old_e)), every(legal)
 
 
 @inlined
-def _prepare(ratio, advantage, old, ref, start, stop, careful, diagnostics, near, scratch):
+def _load_run(samples, start, stop, careful, diagnostics, near, scratch):
     """Fill the scratch array with up to RUN vectors of samples from ``start`` on, ``near`` ones or any.
 
     Returns the smallest and the largest of the numbers that must be far from the limits of the format for the result
     to be right, one in each lane, and whether the samples that were looked at one by one are legal. What overflows
     or is NaN need not be looked for: it shows in the sums.
     """
-    least = full(ratio, 1.0)
+    least = full(samples.rhos, 1.0)
     most = least
     legal = True
-    step = lanes(ratio)
-    for v in range(min(RUN, (stop - start + step - 1) // step)):
+    rhos, advantages, pi_old, pi_ref = samples
+    step = lanes(rhos)
+    for v in range(vectors_in_run(rhos, start, stop)):
         i = start + v * step
         if careful or i + step > stop:
-            rho, a, x, y, z, fine = _load_carefully(ratio, advantage, old, ref, i, stop)
-            counted = load_first(ratio, i, min(stop - i, step), 0.0)
-            present = load_first(ratio, i, min(stop - i, step), ratio[i])
+            vector, fine = _load_carefully(rhos, advantages, pi_old, pi_ref, i, stop)
+            counted = load_first(rhos, i, min(stop - i, step), 0.0)
+            present = load_first(rhos, i, min(stop - i, step), rhos[i])
             legal = legal and fine
         else:
-            rho, a, x, y, z = _load(ratio, advantage, old, ref, i)
-            counted = rho
-            present = rho
-            ask_ahead(ratio, start, v)
-        put(scratch, RHO, v, counted)
-        put(scratch, ADVANTAGE, v, a)
+            vector = _load(rhos, advantages, pi_old, pi_ref, i)
+            counted = vector.rho
+            present = vector.rho
+            prefetch_ahead(rhos, start, v)
+        store_row(scratch, RHO, v, counted)
+        store_row(scratch, ADVANTAGE, v, vector.a)
         if diagnostics is not None:
-            put(scratch, PRESENT, v, present)
-        least = where(rho < least, rho, least)
-        if old is not None and near:
-            f, s = reduce_near_ratio(x, y, z)
-            put(scratch, F, v, f)
-            put(scratch, S, v, s)
-            least = where(z < least, z, least)
-            most = where(z > most, z, most)
-        elif old is not None:
-            r = reduce_ratio(x, y, z)
-            put(scratch, _POWER, v, r.power)
-            put(scratch, F, v, r.f)
-            put(scratch, S, v, r.s)
-            lower = where(z < x * y, z, x * y)
+            store_row(scratch, PRESENT, v, present)
+        least = where(vector.rho < least, vector.rho, least)
+        ref = vector.scaled_ref
+        if pi_old is not None and near:
+            f, s = reduce_near_ratio(vector.scaled_rho, vector.scaled_old, ref)
+            store_row(scratch, F, v, f)
+            store_row(scratch, S, v, s)
+            least = where(ref < least, ref, least)
+            most = where(ref > most, ref, most)
+        elif pi_old is not None:
+            r = reduce_ratio(vector.scaled_rho, vector.scaled_old, ref)
+            store_row(scratch, _POWER, v, r.power)
+            store_row(scratch, F, v, r.f)
+            store_row(scratch, S, v, r.s)
+            pi = vector.scaled_rho * vector.scaled_old
+            lower = where(ref < pi, ref, pi)
             lower = where(r.power < lower, r.power, lower)
             least = where(lower < least, lower, least)
-            most = where(z > most, z, most)
+            most = where(ref > most, ref, most)
         else:
-            most = where(rho > most, rho, most)
+            most = where(vector.rho > most, vector.rho, most)
     return least, most, legal
 
 
@@ -135,21 +165,21 @@ def _prepare(ratio, advantage, old, ref, start, stop, careful, diagnostics, near
 @inlined
 def _bounded(scratch, v, low, high):
     """A, and ρ as far as it counts: the sign of A picks the one bound that matters. A NaN in ρ stays one."""
-    rho = get(scratch, RHO, v)
-    a = get(scratch, ADVANTAGE, v)
+    rho = load_row(scratch, RHO, v)
+    a = load_row(scratch, ADVANTAGE, v)
     return a, where(signed(a), where(rho < low, low, rho), where(rho > high, high, rho))
 
 
 @inlined
-def surrogate_sum(scratch, vectors, low, high, advantage, start):
-    """Σ min(ρA, clip(ρ, low, high)·A)."""
+def surrogate_sum(scratch, vectors, low, high, advantages, start):
+    """Σ min(ρA, clip(ρ, low, high)·A) of a run, in float64 lanes."""
     total = full_like(low, 0.0)
     for v in range(vectors):
-        ask_ahead(advantage, start, v)
+        prefetch_ahead(advantages, start, v)
         a, bounded = _bounded(scratch, v, low, high)
         total = fma(bounded, a, total)
     in_float64 = wide(total)
-    if lanes(scratch) > 8 and not is_finite(in_float64):  # sixteen float32 terms may overflow, whose sum does not
+    if overflowed(scratch, in_float64):
         in_float64 = wide(full_like(low, 0.0))
         for v in range(vectors):
             a, bounded = _bounded(scratch, v, low, high)
@@ -158,57 +188,35 @@ def surrogate_sum(scratch, vectors, low, high, advantage, start):
 
 
 @inlined
-def _kl_sum(scratch, vectors, old, ref, start, near):
-    """Σ ρ·(r − 1 − log r), and whether all r are near 1; they need to be if that is how they were reduced."""
+def _kl_sum(scratch, vectors, samples, start, near):
+    """Σ ρ·(r − 1 − log r) of a run, in float64 lanes, and whether all r are near 1, as they must be if reduced so."""
     total = full(scratch, 0.0)
     farthest = total
     for v in range(vectors):
-        ask_ahead(old, start, v)
-        ask_ahead(ref, start, v)
+        prefetch_if_given(samples.pi_old, start, v)
+        prefetch_if_given(samples.pi_ref, start, v)
         if near:
-            k, z = k3_near(get(scratch, F, v), get(scratch, S, v))
-            farthest = where(z > farthest, z, farthest)
+            k, s_squared = k3_near(load_row(scratch, F, v), load_row(scratch, S, v))
+            farthest = where(s_squared > farthest, s_squared, farthest)
         else:
-            k = k3(ReducedRatio(get(scratch, _POWER, v), get(scratch, F, v), get(scratch, S, v)))
-            put(scratch, F, v, k)
-        total = fma(get(scratch, RHO, v), k, total)
+            k = k3(ReducedRatio(load_row(scratch, _POWER, v), load_row(scratch, F, v), load_row(scratch, S, v)))
+            store_row(scratch, F, v, k)
+        total = fma(load_row(scratch, RHO, v), k, total)
     in_float64 = wide(total)
-    if lanes(scratch) > 8 and not near and not is_finite(in_float64):
+    if not near and overflowed(scratch, in_float64):
         in_float64 = wide(full(scratch, 0.0))
         for v in range(vectors):
-            in_float64 += wide(get(scratch, RHO, v) * get(scratch, F, v))
+            in_float64 += wide(load_row(scratch, RHO, v) * load_row(scratch, F, v))
     return in_float64, lane_max(farthest) <= NEAR
 
 
 @inlined
-def begin_run(ratio, advantage, old, ref, run, stop, careful, diagnostics, near, scratch):
-    """Prepare a run and sum its KL, in the near way if ``near`` and if that will do; returned last: whether it did.
-
-    Near 1, where policies in training are, no power of two needs to be taken out of r: of 174 instructions for 8
-    float64 samples that saves 58 (AVX2), and of the time of grpo_objective in cache three tenths. Where a few runs in
-    each block are not near, it takes up to a twentieth longer.
-    """
-    vectors = min(RUN, (stop - run + lanes(ratio) - 1) // lanes(ratio))
-    kl = wide(full(ratio, 0.0))
-    if near:
-        least, most, legal = _prepare(ratio, advantage, old, ref, run, stop, careful, diagnostics, True, scratch)
-        if old is not None:
-            kl, near = _kl_sum(scratch, vectors, old, ref, run, True)
-        if near:
-            return vectors, least, most, legal, kl, True
-    least, most, legal = _prepare(ratio, advantage, old, ref, run, stop, careful, diagnostics, False, scratch)
-    if old is not None:
-        kl, _ = _kl_sum(scratch, vectors, old, ref, run, False)
-    return vectors, least, most, legal, kl, False
-
-
-@inlined
 def count_clipped(scratch, vectors, low, high, clipped_low, clipped_high):
-    """Add the samples with ρ < low and A < 0, and those with ρ > high and A > 0, to two vectors of counts."""
+    """The two vectors of counts, with a run's samples of ρ < low and A < 0, and of ρ > high and A > 0, added."""
     for v in range(vectors):
-        rho = get(scratch, RHO, v)
-        a = get(scratch, ADVANTAGE, v)
-        # Selected first and compared then: see `loss_terms.count_clipped`.
+        rho = load_row(scratch, RHO, v)
+        a = load_row(scratch, ADVANTAGE, v)
+        # Selected first and compared then: see `formulas.count_clipped`.
         clipped_low = tally(clipped_low, where(a < 0.0, rho, full_like(rho, 1.0)) < low)
         clipped_high = tally(clipped_high, where(a > 0.0, rho, full_like(rho, 1.0)) > high)
     return clipped_low, clipped_high
@@ -216,21 +224,98 @@ def count_clipped(scratch, vectors, low, high, clipped_low, clipped_high):
 
 @inlined
 def squares(scratch, vectors):
-    """Σ ρ², unless that overflows."""
+    """Σ ρ² of a run, in float64 lanes, unless that overflows."""
     total = full(scratch, 0.0)
     for v in range(vectors):
-        rho = get(scratch, RHO, v)
+        rho = load_row(scratch, RHO, v)
         total = fma(rho, rho, total)
     return wide(total)
 
 
 @inlined
-def moments(ratio, start, stop):
-    """Σ ρ and Σ ρ² of a block in float64, for any ρ."""
-    total = wide(full(ratio, 0.0))
+def moments(rhos, start, stop):
+    """Σ ρ and Σ ρ² of a block in float64 lanes, for any ρ."""
+    total = wide(full(rhos, 0.0))
     squared = total
-    for i in range(start, stop, lanes(ratio)):
-        rho = load_first(ratio, i, stop - i, 0.0)
+    for i in range(start, stop, lanes(rhos)):
+        rho = load_first(rhos, i, stop - i, 0.0)
         total += wide(rho)
         squared += wide_squares(rho)
     return total, squared
+
+
+# --- a block ----------------------------------------------------------------------------------------------------------
+class Block(NamedTuple):
+    """What its runs so far have found of a block, whatever is computed of it."""
+
+    least: Any  # in lanes: the least and the largest of the numbers that must be far from the limits of the format
+    most: Any
+    legal: bool  # whether all samples that were looked at one by one are in the domain
+    kl: Any  # Σ, in float64 lanes
+    near: bool  # whether the next run is tried in the near way: until one is not near, for the rest of the block
+
+
+@inlined
+def begin_block(samples, careful):
+    """A block before its first run."""
+    one = full(samples.rhos, 1.0)
+    return Block(one, one, True, wide(full(samples.rhos, 0.0)), not careful)
+
+
+@inlined
+def begin_run(block, samples, run, stop, careful, diagnostics, scratch):
+    """The block with one more run, whose ρ and A are left in the scratch array.
+
+    Near 1, where policies in training are, no power of two needs to be taken out of r: of 174 instructions for 8
+    float64 samples that saves 58 (AVX2), and of the time of grpo_objective in cache three tenths. Where a few runs in
+    each block are not near, it takes up to a twentieth longer.
+    """
+    vectors = vectors_in_run(samples.rhos, run, stop)
+    kl = wide(full(samples.rhos, 0.0))
+    near = block.near
+    if near:
+        least, most, legal = _load_run(samples, run, stop, careful, diagnostics, True, scratch)
+        if samples.pi_old is not None:
+            kl, near = _kl_sum(scratch, vectors, samples, run, True)
+        if near:
+            return _with_run(block, least, most, legal, kl, True)
+    least, most, legal = _load_run(samples, run, stop, careful, diagnostics, False, scratch)
+    if samples.pi_old is not None:
+        kl, _ = _kl_sum(scratch, vectors, samples, run, False)
+    return _with_run(block, least, most, legal, kl, False)
+
+
+@inlined
+def _with_run(block, least, most, legal, kl, near):
+    return Block(
+        where(least < block.least, least, block.least),
+        where(most > block.most, most, block.most),
+        block.legal and legal,
+        block.kl + kl,
+        near,
+    )
+
+
+@inlined
+def end_block(block, known_kl):
+    """Σ KL of a block, which is ``known_kl`` unless that is NaN; and whether the fast way was right for it."""
+    kl = lane_sum(block.kl) if np.isnan(known_kl) else known_kl
+    usual = layout(block.least).usual
+    return kl, lane_min(block.least) > usual and lane_max(block.most) < 1.0 / usual and np.isfinite(kl)
+
+
+@inlined
+def fast_then_careful(attempt, arguments):
+    """What ``attempt`` makes of a block: in the fast way, and again in the careful way if something is not as usual.
+
+    ``attempt(*arguments, careful, known_kl)`` returns its result, Σ KL, whether the fast way was right for that, and
+    whether the other sums are finite. If only those are not (they overflow, or samples are illegal), the careful
+    attempt takes the KL over: `grpo_stats`, `grpo_sweep` and `grpo_objective` are to find the same, and what overflows
+    depends on ε.
+    """
+    careful, known_kl = False, np.nan
+    while True:  # at most twice; a loop, so that the code is there once
+        result, kl, usual, finite = attempt(*arguments, careful, known_kl)
+        if careful or (usual and finite):
+            return result
+        careful, known_kl = True, kl if usual else np.nan

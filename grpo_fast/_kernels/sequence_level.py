@@ -4,7 +4,7 @@ For one ρ the policy term is linear in A on either side of 0. So one pass colle
 ∂k/∂l in the gradient's place (`collect`); `conclude` makes ρ, the sums and what the gradient consists of; `spread`
 writes that, while the sequence is still in the cache.
 
-The formulas are in `loss_terms`.
+The formulas are in `formulas`.
 """
 
 from typing import NamedTuple
@@ -12,53 +12,47 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-from .blocks import BLOCK, RUN, ask_ahead, settled
+from .blocks import BLOCK, RUN, block_count, prefetch_ahead, prefetch_if_given, run_sum, share, vectors_in_run
 from .compiling import compiled, inlined
 from .elementary import exp_of_any, layout
-from .formulas import Clipped, count_clipped, kl_term, passes_through_ratio, stake, surrogate_term, times
+from .formulas import count_clipped, kl_term, linear_factor, passes_through_ratio, surrogate_term, times
 from .simd import align_stack, bits, full, full_like, lane_max, lane_min, lane_sum, lanes, load, tally, where, wide
+from .sums import Clipped, Contribution, Numerator, Sums, accumulate, accumulate_numerator
 from .tokens import (
-    TOKENS,
-    Found,
-    Objective,
-    Result,
-    add,
-    ask_ahead_for,
-    clear,
-    extent,
-    plus,
-    take,
-    take_absent,
-    take_for,
-    take_log_ratio,
-    take_weight,
-    vectors,
-    weighed,
+    LossTerms,
+    absent_lanes,
+    begin_sequence,
+    larger_magnitude,
+    load_distance,
+    load_log_ratio,
+    load_tokens,
+    load_values,
+    load_weights,
+    plus_if_given,
+    store_gradient,
+    times_if_given,
     weight_of_token,
-    without,
-    write,
+    zero_where,
 )
 
 # --- collect ----------------------------------------------------------------------------------------------------------
-# What is collected from each block of a sequence.
-_LOG_RATIO, _K, _FOR, _AGAINST, _MANY_FOR, _MANY_AGAINST, _DOUBTFUL, COLLECTED = range(8)
-
-
-@inlined
-def _take_kl(ref, objective, grad, logp, absent, i, stop, whole, careful):
-    """k and l of one vector; ∂k/∂l → ``grad``."""
-    if ref is None:
-        return logp - logp, logp - logp
-    l = without(logp - take(ref, i, whole), absent)
-    term = kl_term(objective.kl, l, careful)
-    if grad is not None:
-        write(grad, i, stop, term.slope)
-    return term.value, l
+#: What is collected from each block of a sequence: sums, of tokens with A > 0 and with A < 0 apart where it says so.
+COLLECTED = np.dtype(
+    [
+        ("log_ratio", np.float64),
+        ("k", np.float64),  # the KL term, not weighted by ρ
+        ("positive", np.float64),  # w·linear_factor
+        ("negative", np.float64),
+        ("positive_count", np.int64),
+        ("negative_count", np.int64),
+        ("suspect", np.int64),  # blocks in which something is not finite
+    ]
+)
 
 
 @compiled(allocates=False)
-def collect_block(batch, objective, grad, sequence, start, stop, collected):
-    """Fill one row of ``collected``, and leave ∂k/∂l in ``grad`` if there is a KL term.
+def collect_block(batch, terms, sequence, start, stop, collected):
+    """Fill one record of ``collected``, and leave ∂k/∂l in the gradient's place if there is a KL term.
 
     In the fast way, and again in the careful way where the numbers left the range in which the fast one is right.
     """
@@ -68,78 +62,89 @@ def collect_block(batch, objective, grad, sequence, start, stop, collected):
     while True:  # at most twice; a loop, so that the code is there once
         log_ratio = wide(zero)
         k = wide(zero)
-        stakes_for = wide(zero)
-        stakes_against = wide(zero)
-        many_for = bits(zero)
-        many_against = bits(zero)
+        positive = wide(zero)
+        negative = wide(zero)
+        positive_count = bits(zero)
+        negative_count = bits(zero)
         check = zero
         farthest = zero
         for run in range(start, stop, RUN * lanes(zero)):
             k_of_run = zero
-            for_of_run = zero
-            against_of_run = zero
+            positive_of_run = zero
+            negative_of_run = zero
             wide_k = wide(zero)
-            wide_for = wide_k
-            wide_against = wide_k
-            for v in range(vectors(batch.logps, run, stop)):
+            wide_positive = wide_k
+            wide_negative = wide_k
+            for v in range(vectors_in_run(batch.logps, run, stop)):
                 i = run + v * lanes(zero)
                 whole = i + lanes(zero) <= len(batch.logps)
-                ask_ahead(batch.logps, run, v)
-                ask_ahead_for(batch.old, run, v)
-                ask_ahead_for(batch.ref, run, v)
-                absent = take_absent(batch.mask, i, stop, whole, zero)
-                logp = take(batch.logps, i, whole)
-                log_ratio += wide(without(take_log_ratio(logp, batch.old, i, whole), absent))
-                logp = without(logp, absent)
-                a = without(take_for(batch.advantages, batch.advantages_per_token, sequence, i, whole, zero), absent)
-                w = take_weight(batch.weights, batch.weights_per_token, sequence, i, whole, absent)
-                staked = weighed(w, stake(objective.surrogate, a, logp))
-                winning = where(a > 0.0, staked, zero)
-                losing = where(a < 0.0, staked, zero)
-                for_of_run += winning
-                against_of_run += losing
-                many_for = tally(many_for, a > 0.0)
-                many_against = tally(many_against, a < 0.0)
-                value, l = _take_kl(batch.ref, objective, grad, logp, absent, i, stop, whole, careful)
+                prefetch_ahead(batch.logps, run, v)
+                prefetch_if_given(batch.old_logps, run, v)
+                prefetch_if_given(batch.ref_logps, run, v)
+                absent = absent_lanes(batch.mask, i, stop, whole, zero)
+                logp = load_tokens(batch.logps, i, whole)
+                log_ratio += wide(zero_where(absent, load_log_ratio(logp, batch.old_logps, i, whole)))
+                logp = zero_where(absent, logp)
+                a = load_values(batch.advantages, batch.advantages_per_token, sequence, i, whole, zero)
+                a = zero_where(absent, a)
+                w = load_weights(batch.weights, batch.weights_per_token, sequence, i, whole, absent)
+                weighted = times_if_given(w, linear_factor(terms.surrogate, a, logp))
+                if_positive = where(a > 0.0, weighted, zero)
+                if_negative = where(a < 0.0, weighted, zero)
+                positive_of_run += if_positive
+                negative_of_run += if_negative
+                positive_count = tally(positive_count, a > 0.0)
+                negative_count = tally(negative_count, a < 0.0)
+                value, l = _collect_kl(batch, terms.kl, logp, absent, i, stop, whole, careful)
                 k_of_run += value
                 if careful:
                     wide_k += wide(value)
-                    wide_for += wide(winning)
-                    wide_against += wide(losing)
-                size = where(l < 0.0, -l, l)
-                farthest = where(size > farthest, size, farthest)
-                check = plus(check + a + l, w)
-            k += settled(k_of_run, wide_k, careful)
-            stakes_for += settled(for_of_run, wide_for, careful)
-            stakes_against += settled(against_of_run, wide_against, careful)
-        collected[_LOG_RATIO] = lane_sum(log_ratio)
-        collected[_K] = lane_sum(k)
-        collected[_FOR] = lane_sum(stakes_for)
-        collected[_AGAINST] = lane_sum(stakes_against)
-        finite = np.isfinite(collected[_K] + collected[_FOR] + collected[_AGAINST])
-        if careful or (lane_max(farthest) <= layout(zero).plain and finite):
+                    wide_positive += wide(if_positive)
+                    wide_negative += wide(if_negative)
+                farthest = larger_magnitude(l, farthest)
+                check = plus_if_given(check + a + l, w)
+            k += run_sum(k_of_run, wide_k, careful)
+            positive += run_sum(positive_of_run, wide_positive, careful)
+            negative += run_sum(negative_of_run, wide_negative, careful)
+        collected.log_ratio = lane_sum(log_ratio)
+        collected.k = lane_sum(k)
+        collected.positive = lane_sum(positive)
+        collected.negative = lane_sum(negative)
+        finite = np.isfinite(collected.k + collected.positive + collected.negative)
+        if careful or (lane_max(farthest) <= layout(zero).exp_limit and finite):
             break
         careful = True
-    collected[_MANY_FOR] = lane_sum(many_for)
-    collected[_MANY_AGAINST] = lane_sum(many_against)
-    collected[_DOUBTFUL] = not np.isfinite(collected[_LOG_RATIO] + lane_sum(check))
+    collected.positive_count = np.int64(lane_sum(positive_count))
+    collected.negative_count = np.int64(lane_sum(negative_count))
+    collected.suspect = not np.isfinite(collected.log_ratio + lane_sum(check))
+
+
+@inlined
+def _collect_kl(batch, kl, logp, absent, i, stop, whole, careful):
+    """k and l of one vector, 0 without a KL term; writes ∂k/∂l into the gradient's place if there is one."""
+    l = load_distance(logp, batch.ref_logps, absent, i, whole)
+    if kl is None:
+        return l, l
+    term = kl_term(kl, l, careful)
+    store_gradient(batch.grad, i, stop, term.slope)
+    return term.value, l
 
 
 @compiled
-def collect(batch, objective, grad, sequence, start, stop, collected):
-    """Fill a row of ``collected`` for each of the blocks from ``start`` to ``stop``."""
-    for row in range(len(collected)):
-        block = start + row * BLOCK
-        collect_block(batch, objective, grad, sequence, block, min(block + BLOCK, stop), collected[row])
+def collect(batch, terms, sequence, start, stop, collected):
+    """`collect_block` for each of the blocks of a sequence from ``start`` to ``stop``, as many as ``collected`` has."""
+    for block in range(len(collected)):
+        first = start + block * BLOCK
+        collect_block(batch, terms, sequence, first, min(first + BLOCK, stop), collected[block])
 
 
 # --- conclude ---------------------------------------------------------------------------------------------------------
-class Gradient(NamedTuple):
-    """The gradient of a sequence: common + tilt·∂k/∂l + direct·w·A."""
+class GradientCoefficients(NamedTuple):
+    """The gradient of each token of a sequence: constant + kl_slope·∂k/∂l + weighted_advantage·w·A."""
 
-    common: float
-    tilt: float
-    direct: float
+    constant: float
+    kl_slope: float
+    weighted_advantage: float
 
 
 @inlined
@@ -149,156 +154,165 @@ def _scalar_product(a, b):
 
 
 @inlined
-def _of_stakes(part, total):
-    """Σ over a sequence of a part of the policy term, of which ``part`` holds that for A = 1 and that for A = −1."""
-    gains = _scalar_product(np.float64(lane_max(part)), total[_FOR])
-    return gains + _scalar_product(np.float64(lane_min(part)), -total[_AGAINST])
+def _policy_sum(part, total):
+    """Σ over a sequence of a part of the policy term, which is linear in A on either side of 0.
+
+    ``part`` holds that for A = 1 and that for A = −1 in two of its lanes, and 0 in the others. The one for A = 1 is not
+    negative, the other not positive: the largest and the least lane pick them.
+    """
+    gains = _scalar_product(np.float64(lane_max(part)), total.positive)
+    return gains + _scalar_product(np.float64(lane_min(part)), -total.negative)
+
+
+class _KLOfSequence(NamedTuple):
+    """Σ of the KL term over a sequence; β times its derivative by log ρ, over all; and what multiplies ∂k/∂l."""
+
+    value: float
+    through_ratio: float
+    slope_factor: float
 
 
 @inlined
-def _kl_of(kl, k, ratio):
-    """Σ of the KL term over a sequence; β times its part that passes through ρ, and what multiplies ∂k/∂l."""
+def _kl_of_sequence(kl, k, ratio):
+    """The KL term's sum and derivatives, of Σ k and ρ."""
     if kl is None:
-        return 0.0, 0.0, 0.0
+        return _KLOfSequence(0.0, 0.0, 0.0)
     if kl.importance_weighted:
         value = _scalar_product(ratio, k)
-        return value, _scalar_product(kl.beta, value), _scalar_product(kl.beta, ratio)
-    return k, 0.0, kl.beta
+        return _KLOfSequence(value, _scalar_product(kl.beta, value), _scalar_product(kl.beta, ratio))
+    return _KLOfSequence(k, 0.0, kl.beta)
+
+
+@inlined
+def _total_of(collected):
+    """The sum of the records, written into the first; in this order, since some of it is rounded."""
+    total = collected[0]
+    for block in range(1, len(collected)):
+        total.log_ratio += collected[block].log_ratio
+        total.k += collected[block].k
+        total.positive += collected[block].positive
+        total.negative += collected[block].negative
+        total.positive_count += collected[block].positive_count
+        total.negative_count += collected[block].negative_count
+        total.suspect += collected[block].suspect
+    return total
 
 
 @compiled
-def conclude(batch, objective, tokens, collected, result):
-    """Make ρ of what was collected of a sequence; add its sums; return what its gradient is made of."""
+def conclude(batch, terms, tokens, collected, accumulators, task):
+    """The coefficients of the gradient of a sequence of so many tokens, of what was ``collected`` from its blocks.
+
+    Adds the sequence to the task's accumulator, and writes into the first record.
+    """
     align_stack()
-    total = np.zeros(COLLECTED)
-    for block in range(len(collected)):  # in this order, since these sums are rounded
-        for column in range(COLLECTED):
-            total[column] += collected[block, column]
+    total = _total_of(collected)
     one = full(batch.logps, 1.0)
-    rho = exp_of_any(full_like(one, total[_LOG_RATIO] / tokens))
+    rho = exp_of_any(full_like(one, total.log_ratio / tokens))
     ratio = np.float64(lane_max(rho))
     signs = np.zeros(lanes(batch.logps), batch.logps.dtype)
     signs[0], signs[1] = 1.0, -1.0
     a = load(signs, 0)
-    term = surrogate_term(objective.surrogate, rho, a, one)
-    surrogate = _of_stakes(term.value, total)
-    kl, beta_kl_through_ratio, beta_kl_slope = _kl_of(objective.kl, total[_K], ratio)
+    term = surrogate_term(terms.surrogate, rho, a, one)
+    kl = _kl_of_sequence(terms.kl, total.k, ratio)
 
     none = bits(one - one)
-    many = where(
-        a > 0.0, full_like(none, total[_MANY_FOR]), where(a < 0.0, full_like(none, total[_MANY_AGAINST]), none)
+    positive_count, negative_count = full_like(none, total.positive_count), full_like(none, total.negative_count)
+    many = where(a > 0.0, positive_count, where(a < 0.0, negative_count, none))
+    clipped = count_clipped(terms.surrogate, rho, a, Clipped(none, none, none))
+    sums = Sums(
+        surrogate=_policy_sum(term.value, total),
+        kl=kl.value,
+        ratio=tokens * ratio,
+        ratio_squared=tokens * ratio * ratio,
+        log_ratio=total.log_ratio,
     )
-    clipped = count_clipped(objective.surrogate, rho, a, Clipped(none, none, none))
-    counts = (
+    clipped_tokens = Clipped(
         np.int64(lane_sum(clipped.low * many)),
         np.int64(lane_sum(clipped.high * many)),
-        np.int64(lane_sum(clipped.beyond * many)),
-        np.int64(total[_DOUBTFUL]),
+        np.int64(lane_sum(clipped.hard * many)),
     )
-    sums = (surrogate, kl, tokens * ratio, tokens * ratio * ratio, total[_LOG_RATIO])
-    add(result, objective, tokens, Found(sums, counts, ratio, ratio))
+    accumulate(accumulators[task], Contribution(sums, clipped_tokens, total.suspect, ratio, ratio))
+    if terms.mean_within:
+        accumulate_numerator(accumulators[task], Numerator(sums.surrogate / tokens, sums.kl / tokens))
 
-    factor = weight_of_token(objective, tokens)
-    through_ratio, direct = -beta_kl_through_ratio, 0.0
-    if passes_through_ratio(objective.surrogate):
-        through_ratio += _of_stakes(term.slope, total)
+    factor = weight_of_token(terms, tokens)
+    through_ratio, direct = -kl.through_ratio, 0.0
+    if passes_through_ratio(terms.surrogate):
+        through_ratio += _policy_sum(term.slope, total)
     else:
         direct = np.float64(lane_max(term.slope))
-    return Gradient(-factor * (through_ratio / tokens), factor * beta_kl_slope, -factor * direct)
+    return GradientCoefficients(-factor * (through_ratio / tokens), factor * kl.slope_factor, -factor * direct)
 
 
 # --- spread -----------------------------------------------------------------------------------------------------------
-@inlined
-def _directed(surrogate, common, direct, a):
-    if passes_through_ratio(surrogate):
-        return common
-    return common + times(direct, a)
-
-
-@inlined
-def _tilted(ref, common, tilt, grad, i, whole):
-    if ref is None:
-        return common
-    return common + times(tilt, take(grad, i, whole))
-
-
 @compiled(allocates=False)
-def spread(batch, objective, grad, made_of, sequence, start, stop):
-    """The gradient from ``start`` to ``stop`` of a sequence; with a KL term, ``grad`` holds ∂k/∂l before."""
+def spread(grad, batch, terms, coefficients, sequence, start, stop):
+    """Write the gradient of a sequence from ``start`` to ``stop``; with a KL term, ``grad`` holds ∂k/∂l before."""
     if grad is None:
         return
     zero = full(batch.logps, 0.0)
-    common = full_like(zero, made_of.common)
-    tilt = full_like(zero, made_of.tilt)
-    direct = full_like(zero, made_of.direct)
+    constant = full_like(zero, coefficients.constant)
+    kl_slope = full_like(zero, coefficients.kl_slope)
+    weighted_advantage = full_like(zero, coefficients.weighted_advantage)
     for i in range(start, stop, lanes(grad)):
         whole = i + lanes(grad) <= len(grad)
-        absent = take_absent(batch.mask, i, stop, whole, zero)
-        a = take_for(batch.advantages, batch.advantages_per_token, sequence, i, whole, zero)
-        a = weighed(take_weight(batch.weights, batch.weights_per_token, sequence, i, whole, absent), a)
-        gradient = _directed(objective.surrogate, _tilted(batch.ref, common, tilt, grad, i, whole), direct, a)
-        write(grad, i, stop, without(gradient, absent))
+        absent = absent_lanes(batch.mask, i, stop, whole, zero)
+        gradient = constant
+        if batch.ref_logps is not None:
+            gradient = constant + times(kl_slope, load_tokens(grad, i, whole))
+        if not passes_through_ratio(terms.surrogate):
+            a = load_values(batch.advantages, batch.advantages_per_token, sequence, i, whole, zero)
+            w = load_weights(batch.weights, batch.weights_per_token, sequence, i, whole, absent)
+            gradient = gradient + times(weighted_advantage, times_if_given(w, a))
+        store_gradient(grad, i, stop, zero_where(absent, gradient))
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------
 @compiled
-def sequence_level(batch, objective, grad, pieces, limit, task, tasks, result):
-    """Add what is found in every ``tasks``-th of the pieces, from number ``task`` on, and write the gradient.
+def sequence_level(batch, terms, ranges, limit, accumulators, task):
+    """Add every so manieth of the ranges, those of a task, to its accumulator, and write their gradient.
 
-    A row of ``pieces`` is a range of sequences, of which those longer than ``limit`` are left out.
+    A row of ``ranges`` is a range of sequences, of which those longer than ``limit`` are left out.
     """
-    for piece in range(task, len(pieces), tasks):
-        for sequence in range(pieces[piece, 0], pieces[piece, 1]):
+    for r in range(task, len(ranges), len(accumulators)):
+        for sequence in range(ranges[r, 0], ranges[r, 1]):
             first, last = batch.bounds[sequence], batch.bounds[sequence + 1]
             if last - first <= limit:
-                start, stop, tokens = extent(batch.mask, first, last)
-                clear(grad, first, start)
-                clear(grad, stop, last)
-                if tokens > 0:
-                    result.counts[TOKENS] += tokens
-                    collected = np.empty(((stop - start + BLOCK - 1) // BLOCK, COLLECTED))
-                    collect(batch, objective, grad, sequence, start, stop, collected)
-                    made_of = conclude(batch, objective, tokens, collected, result)
-                    spread(batch, objective, grad, made_of, sequence, start, stop)
+                extent = begin_sequence(batch.mask, batch.grad, first, last, accumulators[task])
+                if extent.tokens > 0:
+                    collected = np.empty(block_count(extent.stop - extent.start), COLLECTED)
+                    collect(batch, terms, sequence, extent.start, extent.stop, collected)
+                    coefficients = conclude(batch, terms, extent.tokens, collected, accumulators, task)
+                    spread(batch.grad, batch, terms, coefficients, sequence, extent.start, extent.stop)
 
 
 @compiled(parallel=True)
-def sequence_level_parallel(
-    batch, surrogate, kl, denominator, mean_within, grad, pieces, limit, rows, counts, extremes
-):
-    """`sequence_level` for all tasks, one for each of the ``rows``, on threads; to the bit the same for any number.
+def sequence_level_parallel(batch, surrogate, kl, denominator, mean_within, ranges, limit, accumulators):
+    """`sequence_level` for all tasks, one for each accumulator, on threads; to the bit the same for any number.
 
-    The members of `Objective` and `Result` come one by one: into a prange goes no tuple of tuples.
+    The members of `LossTerms` come one by one: into a prange goes no tuple of tuples.
     """
-    tasks = len(rows)
-    for t in numba.prange(tasks):
-        objective = Objective(surrogate, kl, denominator, mean_within)
-        sequence_level(batch, objective, grad, pieces, limit, t, tasks, Result(rows[t], counts[t], extremes[t]))
+    for task in numba.prange(len(accumulators)):
+        terms = LossTerms(surrogate, kl, denominator, mean_within)
+        sequence_level(batch, terms, ranges, limit, accumulators, task)
 
 
 # --- one long sequence, on all threads --------------------------------------------------------------------------------
-@inlined
-def _share(start, stop, task, tasks):
-    """What is one task's of the blocks between ``start`` and ``stop``."""
-    blocks = (stop - start + BLOCK - 1) // BLOCK
-    begin, end = start + task * blocks // tasks * BLOCK, start + (task + 1) * blocks // tasks * BLOCK
-    return begin, min(end, stop)
+@compiled(parallel=True)
+def collect_parallel(batch, surrogate, kl, denominator, mean_within, sequence, extent, collected, tasks):
+    """As `collect` for the extent of a sequence, to the bit."""
+    for task in numba.prange(tasks):
+        first, last = share(len(collected), task, tasks)
+        start, stop = extent.start + first * BLOCK, min(extent.start + last * BLOCK, extent.stop)
+        terms = LossTerms(surrogate, kl, denominator, mean_within)
+        collect(batch, terms, sequence, start, stop, collected[first:last])
 
 
 @compiled(parallel=True)
-def collect_parallel(batch, surrogate, kl, denominator, mean_within, grad, sequence, start, stop, collected, tasks):
-    """As `collect`, to the bit."""
-    for t in numba.prange(tasks):
-        begin, end = _share(start, stop, t, tasks)
-        rows = collected[(begin - start) // BLOCK : (end - start + BLOCK - 1) // BLOCK]
-        objective = Objective(surrogate, kl, denominator, mean_within)
-        collect(batch, objective, grad, sequence, begin, end, rows)
-
-
-@compiled(parallel=True)
-def spread_parallel(batch, surrogate, kl, denominator, mean_within, grad, made_of, sequence, start, stop, tasks):
-    """As `spread`, to the bit."""
-    for t in numba.prange(tasks):
-        begin, end = _share(start, stop, t, tasks)
-        objective = Objective(surrogate, kl, denominator, mean_within)
-        spread(batch, objective, grad, made_of, sequence, begin, end)
+def spread_parallel(batch, surrogate, kl, denominator, mean_within, coefficients, sequence, extent, tasks):
+    """As `spread` for the extent of a sequence, to the bit."""
+    for task in numba.prange(tasks):
+        first, last = share(block_count(extent.stop - extent.start), task, tasks)
+        start, stop = extent.start + first * BLOCK, min(extent.start + last * BLOCK, extent.stop)
+        terms = LossTerms(surrogate, kl, denominator, mean_within)
+        spread(batch.grad, batch, terms, coefficients, sequence, start, stop)

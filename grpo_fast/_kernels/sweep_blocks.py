@@ -1,16 +1,28 @@
-"""The kernels of `grpo_sweep`: the sums of `objective_kernels` for many pairs of bounds, from one pass over memory.
+"""The kernels of `grpo_sweep`: the sums of `sample_blocks` for many pairs of bounds, from one pass over memory.
 
 Each run is prepared once, and then summed for every pair: `_fold` leaves what makes that cheap.
 """
+
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 
 from . import exact
-from .blocks import BLOCK, RUN, ask_ahead, get, put, scratch_like
+from .blocks import (
+    BLOCK,
+    RUN,
+    block_count,
+    load_row,
+    overflowed,
+    prefetch_ahead,
+    scratch_like,
+    share,
+    store_row,
+    vectors_in_run,
+)
 from .compiling import compiled, inlined
-from .elementary import layout
-from .samples import ADVANTAGE, RHO, ROWS, F, S, begin_run
+from .samples import ADVANTAGE, RHO, ROWS, F, S, Samples, begin_block, begin_run, end_block, fast_then_careful
 from .simd import (
     align_stack,
     bits,
@@ -18,9 +30,6 @@ from .simd import (
     from_bits,
     full,
     full_like,
-    is_finite,
-    lane_max,
-    lane_min,
     lane_sum,
     lanes,
     load,
@@ -34,148 +43,156 @@ from .simd import (
 # Rows of the scratch array that are free once the KL is summed.
 _FOLDED, _SIZE = F, S
 
+#: One task's accumulators: for each pair of bounds, and for what the pairs share.
+_PAIR = np.dtype([("surrogate", np.int64, exact.ROW), ("clipped_low", np.int64), ("clipped_high", np.int64)])
+_SHARED = np.dtype([("kl", np.int64, exact.ROW), ("suspect", np.int64)])
+
+
+def sweep_accumulators(tasks: int, pairs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Empty accumulators: (tasks, pairs) and (tasks,)."""
+    return np.zeros((tasks, pairs), _PAIR), np.zeros(tasks, _SHARED)
+
 
 # --- one block --------------------------------------------------------------------------------------------------------
+class _PairSums(NamedTuple):
+    """Arrays of one row for each pair of bounds: in lanes, Σ surrogate (float64), and two counts of ±ρ (their bits).
+
+    ±ρ, with the sign of A, is above the upper bound where a sample is clipped high; it is above minus the lower one for
+    every plus sign, besides the samples clipped low.
+    """
+
+    surrogate: Any
+    above_high: Any
+    above_minus_low: Any
+
+
 @inlined
-def _fold(scratch, vectors, advantage, start):
-    """Put ±ρ, with the sign of A, and |A| into scratch rows that are free once the KL is summed.
+def _fold(scratch, vectors, advantages, start):
+    """Put ±ρ, with the sign of A, and |A| into free rows of the scratch array; return how many have the plus sign.
 
     Both bounds then become an upper one: A·clipped ρ = |A|·min(±ρ, bound), bound being high or −low. Where A = 0,
-    1 stands, which no bound touches, or NaN for a ρ that is no number. Returns how many have the plus sign.
+    1 stands, which no bound touches, or NaN for a ρ that is no number.
     """
     plus = bits(full(scratch, 0.0))
     for v in range(vectors):
-        ask_ahead(advantage, start, v)
-        rho = get(scratch, RHO, v)
-        a = get(scratch, ADVANTAGE, v)
+        prefetch_ahead(advantages, start, v)
+        rho = load_row(scratch, RHO, v)
+        a = load_row(scratch, ADVANTAGE, v)
         folded = where(a < 0.0, -rho, where(a == 0.0, rho - rho + 1.0, rho))
         plus = tally(plus, folded > 0.0)
-        put(scratch, _FOLDED, v, folded)
-        put(scratch, _SIZE, v, where(a < 0.0, -a, a))
+        store_row(scratch, _FOLDED, v, folded)
+        store_row(scratch, _SIZE, v, where(a < 0.0, -a, a))
     return plus
 
 
 @inlined
 def _folded(scratch, v, low, high):
     """±ρ, and that as far as it counts."""
-    folded = get(scratch, _FOLDED, v)
+    folded = load_row(scratch, _FOLDED, v)
     bound = where(signed(folded), -low, high)
     return folded, where(folded > bound, bound, folded)
 
 
 @inlined
-def _add_bounded(scratch, vectors, low, high, at, surrogates, tallies):
-    """`surrogate_sum` (to the bit) and the clipped samples of one run, from what `_fold` left; 7 operations a vector.
+def _add_bounded(scratch, vectors, low, high, pair, sums):
+    """Add a run to the sums of a pair of bounds, from what `_fold` left; 7 operations a vector.
 
-    Added to 8 lanes of ``surrogates`` and to two vectors of ``tallies``: ±ρ > high, and ±ρ > −low, which holds for
-    every plus sign besides the samples clipped low.
+    Σ surrogate is that of `surrogate_sum`, to the bit.
     """
     total = full_like(low, 0.0)
-    step = lanes(scratch)
-    above = bits(load(tallies, 2 * at * step))
-    not_below = bits(load(tallies, (2 * at + 1) * step))
+    above_high = bits(load(sums.above_high[pair], 0))
+    above_minus_low = bits(load(sums.above_minus_low[pair], 0))
     for v in range(vectors):
         folded, bounded = _folded(scratch, v, low, high)
-        total = fma(bounded, get(scratch, _SIZE, v), total)
-        above = tally(above, folded > high)
-        not_below = tally(not_below, folded > -low)
-    store(tallies, 2 * at * step, from_bits(above))
-    store(tallies, (2 * at + 1) * step, from_bits(not_below))
+        total = fma(bounded, load_row(scratch, _SIZE, v), total)
+        above_high = tally(above_high, folded > high)
+        above_minus_low = tally(above_minus_low, folded > -low)
+    store(sums.above_high[pair], 0, from_bits(above_high))
+    store(sums.above_minus_low[pair], 0, from_bits(above_minus_low))
     in_float64 = wide(total)
-    if lanes(scratch) > 8 and not is_finite(in_float64):
+    if overflowed(scratch, in_float64):
         in_float64 = wide(full_like(low, 0.0))
         for v in range(vectors):
             folded, bounded = _folded(scratch, v, low, high)
-            in_float64 += wide(bounded * get(scratch, _SIZE, v))
-    store(surrogates, 8 * at, load(surrogates, 8 * at) + in_float64)
+            in_float64 += wide(bounded * load_row(scratch, _SIZE, v))
+    store(sums.surrogate[pair], 0, load(sums.surrogate[pair], 0) + in_float64)
 
 
 @inlined
-def _attempt_sweep_block(
-    ratio, advantage, old, ref, start, stop, lows, highs, surrogates, tallies, scratch, careful, known_kl
-):
-    """As `_attempt_block` for many pairs of bounds; what `_add_bounded` says goes into two of the arrays."""
-    zero = full(ratio, 0.0)
-    step = lanes(ratio)
-    kl = wide(zero)
-    least = full_like(zero, 1.0)
-    most = least
-    legal = True
-    near = not careful  # until a run is not: for the rest of the block
-    surrogates[:] = 0.0
-    tallies[:] = 0.0
+def _attempt_sweep_block(samples, start, stop, lows, highs, sums, scratch, careful, known_kl):
+    """Fill ``sums``; return ((Σ KL, how many A are not negative, whether all is legal), …) for `fast_then_careful`."""
+    zero = full(samples.rhos, 0.0)
+    sums.surrogate[:] = 0.0
+    sums.above_high[:] = 0.0
+    sums.above_minus_low[:] = 0.0
     plus = 0
-    for run in range(start, stop, RUN * step):
-        vectors, lower, upper, fine, kl_of_run, near = begin_run(
-            ratio, advantage, old, ref, run, stop, careful, None, near, scratch
-        )
-        least = where(lower < least, lower, least)
-        most = where(upper > most, upper, most)
-        legal = legal and fine
-        kl += kl_of_run
-        plus += np.int64(lane_sum(_fold(scratch, vectors, advantage, run)))
-        for e in range(len(lows)):
-            low = full_like(zero, lows[e])
-            high = full_like(zero, highs[e])
-            _add_bounded(scratch, vectors, low, high, e, surrogates, tallies)
-    form = layout(zero)
-    kl_sum = lane_sum(kl) if np.isnan(known_kl) else known_kl
-    usual = lane_min(least) > form.usual and lane_max(most) < 1.0 / form.usual and np.isfinite(kl_sum)
-    return kl_sum, plus, legal, usual
+    block = begin_block(samples, careful)
+    for run in range(start, stop, RUN * lanes(zero)):
+        block = begin_run(block, samples, run, stop, careful, None, scratch)
+        vectors = vectors_in_run(samples.rhos, run, stop)
+        plus += np.int64(lane_sum(_fold(scratch, vectors, samples.advantages, run)))
+        for pair in range(len(lows)):
+            _add_bounded(scratch, vectors, full_like(zero, lows[pair]), full_like(zero, highs[pair]), pair, sums)
+    kl, usual = end_block(block, known_kl)
+    return (kl, plus, block.legal), kl, usual, np.isfinite(sums.surrogate.sum())
 
 
 @compiled
-def sweep_block(ratio, advantage, old, ref, start, stop, lows, highs, surrogates, tallies, scratch):
-    """Σ KL of one block, how many A are not negative, and whether it is legal; the rest is left in the arrays."""
+def sweep_block(samples, start, stop, lows, highs, sums, scratch):
+    """Fill ``sums`` with those of one block; return Σ KL, how many A are not negative, and whether all is legal."""
     align_stack()
-    careful, known_kl = False, np.nan
-    while True:  # as in `sum_block`
-        kl, plus, legal, usual = _attempt_sweep_block(
-            ratio, advantage, old, ref, start, stop, lows, highs, surrogates, tallies, scratch, careful, known_kl
-        )
-        if careful or (usual and np.isfinite(surrogates.sum())):
-            return kl, plus, legal
-        careful, known_kl = True, kl if usual else np.nan
+    return fast_then_careful(_attempt_sweep_block, (samples, start, stop, lows, highs, sums, scratch))
 
 
 # --- all blocks -------------------------------------------------------------------------------------------------------
 @compiled
-def _add_sweep_blocks(ratio, advantage, old, ref, lows, highs, first, last, rows, counts):
-    """Add the sums of blocks first … last − 1; the last row is for the KL and for the count of illegal blocks."""
-    scratch = scratch_like(ratio, ROWS)
-    surrogates = np.empty(len(lows) * 8)
-    tallies = np.empty(len(lows) * 2 * lanes(ratio), ratio.dtype)
+def _accumulate_share(samples, lows, highs, pairs, shared, t):
+    """Add the blocks that are task t's to its accumulators."""
+    rhos = samples.rhos
+    scratch = scratch_like(rhos, ROWS)
+    width = lanes(rhos)
+    sums = _PairSums(
+        np.empty((len(lows), 8)), np.empty((len(lows), width), rhos.dtype), np.empty((len(lows), width), rhos.dtype)
+    )
+    first, last = share(block_count(len(rhos)), t, len(shared))
     for block in range(first, last):
         start = block * BLOCK
-        stop = min(start + BLOCK, len(ratio))
-        kl, plus, legal = sweep_block(
-            ratio, advantage, old, ref, start, stop, lows, highs, surrogates, tallies, scratch
-        )
-        for e in range(len(lows)):
-            exact.add(rows[e], lane_sum(load(surrogates, 8 * e)))
-            counts[e, 0] += np.int64(lane_sum(bits(load(tallies, (2 * e + 1) * lanes(ratio))))) - plus
-            counts[e, 1] += np.int64(lane_sum(bits(load(tallies, 2 * e * lanes(ratio)))))
-        exact.add(rows[-1], kl)
-        counts[-1, 0] += not legal
+        stop = min(start + BLOCK, len(rhos))
+        kl, plus, legal = sweep_block(samples, start, stop, lows, highs, sums, scratch)
+        for i in range(len(lows)):
+            exact.add(pairs[t, i].surrogate, lane_sum(load(sums.surrogate[i], 0)))
+            pairs[t, i].clipped_low += np.int64(lane_sum(bits(load(sums.above_minus_low[i], 0)))) - plus
+            pairs[t, i].clipped_high += np.int64(lane_sum(bits(load(sums.above_high[i], 0))))
+        exact.add(shared[t].kl, kl)
+        shared[t].suspect += not legal
 
 
 @compiled
-def sweep(ratio, advantage, old, ref, lows, highs, rows, counts):
-    """Add the sums of all samples for every pair of bounds to the last two arrays; the first axis is for tasks.
-
-    ``rows`` (tasks, E + 1, exact.ROW): Σ surrogate for each pair, then Σ kl; ``counts`` (tasks, E + 1, 2): clipped low
-    and high for each pair, then blocks with an illegal sample.
-    """
-    tasks, blocks = len(rows), (len(ratio) + BLOCK - 1) // BLOCK
-    for t in range(tasks):
-        first, last = t * blocks // tasks, (t + 1) * blocks // tasks
-        _add_sweep_blocks(ratio, advantage, old, ref, lows, highs, first, last, rows[t], counts[t])
+def sweep(rhos, advantages, pi_old, pi_ref, lows, highs, pairs, shared):
+    """Add all samples, for every pair of bounds, to the accumulators, of which each row is a task's."""
+    for t in range(len(shared)):
+        samples = Samples(rhos, advantages, pi_old, pi_ref)
+        _accumulate_share(samples, lows, highs, pairs, shared, t)
 
 
 @compiled(parallel=True)
-def sweep_parallel(ratio, advantage, old, ref, lows, highs, rows, counts):
-    """As `sweep`, to the bit."""
-    tasks, blocks = len(rows), (len(ratio) + BLOCK - 1) // BLOCK
-    for t in numba.prange(tasks):
-        first, last = t * blocks // tasks, (t + 1) * blocks // tasks
-        _add_sweep_blocks(ratio, advantage, old, ref, lows, highs, first, last, rows[t], counts[t])
+def sweep_parallel(rhos, advantages, pi_old, pi_ref, lows, highs, pairs, shared):
+    """As `sweep`, to the bit, with the tasks on threads."""
+    for t in numba.prange(len(shared)):
+        samples = Samples(rhos, advantages, pi_old, pi_ref)
+        _accumulate_share(samples, lows, highs, pairs, shared, t)
+
+
+@compiled
+def merge_sweep(pairs, shared):
+    """Add all accumulators to the first task's, and bring their limbs into the form that `Exact.of_limbs` reads."""
+    for t in range(1, len(shared)):
+        for i in range(pairs.shape[1]):
+            exact.join(pairs[0, i].surrogate, pairs[t, i].surrogate)
+            pairs[0, i].clipped_low += pairs[t, i].clipped_low
+            pairs[0, i].clipped_high += pairs[t, i].clipped_high
+        exact.join(shared[0].kl, shared[t].kl)
+        shared[0].suspect += shared[t].suspect
+    for i in range(pairs.shape[1]):
+        exact.carry(pairs[0, i].surrogate)
+    exact.carry(shared[0].kl)

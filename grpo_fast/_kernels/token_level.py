@@ -1,6 +1,6 @@
 """The loss at token level, in one pass: each block of a sequence yields its sums and its gradient.
 
-How a block is worked through, `staging` says; the formulas are in `loss_terms`.
+How a block is worked through, `blocks` says; the formulas are in `formulas`.
 """
 
 from typing import Any, NamedTuple
@@ -8,10 +8,21 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-from .blocks import BLOCK, RUN, ask_ahead, get, put, scratch_like, settled
+from .blocks import (
+    BLOCK,
+    RUN,
+    load_row,
+    overflowed,
+    prefetch_ahead,
+    prefetch_if_given,
+    run_sum,
+    scratch_like,
+    store_row,
+    vectors_in_run,
+)
 from .compiling import compiled, inlined
 from .elementary import exp, exp_of_any, layout
-from .formulas import Clipped, count_clipped, kl_term, surrogate_term, times
+from .formulas import count_clipped, kl_term, surrogate_term, times
 from .simd import (
     align_stack,
     bits,
@@ -19,7 +30,6 @@ from .simd import (
     from_bits,
     full,
     full_like,
-    is_finite,
     lane_max,
     lane_min,
     lane_sum,
@@ -30,37 +40,33 @@ from .simd import (
     wide,
     wide_squares,
 )
+from .sums import Clipped, Contribution, Numerator, Sums, accumulate, accumulate_numerator
 from .tokens import (
-    LOG_RATIO,
-    TOKENS,
-    Found,
-    Objective,
-    Result,
-    add,
-    ask_ahead_for,
-    clear,
-    extent,
-    plus,
-    take,
-    take_absent,
-    take_for,
-    take_log_ratio,
-    take_weight,
-    vectors,
-    weighed,
+    LossTerms,
+    absent_lanes,
+    begin_sequence,
+    larger_magnitude,
+    load_distance,
+    load_log_ratio,
+    load_tokens,
+    load_values,
+    load_weights,
+    plus_if_given,
+    store_gradient,
+    times_if_given,
     weight_of_token,
-    without,
-    write,
+    zero_where,
 )
 
-# Rows of the scratch array, each RUN vectors long.
-_ABSENT, _ADVANTAGE, _RHO, _PENALTY, _ROWS = range(5)
+# Rows of the scratch array, each RUN vectors long: which lanes are absent; A; log ρ, then ρ, then the policy term; l,
+# then the KL term's derivative.
+_ABSENT, _ADVANTAGE, _RATIO, _KL, _ROWS = range(5)
 
 
 # --- one block --------------------------------------------------------------------------------------------------------
 # In the order of use: memory → scratch; log ρ → ρ; l → the KL term; diagnostics; the policy term and the gradient.
-class _Taken(NamedTuple):
-    """In lanes: Σ log ρ of a run; the least and largest log ρ and the largest |l|; Σ A and l, which must be finite."""
+class _LogRange(NamedTuple):
+    """In lanes: Σ log ρ of a run; of the block, the least and largest log ρ, the largest |l|, and Σ A + l, for NaN."""
 
     log_ratio: Any
     least: Any
@@ -70,219 +76,224 @@ class _Taken(NamedTuple):
 
 
 @inlined
-def _take_run(found, batch, sequence, run, stop, scratch):
-    """Which tokens of a run are absent; A, log ρ and l, which are 0 there → scratch."""
+def _load_run(logs, batch, sequence, run, stop, scratch):
+    """The ``logs`` with a run; puts into the scratch array which lanes are absent, and A, log ρ and l, 0 there."""
     zero = full(scratch, 0.0)
-    _, least, most, farthest, check = found
+    least, most, farthest, check = logs.least, logs.most, logs.farthest, logs.check
     log_ratio = zero
-    for v in range(vectors(scratch, run, stop)):
+    for v in range(vectors_in_run(scratch, run, stop)):
         i = run + v * lanes(scratch)
         whole = i + lanes(scratch) <= len(batch.logps)
-        logp = take(batch.logps, i, whole)
-        absent = take_absent(batch.mask, i, stop, whole, zero)
-        put(scratch, _ABSENT, v, from_bits(absent))
-        d = without(take_log_ratio(logp, batch.old, i, whole), absent)
-        log_ratio += d
-        edge = from_bits(bits(d) | absent)  # NaN where absent: no comparison holds
+        logp = load_tokens(batch.logps, i, whole)
+        absent = absent_lanes(batch.mask, i, stop, whole, zero)
+        store_row(scratch, _ABSENT, v, from_bits(absent))
+        log_rho = zero_where(absent, load_log_ratio(logp, batch.old_logps, i, whole))
+        log_ratio += log_rho
+        edge = from_bits(bits(log_rho) | absent)  # NaN where absent: no comparison holds
         least = where(edge < least, edge, least)
         most = where(edge > most, edge, most)
-        put(scratch, _RHO, v, d)
-        a = without(take_for(batch.advantages, batch.advantages_per_token, sequence, i, whole, zero), absent)
-        put(scratch, _ADVANTAGE, v, a)
-        check, farthest = _take_distance(batch.ref, logp, absent, i, v, whole, scratch, check + a, farthest)
-        ask_ahead(batch.logps, run, v)
-    return _Taken(log_ratio, least, most, farthest, check)
+        store_row(scratch, _RATIO, v, log_rho)
+        a = load_values(batch.advantages, batch.advantages_per_token, sequence, i, whole, zero)
+        a = zero_where(absent, a)
+        store_row(scratch, _ADVANTAGE, v, a)
+        check, farthest = _load_distance(batch.ref_logps, logp, absent, i, v, whole, scratch, check + a, farthest)
+        prefetch_ahead(batch.logps, run, v)
+    return _LogRange(log_ratio, least, most, farthest, check)
 
 
 @inlined
-def _take_distance(ref, logp, absent, i, v, whole, scratch, check, farthest):
-    if ref is None:
+def _load_distance(ref_logps, logp, absent, i, v, whole, scratch, check, farthest):
+    """``check`` and the largest |l| with those of a vector, whose l is put into the scratch array; if there is one."""
+    if ref_logps is None:
         return check, farthest
-    l = without(logp - take(ref, i, whole), absent)
-    put(scratch, _PENALTY, v, l)
-    size = where(l < 0.0, -l, l)
-    return check + l, where(size > farthest, size, farthest)
+    l = load_distance(logp, ref_logps, absent, i, whole)
+    store_row(scratch, _KL, v, l)
+    return check + l, larger_magnitude(l, farthest)
 
 
 @inlined
-def _to_ratios(old, run, stop, scratch, log_ratio, careful):
-    """Log ρ → ρ. Their sum ``log_ratio``, unless it overflowed."""
+def _to_ratios(old_logps, run, stop, scratch, log_ratio, careful):
+    """Turn log ρ into ρ; return the run's Σ log ρ in float64 lanes, which is ``log_ratio`` unless that overflowed."""
     in_float64 = wide(full(scratch, 0.0))
-    for v in range(vectors(scratch, run, stop)):
-        ask_ahead_for(old, run, v)
-        d = get(scratch, _RHO, v)
+    for v in range(vectors_in_run(scratch, run, stop)):
+        prefetch_if_given(old_logps, run, v)
+        log_rho = load_row(scratch, _RATIO, v)
         if careful:
-            in_float64 += wide(d)
-        put(scratch, _RHO, v, _ratio(d, old, careful))
-    return settled(log_ratio, in_float64, careful)
+            in_float64 += wide(log_rho)
+        store_row(scratch, _RATIO, v, _ratio(log_rho, old_logps, careful))
+    return run_sum(log_ratio, in_float64, careful)
 
 
 @inlined
-def _ratio(d, old, careful):
-    if old is None:
-        return full_like(d, 1.0)
+def _ratio(log_rho, old_logps, careful):
+    """ρ; 1 on-policy, whatever log ρ is."""
+    if old_logps is None:
+        return full_like(log_rho, 1.0)
     if careful:
-        return exp_of_any(d)
-    return exp(d)
+        return exp_of_any(log_rho)
+    return exp(log_rho)
 
 
 @inlined
-def _penalty(kl, ref, grad, run, stop, scratch, careful):
-    """Σ of the KL term of a run; l → the term's derivative, in scratch."""
+def _kl_sum(kl, batch, run, stop, scratch, careful):
+    """Turn l into the KL term's derivative, if there is a gradient; return the run's Σ of the term in float64 lanes."""
     total = full(scratch, 0.0)
     in_float64 = wide(total)
     if kl is None:
         return in_float64
-    for v in range(vectors(scratch, run, stop)):
-        ask_ahead(ref, run, v)
-        rho = get(scratch, _RHO, v)
-        term = kl_term(kl, get(scratch, _PENALTY, v), careful)
+    for v in range(vectors_in_run(scratch, run, stop)):
+        prefetch_ahead(batch.ref_logps, run, v)
+        rho = load_row(scratch, _RATIO, v)
+        term = kl_term(kl, load_row(scratch, _KL, v), careful)
         value, slope = term.value, term.slope
         if kl.importance_weighted:
             value, slope = _product(rho, value, careful), _product(rho, term.value_and_slope, careful)
         total += value
         if careful:
             in_float64 += wide(value)
-        if grad is not None:
-            put(scratch, _PENALTY, v, slope)
-    return settled(total, in_float64, careful)
+        if batch.grad is not None:
+            store_row(scratch, _KL, v, slope)
+    return run_sum(total, in_float64, careful)
 
 
 @inlined
 def _product(a, b, careful):
+    """a·b, with 0·∞ = 0 if ``careful``: else nothing is infinite."""
     if careful:
         return times(a, b)
     return a * b
 
 
-class _Ratios(NamedTuple):
-    """In lanes: Σ ρ, Σ ρ², and the counts of clipped tokens."""
+class _RatioSums(NamedTuple):
+    """Of a block, in lanes: Σ ρ and Σ ρ² (float64), and the counts of clipped tokens."""
 
     ratio: Any
     ratio_squared: Any
-    clipped: Any
+    clipped: Clipped
 
 
 @inlined
-def _add_ratios(found, surrogate, run, stop, scratch, careful):
-    """How the ratios of a run lie."""
-    clipped = found.clipped
+def _add_ratios(sums, surrogate, run, stop, scratch, careful):
+    """The ``sums`` with those of a run."""
+    clipped = sums.clipped
     ratio = full(scratch, 0.0)
     squared = ratio
     wide_ratio = wide(ratio)
-    wide_squared = found.ratio_squared
-    for v in range(vectors(scratch, run, stop)):
-        rho = get(scratch, _RHO, v)
-        present = without(rho, bits(get(scratch, _ABSENT, v)))
+    wide_squared = sums.ratio_squared
+    for v in range(vectors_in_run(scratch, run, stop)):
+        rho = load_row(scratch, _RATIO, v)
+        present = zero_where(bits(load_row(scratch, _ABSENT, v)), rho)
         ratio += present
         if careful:  # in float32 the square could overflow or vanish
             wide_ratio += wide(present)
             wide_squared += wide_squares(present)
         else:
             squared = fma(present, present, squared)
-        clipped = count_clipped(surrogate, rho, get(scratch, _ADVANTAGE, v), clipped)
-    return _Ratios(found.ratio + settled(ratio, wide_ratio, careful), wide_squared + wide(squared), clipped)
+        clipped = count_clipped(surrogate, rho, load_row(scratch, _ADVANTAGE, v), clipped)
+    return _RatioSums(sums.ratio + run_sum(ratio, wide_ratio, careful), wide_squared + wide(squared), clipped)
 
 
 @inlined
-def _policy(batch, objective, grad, factor, sequence, run, stop, scratch):
-    """Σ of the policy term of a run; Σ of the rollout weights; the gradient, if there is a place for it."""
+def _policy_sum(batch, terms, factor, sequence, run, stop, scratch):
+    """Turn ρ into the policy term, and write the gradient if there is a place for it.
+
+    Returns the run's Σ of the policy term, in float64 lanes, and Σ of the rollout weights, in lanes.
+    """
     total = full(scratch, 0.0)
     weights = total
     factor = full_like(total, factor)
-    for v in range(vectors(scratch, run, stop)):
+    for v in range(vectors_in_run(scratch, run, stop)):
         i = run + v * lanes(scratch)
-        absent = bits(get(scratch, _ABSENT, v))
+        absent = bits(load_row(scratch, _ABSENT, v))
         whole = i + lanes(scratch) <= len(batch.logps)
-        logp = without(take(batch.logps, i, whole), absent)
-        term = surrogate_term(objective.surrogate, get(scratch, _RHO, v), get(scratch, _ADVANTAGE, v), logp)
-        w = take_weight(batch.weights, batch.weights_per_token, sequence, i, whole, absent)
-        weights = plus(weights, w)
-        value = weighed(w, term.value)
-        put(scratch, _RHO, v, value)
+        logp = zero_where(absent, load_tokens(batch.logps, i, whole))
+        term = surrogate_term(terms.surrogate, load_row(scratch, _RATIO, v), load_row(scratch, _ADVANTAGE, v), logp)
+        w = load_weights(batch.weights, batch.weights_per_token, sequence, i, whole, absent)
+        weights = plus_if_given(weights, w)
+        value = times_if_given(w, term.value)
+        store_row(scratch, _RATIO, v, value)
         total += value
-        if grad is not None:
-            gradient = _less_penalty(objective.kl, factor, factor * weighed(w, term.slope), scratch, v)
-            write(grad, i, stop, without(gradient, absent))
+        gradient = _less_kl(terms.kl, factor, factor * times_if_given(w, term.slope), scratch, v)
+        store_gradient(batch.grad, i, stop, zero_where(absent, gradient))
     in_float64 = wide(total)
-    if lanes(scratch) > 8 and not is_finite(in_float64):
+    if overflowed(scratch, in_float64):
         in_float64 = wide(full(scratch, 0.0))
-        for v in range(vectors(scratch, run, stop)):
-            in_float64 += wide(get(scratch, _RHO, v))
+        for v in range(vectors_in_run(scratch, run, stop)):
+            in_float64 += wide(load_row(scratch, _RATIO, v))
     return in_float64, weights
 
 
 @inlined
-def _less_penalty(kl, factor, gradient, scratch, v):
+def _less_kl(kl, factor, gradient, scratch, v):
+    """The gradient less ``factor``·β·(the derivative of the KL term)."""
     if kl is None:
         return gradient
     beta = factor * kl.beta  # which, being 0, switches off a slope of ∞, too
-    return gradient - where(beta == 0.0, full_like(beta, 0.0), beta * get(scratch, _PENALTY, v))
+    return gradient - where(beta == 0.0, full_like(beta, 0.0), beta * load_row(scratch, _KL, v))
 
 
 @compiled(allocates=False)
-def token_block(batch, objective, grad, factor, sequence, start, stop, scratch):
-    """What is found in one block; the gradient is written on the way.
+def token_block(batch, terms, factor, sequence, start, stop, scratch):
+    """The contribution of the tokens of a sequence from ``start`` to ``stop``; writes their gradient on the way.
 
-    In the fast way, and again in the careful way where the numbers left the range in which the fast one is right.
+    ``factor`` is −c_i. In the fast way, and again in the careful way where the numbers left the range in which the fast
+    one is right.
     """
     align_stack()
     zero = full(scratch, 0.0)
     none = bits(zero)
-    limit = layout(zero).squarable
+    limit = layout(zero).square_limit
     careful = False
     while True:  # at most twice; a loop, so that the code is there once
         log_ratio = wide(zero)
-        taken = _Taken(zero, full_like(zero, np.inf), full_like(zero, -np.inf), zero, zero)
+        logs = _LogRange(zero, full_like(zero, np.inf), full_like(zero, -np.inf), zero, zero)
         kl = wide(zero)
         policy = wide(zero)
         weights = zero
-        ratios = _Ratios(wide(zero), wide(zero), Clipped(none, none, none))
+        ratios = _RatioSums(wide(zero), wide(zero), Clipped(none, none, none))
         for run in range(start, stop, RUN * lanes(scratch)):
-            taken = _take_run(taken, batch, sequence, run, stop, scratch)
+            logs = _load_run(logs, batch, sequence, run, stop, scratch)
             if careful:  # outside of the loops, which keep their constants in registers only if nothing branches there
-                log_ratio += _to_ratios(batch.old, run, stop, scratch, taken.log_ratio, True)
-                kl += _penalty(objective.kl, batch.ref, grad, run, stop, scratch, True)
-                ratios = _add_ratios(ratios, objective.surrogate, run, stop, scratch, True)
+                log_ratio += _to_ratios(batch.old_logps, run, stop, scratch, logs.log_ratio, True)
+                kl += _kl_sum(terms.kl, batch, run, stop, scratch, True)
+                ratios = _add_ratios(ratios, terms.surrogate, run, stop, scratch, True)
             else:
-                log_ratio += _to_ratios(batch.old, run, stop, scratch, taken.log_ratio, False)
-                kl += _penalty(objective.kl, batch.ref, grad, run, stop, scratch, False)
-                ratios = _add_ratios(ratios, objective.surrogate, run, stop, scratch, False)
-            policy_of_run, weights_of_run = _policy(batch, objective, grad, factor, sequence, run, stop, scratch)
+                log_ratio += _to_ratios(batch.old_logps, run, stop, scratch, logs.log_ratio, False)
+                kl += _kl_sum(terms.kl, batch, run, stop, scratch, False)
+                ratios = _add_ratios(ratios, terms.surrogate, run, stop, scratch, False)
+            policy_of_run, weights_of_run = _policy_sum(batch, terms, factor, sequence, run, stop, scratch)
             policy += policy_of_run
             weights += weights_of_run
-        least, most = lane_min(taken.least), lane_max(taken.most)
-        if careful or (least >= -limit and most <= limit and lane_max(taken.farthest) <= limit):
+        least, most = lane_min(logs.least), lane_max(logs.most)
+        if careful or (least >= -limit and most <= limit and lane_max(logs.farthest) <= limit):
             break
         careful = True
+    # exp is known for vectors only; what else is in this one is of no interest.
     scratch[0], scratch[1] = least, most
     store(scratch, 0, exp_of_any(load(scratch, 0)))
-    sums = (
-        lane_sum(policy),
-        lane_sum(kl),
-        lane_sum(ratios.ratio),
-        lane_sum(ratios.ratio_squared),
-        lane_sum(log_ratio),
+    sums = Sums(
+        surrogate=lane_sum(policy),
+        kl=lane_sum(kl),
+        ratio=lane_sum(ratios.ratio),
+        ratio_squared=lane_sum(ratios.ratio_squared),
+        log_ratio=lane_sum(log_ratio),
     )
     clipped = ratios.clipped
-    check = lane_sum(taken.check + weights)
-    doubtful = not np.isfinite(sums[LOG_RATIO] + check)
-    return Found(
+    return Contribution(
         sums,
-        (
-            np.int64(lane_sum(clipped.low)),
-            np.int64(lane_sum(clipped.high)),
-            np.int64(lane_sum(clipped.beyond)),
-            np.int64(doubtful),
-        ),
+        Clipped(np.int64(lane_sum(clipped.low)), np.int64(lane_sum(clipped.high)), np.int64(lane_sum(clipped.hard))),
+        not np.isfinite(sums.log_ratio + lane_sum(logs.check + weights)),
         np.float64(scratch[0]),
         np.float64(scratch[1]),
     )
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------
-class Parts(NamedTuple):
-    """Pieces of long sequences, cut between blocks: whose, from where to where, how many tokens the sequence has."""
+class Spans(NamedTuple):
+    """Parts of long sequences, cut between blocks: of which, from where to where, how many tokens that sequence has.
+
+    In `token_level` four arrays, or None; for one of them, four numbers.
+    """
 
     sequence: Any
     start: Any
@@ -291,46 +302,47 @@ class Parts(NamedTuple):
 
 
 @inlined
-def _item(parts, batch, grad, item, limit, result):
-    """The sequence, start and stop of what to work on, and how many tokens the sequence has."""
-    if parts is None:
+def _begin_item(batch, spans, item, limit, accumulator):
+    """What to work on: one of the spans; without them, a whole sequence, which `begin_sequence` begins.
+
+    A sequence longer than ``limit`` has nothing to work on: its spans do.
+    """
+    if spans is None:
         first, last = batch.bounds[item], batch.bounds[item + 1]
         if last - first > limit:
-            return item, first, first, 0
-        start, stop, tokens = extent(batch.mask, first, last)
-        clear(grad, first, start)
-        clear(grad, stop, last)
-        result.counts[TOKENS] += tokens
-        return item, start, stop, tokens
-    return parts.sequence[item], parts.start[item], parts.stop[item], parts.tokens[item]
+            return Spans(item, first, first, 0)
+        extent = begin_sequence(batch.mask, batch.grad, first, last, accumulator)
+        return Spans(item, extent.start, extent.stop, extent.tokens)
+    return Spans(spans.sequence[item], spans.start[item], spans.stop[item], spans.tokens[item])
 
 
 @compiled
-def token_level(batch, objective, grad, parts, pieces, limit, task, tasks, result):
-    """Add what is found in every ``tasks``-th of the pieces, from number ``task`` on, and write the gradient.
+def token_level(batch, terms, spans, ranges, limit, accumulators, task):
+    """Add every so manieth of the ranges, those of a task, to its accumulator, and write their gradient.
 
-    A row of ``pieces`` is a range of sequences, of which those longer than ``limit`` are left out; or of ``parts``.
+    A row of ``ranges`` is a range of sequences, of which those longer than ``limit`` are left out; or of ``spans``.
     """
     scratch = scratch_like(batch.logps, _ROWS)
-    for piece in range(task, len(pieces), tasks):
-        for item in range(pieces[piece, 0], pieces[piece, 1]):
-            sequence, start, stop, tokens = _item(parts, batch, grad, item, limit, result)
-            factor = -weight_of_token(objective, tokens)
-            for block in range(start, stop, BLOCK):
-                end = min(block + BLOCK, stop)
-                found = token_block(batch, objective, grad, factor, sequence, block, end, scratch)
-                add(result, objective, tokens, found)
+    accumulator = accumulators[task]
+    for r in range(task, len(ranges), len(accumulators)):
+        for item in range(ranges[r, 0], ranges[r, 1]):
+            span = _begin_item(batch, spans, item, limit, accumulator)
+            factor = -weight_of_token(terms, span.tokens)
+            for start in range(span.start, span.stop, BLOCK):
+                stop = min(start + BLOCK, span.stop)
+                found = token_block(batch, terms, factor, span.sequence, start, stop, scratch)
+                accumulate(accumulator, found)
+                if terms.mean_within:
+                    mean = Numerator(found.sums.surrogate / span.tokens, found.sums.kl / span.tokens)
+                    accumulate_numerator(accumulator, mean)
 
 
 @compiled(parallel=True)
-def token_level_parallel(
-    batch, surrogate, kl, denominator, mean_within, grad, parts, pieces, limit, rows, counts, extremes
-):
-    """`token_level` for all tasks, one for each of the ``rows``, on threads; to the bit the same for any number.
+def token_level_parallel(batch, surrogate, kl, denominator, mean_within, spans, ranges, limit, accumulators):
+    """`token_level` for all tasks, one for each accumulator, on threads; to the bit the same for any number.
 
-    The members of `Objective` and `Result` come one by one: into a prange goes no tuple of tuples.
+    The members of `LossTerms` come one by one: into a prange goes no tuple of tuples.
     """
-    tasks = len(rows)
-    for t in numba.prange(tasks):
-        objective = Objective(surrogate, kl, denominator, mean_within)
-        token_level(batch, objective, grad, parts, pieces, limit, t, tasks, Result(rows[t], counts[t], extremes[t]))
+    for task in numba.prange(len(accumulators)):
+        terms = LossTerms(surrogate, kl, denominator, mean_within)
+        token_level(batch, terms, spans, ranges, limit, accumulators, task)

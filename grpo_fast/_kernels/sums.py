@@ -1,0 +1,126 @@
+"""What kernels add up, by name: from the sums of a block, through one accumulator for each task, to `stats.Stats`.
+
+Nothing else knows an order of these sums: not the two families of kernels, nor what reads the accumulators.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import exact
+from .compiling import compiled, inlined
+
+
+class Sums(NamedTuple):
+    """Sums over tokens or samples: float64 of a block, `Exact` of a batch."""
+
+    surrogate: Any  # the policy term, with the rollout weight
+    kl: Any  # the KL term as penalised, without β
+    ratio: Any  # ρ
+    ratio_squared: Any
+    log_ratio: Any
+
+
+class Numerator(NamedTuple):
+    """Sums that, over the aggregation's denominator, make the objective; likewise."""
+
+    surrogate: Any
+    kl: Any
+
+
+class Clipped(NamedTuple):
+    """Counts of clipped tokens, in lanes or of a block: below, above, and beyond the hard bound (δ, or CISPO's)."""
+
+    low: Any
+    high: Any
+    hard: Any
+
+
+class Contribution(NamedTuple):
+    """What a block, or a sequence as a whole, adds."""
+
+    sums: Sums
+    clipped: Clipped
+    suspect: Any  # whether something in it is, or at sequences may be, not allowed
+    least_ratio: float
+    largest_ratio: float
+
+
+class Totals(NamedTuple):
+    """All contributions, added up."""
+
+    sums: np.ndarray  # limbs of exact sums, in the order of `Sums`
+    numerator: np.ndarray  # likewise of `Numerator`, where that is not made of the sums themselves
+    clipped_low: int
+    clipped_high: int
+    clipped_hard: int
+    suspect: int  # blocks or sequences
+    tokens: int  # unmasked ones, or samples
+    least_ratio: float
+    largest_ratio: float
+
+
+_LIMBS = {"sums": (len(Sums._fields), exact.ROW), "numerator": (len(Numerator._fields), exact.ROW)}
+
+#: One task's accumulator, a record of the fields of `Totals`.
+_ACCUMULATOR = np.dtype(
+    [
+        (name, np.float64 if kind is float else np.int64, _LIMBS.get(name, ()))
+        for name, kind in Totals.__annotations__.items()
+    ]
+)
+
+
+def empty_accumulators(tasks: int) -> np.ndarray:
+    """New accumulators, (tasks,)."""
+    result = np.zeros(tasks, _ACCUMULATOR)
+    result["least_ratio"], result["largest_ratio"] = np.inf, -np.inf
+    return result
+
+
+@inlined
+def accumulate(accumulator, contribution):
+    """Add a block's or a sequence's contribution, but for its part of the numerator and its tokens."""
+    for i in range(len(contribution.sums)):
+        exact.add(accumulator.sums[i], contribution.sums[i])
+    accumulator.clipped_low += contribution.clipped.low
+    accumulator.clipped_high += contribution.clipped.high
+    accumulator.clipped_hard += contribution.clipped.hard
+    accumulator.suspect += contribution.suspect
+    accumulator.least_ratio = min(accumulator.least_ratio, contribution.least_ratio)
+    accumulator.largest_ratio = max(accumulator.largest_ratio, contribution.largest_ratio)
+
+
+@inlined
+def accumulate_numerator(accumulator, numerator):
+    """Add a part of the numerator, where that is not made of the sums themselves."""
+    for i in range(len(numerator)):
+        exact.add(accumulator.numerator[i], numerator[i])
+
+
+def merged(accumulators: np.ndarray) -> Totals:
+    """The totals of all accumulators, of which the first is written to; limbs are in the form that `Exact` reads."""
+    _merge(accumulators)
+    return Totals(*accumulators[0].item())
+
+
+@compiled
+def _merge(accumulators):
+    total = accumulators[0]
+    for t in range(1, len(accumulators)):
+        other = accumulators[t]
+        total.clipped_low += other.clipped_low
+        total.clipped_high += other.clipped_high
+        total.clipped_hard += other.clipped_hard
+        total.suspect += other.suspect
+        total.tokens += other.tokens
+        total.least_ratio = min(total.least_ratio, other.least_ratio)
+        total.largest_ratio = max(total.largest_ratio, other.largest_ratio)
+        for i in range(len(total.sums)):
+            exact.join(total.sums[i], other.sums[i])
+        for i in range(len(total.numerator)):
+            exact.join(total.numerator[i], other.numerator[i])
+    for i in range(len(total.sums)):
+        exact.carry(total.sums[i])
+    for i in range(len(total.numerator)):
+        exact.carry(total.numerator[i])
