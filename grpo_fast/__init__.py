@@ -1,4 +1,17 @@
-"""The GRPO objective and its diagnostics on the CPU, in one pass over memory; the same bits everywhere."""
+"""The GRPO objective and its diagnostics on the CPU, in one pass over memory; the same bits everywhere.
+
+How the data flows, file by file; each imports only what stands below it::
+
+    __main__  _command            the command: the demonstration, and rollouts in files
+    torch                         `grpo_loss` for tensors
+    files                         `evaluate`, `sweep`: files → batches (_rollouts, _formats, _workers) → sums
+    objective  loss               arrays → checked arrays (_loss_inputs) → kernels → `Stats`; advantages: from rewards
+    stats                         exact sums → diagnostics
+    _kernels                      everything that becomes machine code; its map is the docstring of the folder
+    terms  _checks                the options; what arguments may be
+
+    reference                     the mathematics once more, in NumPy, independent of the kernels
+"""
 
 from . import reference
 from ._kernels.blocks import BLOCK

@@ -1,4 +1,4 @@
-"""What is allowed, or the error that says so: numbers, words, and array-likes, which become what the kernels can read.
+"""What arguments may be, or the error that says so: numbers, words, and array-likes, made into what kernels can read.
 
 Values in arrays are looked at here only after a kernel has found that something is wrong with them.
 """
@@ -6,7 +6,7 @@ Values in arrays are looked at here only after a kernel has found that something
 import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -40,24 +40,24 @@ def number(name: str, value: object, allowed: str, is_allowed: Callable[[float],
 
 
 def positive(name: str, value: object) -> float:
-    """``value`` as a float above 0, finite."""
+    """``value`` as a float above 0 and finite, or the error, as in `number`."""
     return number(name, value, "in (0, inf)", lambda x: 0 < x < math.inf)
 
 
 def not_negative(name: str, value: object) -> float:
-    """``value`` as a float from 0, finite."""
+    """``value`` as a float, at least 0 and finite, or the error, as in `number`."""
     return number(name, value, "in [0, inf)", lambda x: 0 <= x < math.inf)
 
 
 def flag(name: str, value: object) -> bool:
-    """``value`` as a bool, which a 0 or 1 is not."""
+    """``value`` as a bool, or the TypeError if it is none, such as 0 or 1."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return bool(value)
 
 
 def one_of(name: str, value: Chosen, allowed: tuple[str, ...]) -> Chosen:
-    """``value``, which must be one of the words allowed."""
+    """``value``, or the ValueError if it is none of the words allowed."""
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value
@@ -65,7 +65,7 @@ def one_of(name: str, value: Chosen, allowed: tuple[str, ...]) -> Chosen:
 
 # --- arrays -----------------------------------------------------------------------------------------------------------
 class _Alias:
-    """The memory of a read-only array without that flag.
+    """What makes NumPy see the memory of a read-only array as that of a writeable one.
 
     For Numba a read-only array is another type, hence another kernel to compile; and kernels write to no input.
     """
@@ -118,7 +118,7 @@ def same_shape(
     return tuple(flat(a, dtype) for a in converted.values()), shape
 
 
-def plain(name: str, value: ArrayLike | None, of: str = "real numbers") -> Array:
+def as_array(name: str, value: ArrayLike | None, of: str = "real numbers") -> Array:
     """The named argument as an array, or a TypeError."""
     if isinstance(value, MaskedArray):
         raise TypeError(f"{name} must be a plain array: take a masked array's .compressed() or .filled() first")
@@ -130,7 +130,7 @@ def plain(name: str, value: ArrayLike | None, of: str = "real numbers") -> Array
 
 def real(name: str, value: ArrayLike | None) -> Array:
     """The named argument as an array of real numbers, or a TypeError."""
-    array = plain(name, value)
+    array = as_array(name, value)
     if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
         raise TypeError(f"{name} must hold real numbers of at most 64 bits, got dtype {array.dtype}")
     return array
@@ -147,30 +147,22 @@ def flat(array: Array, dtype: np.dtype[Any]) -> Array:
     return array if array.flags.writeable else np.asarray(_Alias(array))
 
 
-def complaint(
-    bad: Callable[..., Mapping[str, NDArray[np.bool_]]], arrays: Sequence[Array], shape: tuple[int, ...]
+def first_problem(
+    problems: Callable[..., Mapping[str, NDArray[np.bool_]]], arrays: Sequence[Array], shape: tuple[int, ...]
 ) -> str | None:
-    """What ``bad(*arrays)`` has to say about the first element that it finds bad; None if there is none.
+    """The message about the first element of ``arrays`` that has a problem; None if there is none.
 
-    ``bad`` maps each possible message, with ``{i}`` for the index, to where it holds; the first that holds is told.
+    ``problems(*arrays)`` maps each possible message, with ``{i}`` for the index in ``shape`` and ``{values}`` for the
+    element of each array, to where it holds; of several that hold for the element, the first is returned.
     """
     with np.errstate(all="ignore"):
         for start in range(0, arrays[0].size, _SEARCH):
-            found = bad(*(a[start : start + _SEARCH] for a in arrays))
-            anywhere = np.logical_or.reduce(list(found.values()))
+            holds = problems(*(a[start : start + _SEARCH] for a in arrays))
+            anywhere = np.logical_or.reduce(list(holds.values()))
             if anywhere.any():
                 at = int(anywhere.argmax())
                 index = np.unravel_index(start + at, shape)
                 i = ", ".join(map(str, index)) or "()"  # as NumPy writes the index of a 0-d array
-                message = next(m for m, where in found.items() if where[at])
+                message = next(message for message, where in holds.items() if where[at])
                 return message.format(i=i, values=[a[start + at].item() for a in arrays])
     return None
-
-
-def refuse_sample(
-    bad: Callable[..., Mapping[str, NDArray[np.bool_]]], arrays: Sequence[Array], shape: tuple[int, ...]
-) -> NoReturn:
-    """Raise the ValueError for the first sample of which ``bad`` has something to say, as in `complaint`."""
-    found = complaint(bad, arrays, shape)
-    assert found, "a kernel found an illegal sample that the checks here do not know"
-    raise ValueError(found)

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ._checks import FLOAT32, FLOAT64, Array, complaint, flat, real
+from ._checks import FLOAT32, FLOAT64, Array, first_problem, flat, real
 from ._kernels.tokens import Batch
 
 
 class Inputs(NamedTuple):
-    """The arguments, checked."""
+    """The arguments of `grpo_loss`, checked."""
 
     batch: Batch  # for the kernels: everything flat, of one dtype, not copied where it is that already
     shape: tuple[int, ...]  # that of ``logps`` as given
@@ -33,7 +33,7 @@ class Inputs(NamedTuple):
         rollout_is_weights: ArrayLike | None,
         grad: bool | Array,
     ) -> "Inputs":
-        """Arguments of `grpo_loss` as inputs; see there for what is raised."""
+        """The inputs of these arguments, which are those of `grpo_loss`; see there for what is raised."""
         array = real("logps", logps)
         if array.ndim not in (1, 2) or array.size == 0:
             raise ValueError(f"logps must be (B, T) or (N,) and not empty, got shape {array.shape}")
@@ -135,9 +135,9 @@ def _mask(shape: tuple[int, ...], mask: ArrayLike) -> Array:
         raise ValueError(f"mask must have shape {shape} as logps, got {array.shape}")
     if array.dtype != np.bool_:
         message = "mask must hold bools or 0/1, got mask[{i}] = {values[0]!r}"
-        found = complaint(lambda m: {message: (m != 0) & (m != 1)}, [array.reshape(-1)], shape)
-        if found:
-            raise ValueError(found)
+        problem = first_problem(lambda m: {message: (m != 0) & (m != 1)}, [array.reshape(-1)], shape)
+        if problem:
+            raise ValueError(problem)
     return flat(array, np.dtype(np.bool_)).view(np.uint8)
 
 
@@ -182,16 +182,16 @@ def refuse_if_not_finite(inputs: Inputs) -> None:
     (per_token if batch.weights_per_token else per_sequence)["rollout_is_weights"] = batch.weights
     named = {name: array for name, array in per_token.items() if array is not None}
 
-    def bad(keep: Any, *arrays: Any) -> Mapping[str, NDArray[np.bool_]]:
+    def problems(keep: Any, *arrays: Any) -> Mapping[str, NDArray[np.bool_]]:
         return {
             f"{name} must be finite where it is not masked, got {name}[{{i}}] = {{values[{k}]!r}}": ~np.isfinite(x)
             & (keep != 0)
             for k, (name, x) in enumerate(zip(named, arrays, strict=True), start=1)
         }
 
-    found = complaint(bad, [np.broadcast_to(mask, batch.logps.shape), *named.values()], inputs.shape)
-    if found:
-        raise ValueError(found)
+    problem = first_problem(problems, [np.broadcast_to(mask, batch.logps.shape), *named.values()], inputs.shape)
+    if problem:
+        raise ValueError(problem)
     for name, array in per_sequence.items():
         if array is None:
             continue

@@ -5,7 +5,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ._checks import flag, not_negative, number, one_of, plain
+from ._checks import as_array, flag, not_negative, number, one_of
 
 Scale: TypeAlias = Literal["group", "batch", "none"]
 LARGEST = 1e100  # of a reward; its square, and the sum of as many squares as memory holds, stay inside float64
@@ -102,7 +102,7 @@ def _groups(
             f"got shape {rewards.shape}, {group_size=}, group_ids {'not ' if group_ids is None else ''}given"
         )
     if group_ids is not None:
-        ids = plain("group_ids", group_ids, "ints or strings")
+        ids = as_array("group_ids", group_ids, "ints or strings")
         if ids.dtype.kind not in "iubSUTO":
             raise TypeError(f"group_ids must be ints or strings, got {ids.dtype}")
         if ids.shape != rewards.shape:
@@ -122,7 +122,7 @@ def _groups(
 
 def _checked_rewards(rewards: ArrayLike) -> NDArray[np.generic]:
     """``rewards`` as an array, or a TypeError or ValueError."""
-    array = plain("rewards", rewards)
+    array = as_array("rewards", rewards)
     if array.dtype.kind not in "biuf":
         raise TypeError(f"rewards must be numbers or bools, got {array.dtype}")
     if array.size == 0:

@@ -9,7 +9,7 @@ from concurrent.futures import Executor
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -24,7 +24,7 @@ from .stats import Stats, Sweep
 from .terms import BETA, EPSILON, K3, KL, Clip, Options
 
 if TYPE_CHECKING:
-    from ._rollouts import Layout, Paths, RowBatch, RowGroup
+    from ._rollouts import Form, Layout, Paths, RowBatch, RowGroup
 
 #: What is computed of a batch; None if there is nothing in it.
 Job: TypeAlias = Callable[[dict[str, Array]], Any]
@@ -65,7 +65,7 @@ def evaluate(
     **options
         Of probabilities ``epsilon`` and ``beta``; with ``beta=0`` their last two columns are not read. Of
         log-probabilities ``surrogate``, ``kl``, ``importance_sampling_level``, ``aggregation`` and ``normalizer``;
-        without a ``kl``, ``ref_logps`` is not read. Flat ones know no sequences: token level, ``"token-mean"`` or
+        without a ``kl``, ``ref_logps`` is not read. Flat ones have no sequences: token level, ``"token-mean"`` or
         ``"token-sum"``.
 
     Returns
@@ -132,85 +132,105 @@ def sweep(
 
 
 # --- what is computed of a batch --------------------------------------------------------------------------------------
-def _evaluation(probabilities: bool, *, options: dict[str, Any]) -> tuple[Job, set[str], Options | None]:
-    """The job, the arguments that it does not read, and its options where it is about log-probabilities."""
-    if probabilities:
-        _only(options, "probability", ("epsilon", "beta"))
+class _Work(NamedTuple):
+    """What is computed of each batch."""
+
+    job: Job
+    unread: set[str]  # the arguments whose columns it does not need
+    options: Options | None  # of log-probabilities
+
+
+def _evaluation(form: "Form", *, options: dict[str, Any]) -> _Work:
+    """What `evaluate` computes, or the error for an option that is not one of that form."""
+    from ._rollouts import Form
+
+    if form is Form.PROBABILITIES:
+        _refuse_others(options, "probability", ("epsilon", "beta"))
         epsilon = Clip(options.get("epsilon", EPSILON)).epsilon
         beta = not_negative("beta", options.get("beta", BETA))
-        return partial(_samples, epsilon=epsilon, beta=beta), set() if beta else {"pi_theta_old", "pi_theta_ref"}, None
-    _only(options, "log-probability", Options._fields)
+        return _Work(partial(_stats_of_samples, epsilon=epsilon, beta=beta), _unless(beta, _PI), None)
+    _refuse_others(options, "log-probability", Options._fields)
     checked = Options(**options)
-    return partial(_tokens, options=checked), set() if checked.kl else {"ref_logps"}, checked
+    return _Work(partial(_stats_of_tokens, options=checked), _unless(checked.kl, _REF), checked)
 
 
-def _sweeping(
-    probabilities: bool, *, grid: tuple[tuple[float, ...], ...], options: dict[str, Any]
-) -> tuple[Job, set[str], Options | None]:
-    """As `_evaluation`."""
+def _sweeping(form: "Form", *, grid: tuple[tuple[float, ...], ...], options: dict[str, Any]) -> _Work:
+    """What `sweep` computes, likewise."""
+    from ._rollouts import Form
+
     with_kl = any(grid[1])
-    if probabilities:
-        _only(options, "probability", ())
-        return partial(_sample_grid, grid=grid), set() if with_kl else {"pi_theta_old", "pi_theta_ref"}, None
-    _only(options, "log-probability", ("kl", "aggregation", "normalizer"))
+    if form is Form.PROBABILITIES:
+        _refuse_others(options, "probability", ())
+        return _Work(partial(_sweep_of_samples, grid=grid), _unless(with_kl, _PI), None)
+    _refuse_others(options, "log-probability", ("kl", "aggregation", "normalizer"))
     term: Callable[[float], KL] = options.get("kl", K3)
     if not callable(term):
         raise TypeError(f"kl must be K1, K2, K3 or a function of β that returns one, got {term!r}")
     checked = Options(**options | {"kl": term(1.0) if with_kl else None})
-    return partial(_token_grid, grid=grid, options=checked), set() if with_kl else {"ref_logps"}, checked
+    return _Work(partial(_sweep_of_tokens, grid=grid, options=checked), _unless(with_kl, _REF), checked)
 
 
-def _only(options: Mapping[str, Any], kind: str, allowed: tuple[str, ...]) -> None:
+#: The arguments that only a KL term needs.
+_PI, _REF = {"pi_theta_old", "pi_theta_ref"}, {"ref_logps"}
+
+
+def _unless(kl: object, arguments: set[str]) -> set[str]:
+    return set() if kl else arguments
+
+
+def _refuse_others(options: Mapping[str, Any], kind: str, allowed: tuple[str, ...]) -> None:
+    """Raise the TypeError for the first option that is not allowed, if any."""
     for name in options:
         if name not in allowed:
             raise TypeError(f"options of {kind} columns are {', '.join(allowed) or 'none'}; got {name}")
 
 
-def _samples(arrays: dict[str, Array], *, epsilon: float, beta: float) -> Stats | None:
-    samples = _four(arrays)
+def _stats_of_samples(arrays: dict[str, Array], *, epsilon: float, beta: float) -> Stats | None:
+    samples = _samples_of(arrays)
     return grpo_stats(*samples, epsilon, beta) if samples[0].size else None
 
 
-def _sample_grid(arrays: dict[str, Array], *, grid: tuple[tuple[float, ...], ...]) -> Sweep | None:
-    samples = _four(arrays)
+def _sweep_of_samples(arrays: dict[str, Array], *, grid: tuple[tuple[float, ...], ...]) -> Sweep | None:
+    samples = _samples_of(arrays)
     return grpo_sweep(*samples, *grid) if samples[0].size else None
 
 
-def _four(arrays: dict[str, Array]) -> tuple[Array, Array, Any, Any]:
+def _samples_of(arrays: dict[str, Array]) -> tuple[Array, Array, Any, Any]:
+    """The arguments of `grpo_stats`, None for probabilities that were not read."""
     return arrays["rhos"], arrays["A"], arrays.get("pi_theta_old"), arrays.get("pi_theta_ref")
 
 
-def _tokens(arrays: dict[str, Array], *, options: Options) -> Stats:
-    return _losses(arrays, [options])[0]
+def _stats_of_tokens(arrays: dict[str, Array], *, options: Options) -> Stats:
+    return _stats_by_options(arrays, [options])[0]
 
 
-def _token_grid(arrays: dict[str, Array], *, grid: Any, options: Options) -> Sweep:
-    each = [options._replace(surrogate=Clip(epsilon), kl=None) for epsilon in grid[0]]
-    each[0] = each[0]._replace(kl=options.kl)  # the KL term is the same for every ε
-    stats = _losses(arrays, each)
-    first = stats[0]
+def _sweep_of_tokens(arrays: dict[str, Array], *, grid: Any, options: Options) -> Sweep:
+    by_epsilon = [options._replace(surrogate=Clip(epsilon), kl=None) for epsilon in grid[0]]
+    by_epsilon[0] = by_epsilon[0]._replace(kl=options.kl)  # the KL term is the same for every ε
+    results = _stats_by_options(arrays, by_epsilon)
+    first = results[0]
     return Sweep(
         grid=grid,
         options=first.options,
         tokens=first.tokens,
         sequence_count=first.sequence_count,
-        surrogate_numerators=tuple(one.numerator.surrogate for one in stats),
+        surrogate_numerators=tuple(stats.numerator.surrogate for stats in results),
         kl_numerator=first.numerator.kl,
         kl_sum=first.sums.kl,
-        clipped_low=tuple(one.clipped.low for one in stats),
-        clipped_high=tuple(one.clipped.high for one in stats),
+        clipped_low=tuple(stats.clipped.low for stats in results),
+        clipped_high=tuple(stats.clipped.high for stats in results),
     )
 
 
-def _losses(arrays: dict[str, Array], each: Iterable[Options]) -> list[Stats]:
-    """The Stats of a batch of tokens under each of the options."""
+def _stats_by_options(arrays: dict[str, Array], several: Iterable[Options]) -> list[Stats]:
+    """The Stats of a batch of tokens under each of several options."""
     size, flat = arrays["logps"].size, "cu_seqlens" not in arrays
     if flat:  # blocks as sequences, so that a mask does not move them, wherever a batch begins
         arrays = arrays | {"cu_seqlens": np.append(np.arange(0, size, BLOCK), size)}
     elif not size:  # sequences without a token count, too; grpo_loss wants at least a masked one
         arrays = _one_masked(arrays)
     batch: dict[str, Any] = {"old_logps": None, **arrays}
-    results = [grpo_loss(**batch, **options._asdict()).stats for options in each]
+    results = [grpo_loss(**batch, **options._asdict()).stats for options in several]
     return [replace(stats, sequence_count=None) for stats in results] if flat else results
 
 
@@ -229,7 +249,7 @@ def _sum_over_files(
     batch_size: int | None,
     executor: Executor | None,
     progress: bool,
-    preparation: Callable[[bool], tuple[Job, set[str], Options | None]],
+    preparation: Callable[["Form"], _Work],
 ) -> Any:
     """The results of all batches, added; the common arguments of `evaluate` and `sweep` are theirs.
 
@@ -243,7 +263,7 @@ def _sum_over_files(
         raise TypeError(f"executor must be a concurrent.futures.Executor, got {executor!r}")
     files = _rollouts.find(paths)
     form = _rollouts.form_of(files[0], columns)
-    job, unread, options = preparation(form is _rollouts.Form.PROBABILITIES)
+    job, unread, options = preparation(form)
     layout, row_groups, rows = _rollouts.plan(files, form, unread, columns)
     if options and not layout.rows_are_sequences:
         _refuse_sequences(files[0], options)
@@ -262,7 +282,7 @@ def _sum_over_files(
 def _refuse_sequences(path: str, options: Options) -> None:
     if options.importance_sampling_level != "token" or options.aggregation not in ("token-mean", "token-sum"):
         raise ValueError(
-            f"{path}: the columns are flat, so that nobody knows where sequences begin: importance_sampling_level must "
+            f"{path}: the columns are flat, which does not say where sequences begin: importance_sampling_level must "
             f"be 'token' and aggregation 'token-mean' or 'token-sum', got {options.importance_sampling_level!r} and "
             f"{options.aggregation!r}. For the others, store each sequence as a list"
         )

@@ -158,7 +158,7 @@ def _compute(inputs: Inputs, options: Options) -> Stats:
 
 
 def _denominator(batch: Batch, options: Options) -> float:
-    """What the aggregation divides the gradient by; the unmasked tokens are counted if that is them."""
+    """What the aggregation divides the gradient by, for which it may have to count the unmasked tokens."""
     tokens = batch.logps.size
     if options.aggregation == "token-mean" and options.normalizer is None and batch.mask is not None:
         tokens = int(np.count_nonzero(batch.mask))

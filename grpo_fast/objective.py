@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ._checks import refuse_sample, same_shape
+from ._checks import first_problem, same_shape
 from ._kernels import sample_blocks, sweep_blocks, threads
 from ._kernels.blocks import BLOCK
 from ._kernels.exact import Exact, rounded_sum
@@ -237,11 +237,14 @@ def _totals(arrays: tuple[Any, ...], terms: _Terms, diagnostics: bool | None) ->
 
 
 def _refuse(arrays: tuple[Any, ...], shape: tuple[int, ...]) -> NoReturn:
-    refuse_sample(_illegal, [a for a in arrays if a is not None], shape)
+    """Raise the ValueError for the first illegal sample."""
+    message = first_problem(_problems, [a for a in arrays if a is not None], shape)
+    assert message, "a kernel found an illegal sample that the checks here do not know"
+    raise ValueError(message)
 
 
-def _illegal(rho: Any, a: Any, pi_old: Any = None, pi_ref: Any = None) -> Mapping[str, NDArray[np.bool_]]:
-    """What can be wrong with a sample, told in this order; the same limits as `samples._load_carefully`."""
+def _problems(rho: Any, a: Any, pi_old: Any = None, pi_ref: Any = None) -> Mapping[str, NDArray[np.bool_]]:
+    """What can be wrong with samples, in this order, and where it is: the limits of `samples._load_carefully`."""
     form = np.finfo(rho.dtype)
     wider = "" if rho.dtype == np.float64 else "pass float64, or "
     advice = f"{wider}use grpo_loss on log-probabilities"

@@ -23,7 +23,7 @@ BETA = 0.01
 
 # --- what all options share -------------------------------------------------------------------------------------------
 class _Option(tuple[Any, ...]):
-    """Make a NamedTuple compare as a value of its own class, and let no field by the constructor."""
+    """Makes a NamedTuple equal only to those of its class, and every way to make one go through its constructor."""
 
     __slots__ = ()
 

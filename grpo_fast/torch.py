@@ -204,7 +204,7 @@ _OPTIONS: dict[str, Callable[..., Any]] = {option.__name__: option for option in
 
 
 def _refuse_unless_plain(name: str, tensor: Any) -> None:
-    """Raise the TypeError for what NumPy could not look at."""
+    """Raise the TypeError unless it is a dense tensor on the CPU, of a dtype that can be computed with."""
     if not torch.is_tensor(tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.device.type != "cpu":
@@ -216,7 +216,7 @@ def _refuse_unless_plain(name: str, tensor: Any) -> None:
 
 
 def _constant(name: str, tensor: Any, *, optional: bool = True) -> Tensor | None:
-    """The tensor apart from its graph: else the loss would seem to have a gradient for it."""
+    """The tensor, checked and detached from its graph: else the loss would seem to have a gradient for it."""
     if tensor is None and optional:
         return None
     _refuse_unless_plain(name, tensor)
@@ -224,14 +224,14 @@ def _constant(name: str, tensor: Any, *, optional: bool = True) -> Tensor | None
 
 
 def _array(tensor: Any) -> Any:
-    """The same memory as an array, but for bfloat16, which NumPy does not know, and float16."""
+    """The tensor as an array: of the same memory, but for bfloat16 and float16, which become float32."""
     if tensor is None:
         return None
     return (tensor.float() if tensor.dtype in _HALVES else tensor).numpy(force=True)
 
 
 def _kind_and_numbers(option: Any) -> tuple[str, list[float]]:
-    """An option as the schema of an operator can take it."""
+    """The name of an option's class and its fields as floats, which the schema of an operator can take."""
     if option is None:
         return "", []
     return type(option).__name__, [float(number) for number in option]

@@ -3,7 +3,7 @@
 import itertools
 import math
 import pickle
-from dataclasses import fields
+from dataclasses import fields, replace
 from fractions import Fraction
 from functools import reduce
 
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from grpo_fast import BLOCK, Stats, grpo_objective, grpo_stats, grpo_sweep, reference
 from grpo_fast._kernels import exact
 from grpo_fast._kernels.exact import ROW, Exact
+from grpo_fast._kernels.sums import empty_accumulators, merged
 from grpo_fast.terms import K2
 
 N = 5 * BLOCK + 77
@@ -113,6 +114,33 @@ def test_shards_of_an_enormous_run_lose_nothing():
     negative = grpo_stats([1.0], [-(2.0**80)], [1.0], [1.0])
     assert (large + small + negative).objective == 2.0**-80 / 3
     assert reference.grpo_objective([1, 1, 1], [2.0**80, 2.0**-80, -(2.0**80)], [1, 1, 1], [1, 1, 1]) == 0
+
+
+def test_sweeps_of_other_terms_do_not_add():
+    sweep = grpo_sweep([1.1], [1.0], [0.5], [0.5], [0.1, 0.2], [0.0, 0.1])
+    assert (sweep + sweep).tokens == 2
+    with pytest.raises(ValueError, match="Sweep of different options cannot be added"):
+        sweep + replace(sweep, options=sweep.options._replace(kl=K2(1.0)))
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 5])
+def test_every_field_of_an_accumulator_is_merged(tasks):
+    rng = np.random.default_rng(tasks)
+    accumulators = empty_accumulators(tasks)
+    expected = {}
+    for name, (form, _) in accumulators.dtype.fields.items():
+        if name in ("sums", "numerator"):
+            numbers = rng.normal(size=(tasks, form.shape[0]))
+            for task, i in np.ndindex(numbers.shape):
+                add_up(numbers[task, i : i + 1], accumulators[name][task, i])
+            expected[name] = [sum(map(Exact.of_float, column), Exact()) for column in numbers.T.tolist()]
+        else:
+            accumulators[name] = rng.integers(1, 1000, tasks)
+            how = {"least_ratio": min, "largest_ratio": max}.get(name, sum)
+            expected[name] = how(accumulators[name].tolist())
+    totals = merged(accumulators)._asdict()
+    totals |= {name: Exact.of_limbs(totals[name]) for name in ("sums", "numerator")}
+    assert totals == expected
 
 
 # --- the exact sum ----------------------------------------------------------------------------------------------------

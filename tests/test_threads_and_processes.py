@@ -312,7 +312,7 @@ def test_whenever_a_signal_comes_nobody_is_left_inside():
                         pass
             assert came
             assert not threads._inside
-            assert not getattr(threads._here, "serial", False)
+            assert not getattr(threads._thread, "serial", False)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -3,7 +3,7 @@
 Numba keys its files by less than went into the machine code (not by the files that are inlined, nor by flags), keeps
 an index that processes starting at once overwrite (one's code can end under the other's types), and ends the call when
 a file is damaged or the disk is full. Here an entry is one file that is written once, under a name that is a digest of
-all that decides what it does; what cannot be read is compiled again, and what cannot be written is told.
+all that decides what it does; what cannot be read is compiled again, and what cannot be written is warned about.
 """
 
 import hashlib
@@ -26,16 +26,16 @@ from numba.core.serialize import dumps
 _SUM = hashlib.sha256().digest_size
 
 
-def keep(dispatcher: Any) -> None:
-    """Keep what a dispatcher compiles, and look there before it compiles."""
+def use_disk_cache(dispatcher: Any) -> None:
+    """Make a dispatcher of Numba's save on disk what it compiles, and look there before it compiles."""
     try:
         dispatcher._cache = _KernelCache(dispatcher.py_func)
     except (RuntimeError, OSError) as error:  # "no locator available", as nowhere can be written; no source files
-        dispatcher._cache = _NoPlace(error)
+        dispatcher._cache = _Uncached(error)
 
 
 class _KernelCache(FunctionCache):  # type: ignore[misc]  # numba has no types
-    """Numba's cache of one function, over other files."""
+    """Numba's cache of one function, on our files; where one cannot be written, saving warns."""
 
     def __init__(self, function: Any) -> None:
         super().__init__(function)
@@ -45,20 +45,20 @@ class _KernelCache(FunctionCache):  # type: ignore[misc]  # numba has no types
         try:
             super().save_overload(sig, data)
         except OSError as error:
-            _tell(error)
+            _warn(error)
 
 
-class _NoPlace(NullCache):  # type: ignore[misc]
-    """Where there is none."""
+class _Uncached(NullCache):  # type: ignore[misc]
+    """The cache where there is no place for one: it is empty, and saving warns."""
 
     def __init__(self, reason: Exception) -> None:
         self._reason = reason
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        _tell(self._reason)
+        _warn(self._reason)
 
 
-def _tell(reason: Exception) -> None:
+def _warn(reason: Exception) -> None:
     warnings.warn(
         f"grpo_fast compiles its kernels again in every process, since there is no place to keep them: {reason}. "
         "NUMBA_CACHE_DIR can name one",
@@ -68,7 +68,7 @@ def _tell(reason: Exception) -> None:
 
 
 class _Entries:
-    """One function's machine code, a file for each combination of types, CPU, versions and source."""
+    """The files of one function's machine code: one for each combination of types, CPU, versions and source."""
 
     def __init__(self, folder: Path, function: Any) -> None:
         module = function.__module__.rpartition(".")[2]
@@ -78,7 +78,7 @@ class _Entries:
         self._source = source()
 
     def load(self, key: Any) -> Any:
-        """What was saved under a key; None if nothing was, or if it is damaged."""
+        """What was saved under ``key``; None if nothing was, or if it is damaged."""
         try:
             content = self._path(key).read_bytes()
         except OSError:
@@ -87,9 +87,9 @@ class _Entries:
         return pickle.loads(data) if hashlib.sha256(data).digest() == content[:_SUM] else None
 
     def save(self, key: Any, data: Any) -> None:
-        """Keep something under a key, and nothing that was made from older source."""
+        """Write ``data`` to the file of ``key``, whole or not at all; remove files that are made from other source."""
         path = self._path(key)
-        self._discard(but=f"{self._name}.{self._source}.")
+        self._remove(but=f"{self._name}.{self._source}.")
         content = dumps(data)
         # Nobody sees half a file. If this process is killed in between, its own temporary file is all that remains.
         temporary = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
@@ -100,8 +100,8 @@ class _Entries:
             temporary.unlink(missing_ok=True)
 
     def flush(self) -> None:
-        """Forget everything."""
-        self._discard()
+        """Remove all files."""
+        self._remove()
 
     def _path(self, key: Any) -> Path:
         # Numba's key is the types, the CPU and its features; it leaves out its one setting that changes what code does.
@@ -109,7 +109,8 @@ class _Entries:
         digest = _digest(repr((key, versions, numba.config.BOUNDSCHECK)).encode())
         return self._folder / f"{self._name}.{self._source}.{digest}.nbc"
 
-    def _discard(self, but: str | None = None) -> None:
+    def _remove(self, but: str | None = None) -> None:
+        """Remove this function's files, all or those whose names do not begin with ``but``."""
         for path in self._folder.glob(f"{self._name}.*.nbc"):
             if but is None or not path.name.startswith(but):
                 with suppress(OSError):  # another process was faster, or still uses it

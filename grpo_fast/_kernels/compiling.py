@@ -1,6 +1,6 @@
-"""How the kernels are compiled: functions of inner loops are `inlined`, those that are called are `compiled`.
+"""How kernels are compiled, by decorators: `inlined` functions of inner loops, and `compiled` ones, which are called.
 
-Where the types of its arguments pick the formula of an inlined function, it is `inlined_by_type`.
+An inlined function whose formula is picked by the types of its arguments is `inlined_by_type`.
 """
 
 import functools
@@ -15,7 +15,7 @@ from numba.extending import overload
 
 from . import cache
 
-#: No reference counts: those of arrays in a tuple LLVM does not see through, and threads fight for them.
+#: Without reference counts (_nrt), since LLVM cannot remove those of arrays in a tuple, and threads contend for them.
 _INLINED = {"forceinline": True, "error_model": "numpy", "_nrt": False}
 
 #: The decorator of every function that is part of an inner loop: always inlined by LLVM, never cached on its own.
@@ -23,9 +23,10 @@ inlined = numba.njit(**_INLINED)
 
 
 def inlined_by_type(formula_for: Callable[..., Any]) -> Any:
-    """The decorator of an inlined function of which the types of the arguments pick the formula.
+    """The decorator of an inlined function whose formula the types of its arguments pick.
 
-    What is decorated gets these types, while a kernel is compiled, and returns the function that is inlined for them.
+    While a kernel is compiled, the decorated function is given the Numba types of the arguments, by their names, and
+    returns the function to inline for them, which has the same parameters.
     """
 
     @functools.wraps(formula_for)
@@ -37,29 +38,33 @@ def inlined_by_type(formula_for: Callable[..., Any]) -> Any:
 
 
 def compiled(function: Any = None, *, parallel: bool = False, allocates: bool = True) -> Any:
-    """The decorator of every function that is called from Python or too large to inline: compiled once per machine.
+    """The decorator of every function that is called from Python or is too large to inline.
 
-    One that does not allocate arrays, nor calls what does, is spared reference counts.
+    The machine code is made on the first call with new types, and kept on disk. A function that neither allocates
+    arrays nor calls one that does (``allocates=False``) is compiled without reference counts. Without a just-in-time
+    compiler (NUMBA_DISABLE_JIT) a call raises a RuntimeError.
     """
     if function is None:
         return functools.partial(compiled, parallel=parallel, allocates=allocates)
     if numba.config.DISABLE_JIT:
-        return _refuse
+        return _raise_without_compiler
     # forceinline would be inherited from an inlined function that calls this one.
     options = {"nogil": True, "error_model": "numpy", "parallel": parallel, "forceinline": False, "_nrt": allocates}
     dispatcher = numba.njit(**options)(function)
-    dispatcher.compile = _undisturbed(dispatcher.compile)
-    cache.keep(dispatcher)
+    dispatcher.compile = _off_main_thread(dispatcher.compile)
+    cache.use_disk_cache(dispatcher)
     return dispatcher
 
 
-def _undisturbed(work: Callable[..., Any]) -> Callable[..., Any]:
-    """The same on another thread, if called on the main one, which alone Python interrupts to handle signals.
+def _off_main_thread(work: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that does the same ``work`` on another thread, if it is called on the main one.
 
-    Not while the main thread itself compiles something, of which this is a part: the other would wait for its lock.
+    Only the main thread is interrupted by signals. An exception such as Ctrl-C in the middle of Numba and LLVM can end
+    in a crash (a double free) or a deadlock; here it interrupts only the waiting, and what is compiled is there for the
+    next call.
 
-    An exception in the middle of Numba's and LLVM's affairs, such as Ctrl-C, can leave the process to a crash (a double
-    free) or a deadlock. Here only the waiting is interrupted; what is compiled will be there for the next call.
+    Where the main thread is already compiling something of which this is a part, it stays there: another thread would
+    wait for the compiler's lock forever.
     """
 
     @functools.wraps(work)
@@ -79,7 +84,7 @@ def _undisturbed(work: Callable[..., Any]) -> Callable[..., Any]:
     return elsewhere
 
 
-def _refuse(*_: Any) -> None:
+def _raise_without_compiler(*_: Any) -> None:
     raise RuntimeError(
         "grpo_fast has no interpreted kernels: unset NUMBA_DISABLE_JIT, or use the plain NumPy of grpo_fast.reference"
     )

@@ -48,7 +48,7 @@ from .sums import Clipped, Contribution, Sums, accumulate
 # --- one block --------------------------------------------------------------------------------------------------------
 @inlined
 def _attempt_block(samples, start, stop, low, high, diagnostics, scratch, careful, known_kl):
-    """The contribution of a block, and what `fast_then_careful` asks for; without diagnostics, they are 0."""
+    """The contribution of a block, in which diagnostics not asked for are 0; and what `fast_then_careful` needs."""
     rhos = samples.rhos
     zero = full(rhos, 0.0)
     form = layout(zero)

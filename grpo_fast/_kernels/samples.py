@@ -246,7 +246,7 @@ def moments(rhos, start, stop):
 
 # --- a block ----------------------------------------------------------------------------------------------------------
 class Block(NamedTuple):
-    """What its runs so far have found of a block, whatever is computed of it."""
+    """A block after some of its runs, as far as that does not depend on what is computed of it."""
 
     least: Any  # in lanes: the least and the largest of the numbers that must be far from the limits of the format
     most: Any
@@ -257,7 +257,7 @@ class Block(NamedTuple):
 
 @inlined
 def begin_block(samples, careful):
-    """A block before its first run."""
+    """The block before its first run."""
     one = full(samples.rhos, 1.0)
     return Block(one, one, True, wide(full(samples.rhos, 0.0)), not careful)
 

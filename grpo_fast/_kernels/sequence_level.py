@@ -270,7 +270,7 @@ def spread(grad, batch, terms, coefficients, sequence, start, stop):
 # --- all of it --------------------------------------------------------------------------------------------------------
 @compiled
 def sequence_level(batch, terms, ranges, limit, accumulators, task):
-    """Add every so manieth of the ranges, those of a task, to its accumulator, and write their gradient.
+    """Add the ranges that are a task's to its accumulator, and write their gradient; tasks take the ranges in turns.
 
     A row of ``ranges`` is a range of sequences, of which those longer than ``limit`` are left out.
     """

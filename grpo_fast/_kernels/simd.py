@@ -4,9 +4,9 @@ A ``Vector`` holds 8 float64 or 16 float32 lanes on *every* CPU; LLVM splits it 
 That fixes which sample is added to which lane, and with it the bits of every sum, without any fastmath flag
 and without hoping that the auto-vectoriser understands the loop.
 
-Below, in this order: the type; arithmetic, comparison and bit operators (a scalar operand is broadcast and
-takes the vector's element type); memory access; lane-wise functions; reductions over the lanes, each in one
-fixed order.
+One file, though a long one: all of it is one type, and each operation a few lines. In this order: the type; arithmetic,
+comparison and bit operators (a scalar operand is broadcast and takes the vector's element type); memory access;
+lane-wise functions; reductions over the lanes, each in one fixed order.
 """
 
 import operator

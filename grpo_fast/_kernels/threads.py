@@ -1,8 +1,8 @@
-"""Which driver runs: the parallel one, or the serial one with the same bits when someone else is in the way.
+"""On how many threads a call computes: on all, or on the one it has, with the same bits, when others are in the way.
 
 Numba's threading layers must not be entered twice: two threads inside parallel regions at once abort the process on the
 workqueue layer, and a forked child that starts a parallel region under GNU OpenMP is killed. So one parallel region at
-a time, and none in a forked child; who comes second runs on the thread it has.
+a time, and none in a forked child; a second call meanwhile runs on the thread it has.
 """
 
 import logging
@@ -20,13 +20,13 @@ from numba.core.compiler_lock import global_compiler_lock
 #: Fewer tokens or samples are not worth sharing: waking the threads takes about 10 µs.
 WORTH_SHARING = 1 << 16
 
-#: Who is, or is about to be, in a parallel region; only the first may.
+#: The calls that are in a parallel region, or about to be; only the first may.
 _inside: dict[object, None] = {}
-_here = threading.local()
+_thread = threading.local()
 
 
 def _forked_before() -> bool:
-    """Whether this process was forked off one in which Numba's threads run, but not this package."""
+    """Whether this process was forked from one that ran Numba's threads, before this package was imported."""
     if not getattr(sys.modules.get("numba.np.ufunc.parallel"), "_is_initialized", False):
         return False
     try:
@@ -49,7 +49,7 @@ def _before_fork() -> None:
     Python forks whatever is raised here, and only reports it; so Ctrl-C must not end the waiting.
     """
     interrupt = None
-    _here.waits = not global_compiler_lock.is_locked()  # by this thread
+    _thread.waits = not global_compiler_lock.is_locked()  # by this thread
     while not global_compiler_lock.is_locked():
         try:
             global_compiler_lock.acquire()
@@ -60,7 +60,7 @@ def _before_fork() -> None:
 
 
 def _after_fork() -> None:
-    if _here.waits:
+    if _thread.waits:
         global_compiler_lock.release()
 
 
@@ -76,8 +76,8 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def tasks(items: int) -> Iterator[int]:
-    """Into how many tasks to cut the work of the ``with`` block; more than one means that it may be parallel."""
-    if items < WORTH_SHARING or _forked or getattr(_here, "serial", False):
+    """A context for work on so many items; gives the number of tasks to cut it into. More than one may be parallel."""
+    if items < WORTH_SHARING or _forked or getattr(_thread, "serial", False):
         yield 1
         return
     # Ctrl-C can come after any call. Nothing is called between `try` and being inside, nor between `finally` and not
@@ -97,9 +97,9 @@ def tasks(items: int) -> Iterator[int]:
 
 @contextmanager
 def serially() -> Iterator[None]:
-    """Keep this thread from sharing its work within the ``with`` block: it is one of many that work side by side."""
+    """A context in which this thread does not share its work: it is one of many that work side by side."""
     try:
-        _here.serial = True
+        _thread.serial = True
         yield
     finally:
-        _here.serial = False
+        _thread.serial = False

@@ -318,7 +318,7 @@ def _begin_item(batch, spans, item, limit, accumulator):
 
 @compiled
 def token_level(batch, terms, spans, ranges, limit, accumulators, task):
-    """Add every so manieth of the ranges, those of a task, to its accumulator, and write their gradient.
+    """Add the ranges that are a task's to its accumulator, and write their gradient; tasks take the ranges in turns.
 
     A row of ``ranges`` is a range of sequences, of which those longer than ``limit`` are left out; or of ``spans``.
     """
