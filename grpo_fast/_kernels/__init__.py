@@ -14,9 +14,9 @@ Each file stands on those before it::
     tokens                        which tokens count; reading them; writing their gradient
     token_level  sequence_level   a block → sums and gradient; or collect → ρ → gradient (`grpo_loss`)
 
-The formula and the gradient of an option are in `formulas`, side by side, and nowhere else in machine code. A new surrogate
-is a class in `terms`, its mathematics in `reference`, and a branch in each function of `formulas` that asks for the class
-of the surrogate; tests/combinations.py then tries it with everything else.
+The formula and the gradient of an option are in `formulas`, side by side, and nowhere else in machine code. A new
+surrogate is a class in `terms`, its mathematics in `reference`, and a branch in each function of `formulas` that asks
+for the class of the surrogate; tests/combinations.py then tries it with everything else.
 
 A lane is one number of a vector, a vector 64 bytes, a run 16 vectors, a block 4096 samples or tokens of one sequence.
 Sums are rounded within a block, always in the same order, and exact beyond it: hence the same bits for any number of

@@ -270,7 +270,7 @@ def k3(r):
 
 @inlined
 def split(x):
-    """m and 2ᵉ with ``x`` = m·2ᵉ, 1 ≤ m < 2, for any positive ``x``; 2ᵉ as a difference of bit patterns, which may wrap."""
+    """m and 2ᵉ with ``x`` = m·2ᵉ, 1 ≤ m < 2, for positive ``x``; 2ᵉ as a difference of bit patterns, which may wrap."""
     form = layout(x)
     tiny = x < form.smallest_normal
     pattern = bits(where(tiny, x * form.lift, x))
