@@ -125,10 +125,10 @@ def _load_run(samples, start, stop, careful, diagnostics, near, scratch):
     for v in range(vectors_in_run(rhos, start, stop)):
         i = start + v * step
         if careful or i + step > stop:
-            vector, fine = _load_carefully(rhos, advantages, pi_old, pi_ref, i, stop)
+            vector, in_domain = _load_carefully(rhos, advantages, pi_old, pi_ref, i, stop)
             counted = load_first(rhos, i, min(stop - i, step), 0.0)
             present = load_first(rhos, i, min(stop - i, step), rhos[i])
-            legal = legal and fine
+            legal = legal and in_domain
         else:
             vector = _load(rhos, advantages, pi_old, pi_ref, i)
             counted = vector.rho
