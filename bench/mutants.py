@@ -205,7 +205,7 @@ HARMLESS = [
     ("LIMBS = 68", ""),  # of more, the last are 0
     ("_SEARCH = 1 << 16", ""),  # how much is looked at at once
     ("if type(array) is np.ndarray and array.dtype is dtype", ""),  # the shorter of two ways
-    ("std = np.std(", "0.0"),  # divides only zeros
+    ("std = unit * np.std(", "0.0"),  # divides only zeros
     ("if array.dtype.kind not in", "8"),  # no dtype has 9 bytes
     ("if values is None or isinstance(values, (list, tuple))", "or"),  # no memory that is shared
     ("weights_per_token, weights = True, None", "True"),  # nobody asks of what there is not
@@ -213,7 +213,7 @@ HARMLESS = [
 
 
 #: The smaller or larger of two, which may as well be equal; and from where on the more careful of two ways is taken.
-SMALLER = re.compile(r"where\((.+?) [<>] (.+?), \1, \2\)|if careful or i \+ step > stop|[<>] (1\.0 / )?form\.usual")
+SMALLER = re.compile(r"where\((.+?) [<>] (.+?), \1, \2\)|if careful or i \+ step > stop|[<>] (1\.0 / )?least")
 
 
 def harmless(mutant: Mutant) -> bool:

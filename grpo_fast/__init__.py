@@ -1,16 +1,16 @@
 """The GRPO objective and its diagnostics on the CPU, in one pass over memory; the same bits everywhere.
 
-How the data flows, file by file; each imports only what stands below it::
+How the data flows, file by file; each imports only from lines below its own::
 
-    __main__  _command            the command: the demonstration, and rollouts in files
+    __main__  _command  _measure  the command: the demonstration, and rollouts in files
     torch                         `grpo_loss` for tensors
     files                         `evaluate`, `sweep`: files → batches (_rollouts, _formats, _workers) → sums
-    objective  loss               arrays → checked arrays (_loss_inputs) → kernels → `Stats`; advantages: from rewards
+    objective  loss               arrays → checked arrays (_loss_inputs) → kernels → `Stats`
     stats                         exact sums → diagnostics
-    _kernels                      everything that becomes machine code; its map is the docstring of the folder
-    terms  _checks                the options; what arguments may be
-
-    reference                     the mathematics once more, in NumPy, independent of the kernels
+    _kernels                      the kernels; their map is the docstring of that folder
+    reference  advantages         the mathematics once more, in NumPy, independent of the kernels; from rewards
+    terms                         the options
+    _checks                       what arguments may be
 """
 
 from . import reference

@@ -28,6 +28,8 @@ def number(name: str, value: object, allowed: str, is_allowed: Callable[[float],
     """``value`` as a float, or an error that says what is allowed; NaN fails every comparison, hence every check."""
     if type(value) is float and is_allowed(value):  # nearly always; spares the slow isinstance below
         return value
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a scalar or 0-d array of NumPy, JAX, torch
+        value = value.item()
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number {allowed}, got {value!r}")
     try:
@@ -140,7 +142,7 @@ def flat(array: Array, dtype: np.dtype[Any]) -> Array:
     """A one-dimensional array for a kernel; the same memory if that is C-contiguous, aligned and of that dtype."""
     if type(array) is np.ndarray and array.dtype is dtype and array.flags.carray:
         return array.reshape(-1)
-    with np.errstate(over="ignore"):  # what float32 does not hold becomes inf, which a kernel refuses where it counts
+    with np.errstate(all="ignore"):  # what float32 does not hold becomes inf, which a kernel refuses where it counts
         array = np.require(array, dtype, ["C", "A"]).reshape(-1)
     if type(array) is not np.ndarray:  # a subclass such as memmap
         array = array.view(np.ndarray)

@@ -18,7 +18,7 @@ except ImportError as error:
 _BATCH_BYTES = 16 << 20  # of numbers in a batch, unless batch_size is given; three batches are alive at a time
 _BUFFER = 1 << 20  # bytes of a column that pyarrow reads at once; without it, a row group's columns as a whole
 types: Any = pa.types
-_PROBE = 64  # rows read to see how many fit into a batch
+_FEW_ROWS = 64  # with lists in them: reading fewer at a time takes longer, and more of them take no less time
 #: The exceptions that pyarrow raises about bad data.
 UNREADABLE = (pa.ArrowException, OSError)
 
@@ -26,6 +26,20 @@ UNREADABLE = (pa.ArrowException, OSError)
 def is_list(column_type: Any) -> bool:
     """Whether ``column_type``, of pyarrow, is one of its three types of lists."""
     return bool(types.is_list(column_type) or types.is_large_list(column_type) or types.is_fixed_size_list(column_type))
+
+
+def _joined(batches: Iterator[Any]) -> Iterator[Any]:
+    """Yield the rows of ``batches`` in batches that have at least `_BATCH_BYTES`, but for the last."""
+    waiting: list[Any] = []
+    size = 0
+    for records in batches:
+        waiting.append(records)
+        size += records.nbytes
+        if size >= _BATCH_BYTES:
+            yield from pa.Table.from_batches(waiting).combine_chunks().to_batches()
+            waiting, size = [], 0
+    if waiting:
+        yield from pa.Table.from_batches(waiting).combine_chunks().to_batches()
 
 
 class _ParquetFile:
@@ -44,35 +58,50 @@ class _ParquetFile:
         in_row_groups = sum(metadata.row_group(i).num_rows for i in range(self.row_group_count))
         if in_row_groups != self.rows:
             raise pa.ArrowInvalid(f"{in_row_groups} rows in all row groups where the footer says {self.rows}")
-        self._rows_of_a_batch: int | None = None
 
     def batches(self, number: int, columns: list[str], batch_size: int | None, use_threads: bool) -> Iterator[Any]:
         """Yield the ``columns`` of row group ``number`` as pyarrow.RecordBatches of about ``batch_size`` rows.
 
-        Of flat columns, ``batch_size`` is rounded to a multiple of `BLOCK`. Raises one of `UNREADABLE` where the file
-        is corrupt.
+        Of flat columns, ``batch_size`` is rounded to a multiple of `BLOCK`; without it, batches have about
+        `_BATCH_BYTES`, however long the lists in them are. Raises one of `UNREADABLE` where the file is corrupt.
         """
-        footer_rows = self._file.metadata.row_group(number).num_rows
-        size = batch_size or self._default_batch_size(number, columns)
-        if not any(is_list(self.schema.field(column).type) for column in columns):
+        column_types = [self.schema.field(column).type for column in columns]
+        if not any(map(is_list, column_types)):
+            size = batch_size or _BATCH_BYTES // max(sum(column_type.bit_width // 8 for column_type in column_types), 1)
             size = max(1, round(size / BLOCK)) * BLOCK  # so that the blocks are those of the row group
+            batches = self._read(number, columns, size, use_threads)
+        elif batch_size:
+            batches = self._read(number, columns, batch_size, use_threads)
+        else:
+            batches = _joined(self._few_rows(number, columns, use_threads))
         rows = 0
-        for records in self._read(number, columns, min(size, max(footer_rows, 1)), use_threads):
+        for records in batches:
             rows += records.num_rows
             yield records
+        footer_rows = self._file.metadata.row_group(number).num_rows
         if rows != footer_rows:
             raise pa.ArrowInvalid(f"{rows} rows where the footer says {footer_rows}")
 
-    def _default_batch_size(self, number: int, columns: list[str]) -> int:
-        """As many rows as make about `_BATCH_BYTES`, judged by the first rows of the first row group asked for.
+    def _few_rows(self, number: int, columns: list[str], use_threads: bool) -> Iterator[Any]:
+        """Yield a row group in batches of a few rows, fewer where the lists in them are long.
 
-        Those are read for it. The metadata would have sizes, too, but encoded ones, which for few different numbers are
-        tiny; and if they are corrupt, asking them about a column ends the process (pyarrow 26).
+        How long they are is known only when they are read. (The metadata count encoded bytes, which for few different
+        numbers are tiny, and asking a corrupt one about a column ends the process, pyarrow 26.) Where a batch turns out
+        too large, the row group is read anew in smaller ones, and what was yielded before is passed over.
         """
-        if self._rows_of_a_batch is None:
-            probe: Any = next(iter(self._read(number, columns, _PROBE, False)), None)
-            self._rows_of_a_batch = max(1, _BATCH_BYTES * probe.num_rows // max(probe.nbytes, 1)) if probe else 1
-        return self._rows_of_a_batch
+        yielded, size = 0, _FEW_ROWS
+        while True:
+            rows = 0
+            for records in self._read(number, columns, size, use_threads):
+                rows += records.num_rows
+                if rows > yielded:
+                    yield records
+                    yielded = rows
+                    if size > 1 and records.nbytes > _BATCH_BYTES:
+                        size //= 8  # of which what was yielded is a multiple, unless it is the end
+                        break
+            else:
+                return
 
     def _read(self, number: int, columns: list[str], batch_size: int, use_threads: bool) -> Any:
         return self._file.iter_batches(batch_size, row_groups=[number], columns=columns, use_threads=use_threads)

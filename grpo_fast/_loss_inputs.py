@@ -35,21 +35,21 @@ class Inputs(NamedTuple):
     ) -> "Inputs":
         """The inputs of these arguments, which are those of `grpo_loss`; see there for what is raised."""
         array = real("logps", logps)
-        if array.ndim not in (1, 2) or array.size == 0:
-            raise ValueError(f"logps must be (B, T) or (N,) and not empty, got shape {array.shape}")
+        if array.ndim not in (1, 2):
+            raise ValueError(f"logps must be (B, T) or (N,), got shape {array.shape}")
         dtype = FLOAT32 if array.dtype.newbyteorder("=") == np.float32 else FLOAT64
         bounds = _bounds(array.shape, cu_seqlens)
-        form = _Form(array.shape, dtype, (len(bounds) - 1,))
-        advantages_per_token, flat_advantages = form.per_token_or_sequence("advantages", advantages)
+        expected = _Expected(array.shape, dtype, bounds)
+        advantages_per_token, flat_advantages = expected.per_token_or_sequence("advantages", advantages)
         weights_per_token, weights = True, None
         if rollout_is_weights is not None:
-            weights_per_token, weights = form.per_token_or_sequence("rollout_is_weights", rollout_is_weights)
+            weights_per_token, weights = expected.per_token_or_sequence("rollout_is_weights", rollout_is_weights)
         place = _place_for(grad, array.shape, dtype)
         batch = Batch(
-            logps=form.per_token("logps", array),
-            old_logps=None if old_logps is None else form.per_token("old_logps", old_logps),
+            logps=expected.per_token("logps", array),
+            old_logps=None if old_logps is None else expected.per_token("old_logps", old_logps),
             advantages=flat_advantages,
-            ref_logps=None if ref_logps is None else form.per_token("ref_logps", ref_logps),
+            ref_logps=None if ref_logps is None else expected.per_token("ref_logps", ref_logps),
             mask=None if mask is None else _mask(array.shape, mask),
             weights=weights,
             grad=None if place is None else _flat_gradient(place),
@@ -76,47 +76,54 @@ class Inputs(NamedTuple):
             self.place[...] = self.batch.grad.reshape(self.shape)
 
 
-class _Form(NamedTuple):
+class _Expected(NamedTuple):
     """What arrays beside ``logps`` must be like."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]  # that computes
-    sequences: tuple[int]  # the shape of one number per sequence
+    bounds: Array
 
     def per_token(self, name: str, value: Any) -> Array:
         """The flat array of an argument that has one number for each token."""
         if self._is_as_needed(value):
             return flat(value, self.dtype)
-        return self._flat_if(name, np.atleast_1d(real(name, value)), (self.shape,))
+        array = np.atleast_1d(real(name, value))
+        if array.shape != self.shape:
+            raise ValueError(f"{name} must have shape {self.shape} as logps, got {array.shape}")
+        return flat(array, self.dtype)
 
     def per_token_or_sequence(self, name: str, value: Any) -> tuple[bool, Array]:
         """Whether an argument has one number for each token, else for each sequence; and its flat array."""
-        if self._is_as_needed(value):
-            return True, flat(value, self.dtype)
-        array = np.atleast_1d(real(name, value))
-        return array.shape == self.shape, self._flat_if(name, array, (self.shape, self.sequences))
+        sequences = len(self.bounds) - 1
+        array = value if self._is_as_needed(value) else np.atleast_1d(real(name, value))
+        per_token = array.shape == self.shape or (len(self.shape) == 1 and array.shape == (1, *self.shape))
+        per_sequence = array.shape in ((sequences,), (sequences, 1))
+        if per_token and per_sequence and (np.diff(self.bounds) != 1).any():
+            raise ValueError(
+                f"{name} of shape {array.shape} could be one per token or one per sequence, there being as many: "
+                f"make it (1, {self.shape[0]}) for tokens or ({sequences}, 1) for sequences"
+            )
+        if not per_token and not per_sequence:
+            raise ValueError(
+                f"{name} must have shape {self.shape} as logps or {(sequences,)}, one per sequence, got {array.shape}"
+            )
+        return per_token, flat(array, self.dtype)
 
     def _is_as_needed(self, value: Any) -> bool:  # as nearly always: the rest would take three times as long
         return (
             type(value) is np.ndarray and value.dtype is self.dtype and value.shape == self.shape and value.flags.carray
         )
 
-    def _flat_if(self, name: str, array: Array, shapes: tuple[tuple[int, ...], ...]) -> Array:
-        if array.shape not in shapes:
-            or_else = f" or {self.sequences}, one per sequence" if self.sequences in shapes else ""
-            raise ValueError(f"{name} must have shape {self.shape} as logps{or_else}, got {array.shape}")
-        return flat(array, self.dtype)
-
 
 def _bounds(shape: tuple[int, ...], cu_seqlens: ArrayLike | None) -> Array:
     """Where sequences begin and end in the flat arrays, int64 (S + 1,)."""
     size = math.prod(shape)
     if cu_seqlens is None:
-        return np.arange(0, size + 1, shape[-1])
+        return np.arange(shape[0] + 1) * shape[1] if len(shape) == 2 else np.array([0, size])
     bounds = real("cu_seqlens", cu_seqlens)
-    if len(shape) != 1 or bounds.ndim != 1 or bounds.size < 2 or bounds.dtype.kind not in "iu":
+    if len(shape) != 1 or bounds.ndim != 1 or bounds.size < 1 or bounds.dtype.kind not in "iu":
         raise ValueError(
-            f"cu_seqlens must be a one-dimensional array of at least two ints, beside logps of shape (N,); "
+            f"cu_seqlens must be a one-dimensional array of at least one int, beside logps of shape (N,); "
             f"got {bounds.dtype} {bounds.shape} beside logps {shape}"
         )
     if bounds[0] != 0 or bounds[-1] != size:

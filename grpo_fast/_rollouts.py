@@ -6,7 +6,7 @@ groups batch by batch; last the arrays of a batch.
 
 import glob
 import os
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from enum import Enum
 from itertools import groupby
 from typing import Any, NamedTuple, TypeAlias
@@ -17,6 +17,8 @@ from ._checks import Array
 from ._formats import UNREADABLE, File, is_list, opened, types
 
 Paths: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+#: Which column each argument is; a mask may be the product of several.
+Columns: TypeAlias = Mapping[str, str | Sequence[str] | None]
 
 
 # --- which files, and what they hold ----------------------------------------------------------------------------------
@@ -72,7 +74,7 @@ _OPTIONAL = ("mask", "rollout_is_weights")
 _PER_SEQUENCE = ("advantages", "rollout_is_weights")
 
 
-def form_of(path: str, columns: Mapping[str, str | None] | None) -> Form:
+def form_of(path: str, columns: Columns | None) -> Form:
     """The form of the arguments that ``columns`` names; without it, the form that the file at ``path`` is of.
 
     Raises
@@ -101,23 +103,36 @@ def form_of(path: str, columns: Mapping[str, str | None] | None) -> Form:
     return forms[0]
 
 
-def _check_mapping(columns: Mapping[str, str | None] | None) -> None:
-    """Raise a TypeError or ValueError unless ``columns`` maps arguments to columns, or those allowed to None."""
+def _check_mapping(columns: Columns | None) -> None:
+    """Raise a TypeError or ValueError unless ``columns`` maps arguments to columns, or those allowed to None.
+
+    A mask may be several columns.
+    """
     if columns is not None and not isinstance(columns, Mapping):
         raise TypeError(f"columns must map arguments to names of columns, got {columns!r}")
     for argument, column in (columns or {}).items():
         if argument not in _ARGUMENTS:
             raise ValueError(f"columns must name arguments among {', '.join(_ARGUMENTS)}; got {argument!r}")
-        if not isinstance(column, str) and (column is not None or argument in _REQUIRED):
-            raise TypeError(f"columns[{argument!r}] must be the name of a column, got {column!r}")
+        if argument == "mask" and isinstance(column, (list, tuple)) and column:
+            if all(isinstance(name, str) for name in column):
+                continue
+        elif isinstance(column, str) or (column is None and argument not in _REQUIRED):
+            continue
+        raise TypeError(f"columns[{argument!r}] must be the name of a column, got {column!r}")
 
 
 # --- which columns and row groups are read ----------------------------------------------------------------------------
-class Layout(NamedTuple):
+class ColumnLayout(NamedTuple):
     """Which columns are read, and how they hold their numbers; the same in all files of a call."""
 
     columns: dict[str, str]  # by the argument that each is
+    more_masks: tuple[str, ...]  # columns with which that of the mask is multiplied
     rows_are_sequences: bool  # then the per-token columns hold lists; otherwise a row is a token or sample
+
+    @property
+    def names(self) -> list[str]:
+        """All columns to read."""
+        return [*self.columns.values(), *self.more_masks]
 
     @property
     def renamed(self) -> str:
@@ -126,29 +141,29 @@ class Layout(NamedTuple):
         return f" ({', '.join(names)})" if names else ""
 
     def __str__(self) -> str:
-        return f"{'lists' if self.rows_are_sequences else 'numbers'} in {', '.join(self.columns.values())}"
+        return f"{'lists' if self.rows_are_sequences else 'numbers'} in {', '.join(self.names)}"
 
 
 class RowGroup(NamedTuple):
     """Where a row group of a Parquet file, or a record batch of an Arrow file, is: what a worker is given at a time."""
 
     path: str
-    name: str  # what its format calls it: "row group" or "record batch"
+    noun: str  # what its format calls it: "row group" or "record batch"
     number: int  # from 0, within its file
 
     def __str__(self) -> str:
-        return f"{self.path}, {self.name} {self.number}"
+        return f"{self.path}, {self.noun} {self.number}"
 
 
 class Plan(NamedTuple):
     """What will be read."""
 
-    layout: Layout
+    layout: ColumnLayout
     row_groups: list[RowGroup]  # of all files
     rows: int  # of all files
 
 
-def plan(files: list[str], form: Form, unread: set[str], columns: Mapping[str, str | None] | None) -> Plan:
+def plan(files: list[str], form: Form, unread: set[str], columns: Columns | None) -> Plan:
     """The columns to read, less the arguments in ``unread``, and the row groups of all ``files``, which are opened.
 
     Raises
@@ -160,12 +175,20 @@ def plan(files: list[str], form: Form, unread: set[str], columns: Mapping[str, s
         As `open` raises them.
     """
     named = {argument: argument for argument in form.arguments} | dict(columns or {})
-    wanted = {argument: column for argument, column in named.items() if column is not None and argument not in unread}
+    wanted = {
+        argument: (column,) if isinstance(column, str) else tuple(column)
+        for argument, column in named.items()
+        if column is not None and argument not in unread
+    }
     row_groups: list[RowGroup] = []
     rows, first = 0, None
     for path in files:
         file = opened(path)
+        if not file.rows:  # its columns may be of any type, or null
+            continue
         layout = _layout_of(path, file.schema, wanted, set(columns or {}))
+        if form is Form.LOG_PROBABILITIES and "mask" not in (columns or {}):
+            _refuse_unused_mask(path, file.schema, layout)
         first = first or layout
         if layout != first:
             raise ValueError(f"{path} differs from {files[0]} in its columns: {layout} beside {first}")
@@ -176,28 +199,52 @@ def plan(files: list[str], form: Form, unread: set[str], columns: Mapping[str, s
     return Plan(first, row_groups, rows)
 
 
-def _layout_of(path: str, schema: Any, wanted: Mapping[str, str], explicit: set[str]) -> Layout:
+def _layout_of(path: str, schema: Any, wanted: Mapping[str, tuple[str, ...]], explicit: set[str]) -> ColumnLayout:
     """The layout of a file, given its ``schema``; a ValueError if a column is missing or does not fit.
 
-    ``wanted`` are the columns by argument. Those of `_OPTIONAL` arguments may be missing unless in ``explicit``.
+    ``wanted`` are the columns by argument, of which only the mask may have several. Those of `_OPTIONAL` arguments may
+    be missing unless in ``explicit``.
     """
     may_be_missing = set(_OPTIONAL) - explicit
-    columns = {
-        argument: column
-        for argument, column in wanted.items()
+    pairs = [
+        (argument, column)
+        for argument, several in wanted.items()
+        for column in several
         if _has_column(path, schema, argument, column, may_be_missing=argument in may_be_missing)
-    }
-    in_lists = {argument: _holds_lists(path, schema, argument, column) for argument, column in columns.items()}
+    ]
     # All others must hold lists if the first one does, and numbers if not.
-    first = next(iter(columns))
-    for argument, listed in in_lists.items():
-        if listed != in_lists[first] and not (in_lists[first] and argument in _PER_SEQUENCE):
+    reference_column, rows_are_sequences = pairs[0][1], _holds_lists(path, schema, *pairs[0])
+    for argument, column in pairs:
+        listed = _holds_lists(path, schema, argument, column)
+        if listed != rows_are_sequences and not (rows_are_sequences and argument in _PER_SEQUENCE):
             held = ("numbers", "lists")
             raise ValueError(
-                f"{path}: column {columns[argument]!r} holds {held[listed]}, but column {columns[first]!r} "
-                f"{held[in_lists[first]]}: either all hold one number a row, or all a list"
+                f"{path}: column {column!r} holds {held[listed]}, but column {reference_column!r} "
+                f"{held[rows_are_sequences]}: either all hold one number a row, or all a list"
             )
-    return Layout(columns, in_lists[first])
+    columns = {argument: column for argument, column in reversed(pairs)}  # of several, the first
+    masks = [column for argument, column in pairs if argument == "mask"]
+    return ColumnLayout({argument: columns[argument] for argument, _ in pairs}, tuple(masks[1:]), rows_are_sequences)
+
+
+def _refuse_unused_mask(path: str, schema: Any, layout: ColumnLayout) -> None:
+    """Raise the ValueError for the first column that must be a mask, by its name and type, but is not read as one."""
+    for name in schema.names:
+        column_type = schema.field(name).type
+        listed = is_list(column_type)
+        value_type = column_type.value_type if listed else column_type
+        may_be = types.is_boolean(value_type) or types.is_integer(value_type) or types.is_floating(value_type)
+        if (
+            name.lower().endswith("mask")
+            and may_be
+            and listed == layout.rows_are_sequences
+            and name not in layout.names
+        ):
+            both = f", {{'mask': ['mask', {name!r}]}} both" if "mask" in layout.columns else ""
+            raise ValueError(
+                f"{path}: column {name!r} looks like a mask and is not used: columns={{'mask': {name!r}}} uses it{both}"
+                f" (several are multiplied), {{'mask': {layout.columns.get('mask')!r}}} ignores it"
+            )
 
 
 def _has_column(path: str, schema: Any, argument: str, column: str, *, may_be_missing: bool) -> bool:
@@ -219,6 +266,7 @@ def _holds_lists(path: str, schema: Any, argument: str, column: str) -> bool:
     listed = is_list(column_type)
     value_type = column_type.value_type if listed else column_type
     real = types.is_floating(value_type) or types.is_integer(value_type)
+    real = real or (listed and types.is_null(value_type))  # of lists that are all empty
     if not real and not (argument == "mask" and types.is_boolean(value_type)):
         allowed = "bools or 0/1" if argument == "mask" else "real numbers"
         raise ValueError(f"{path}: column {column!r} must hold {allowed}, or lists of them, got {column_type}")
@@ -235,18 +283,21 @@ class RowBatch(NamedTuple):
 
 
 def row_batches(
-    row_groups: Iterable[RowGroup], layout: Layout, batch_size: int | None, use_threads: bool
+    row_groups: Iterable[RowGroup], layout: ColumnLayout, batch_size: int | None, use_threads: bool
 ) -> Generator[RowBatch]:
     """Read the row groups, and yield their rows in order, in batches of about ``batch_size``.
 
     With ``use_threads`` pyarrow may decode columns on several threads. Raises the ValueErrors of `plan`, and one that
     names row group and, if possible, column, where the file cannot be read.
     """
-    columns = list(layout.columns.values())
+    columns = layout.names
+    wanted: dict[str, tuple[str, ...]] = {argument: (column,) for argument, column in layout.columns.items()}
+    if layout.more_masks:
+        wanted["mask"] += layout.more_masks
     for path, of_one_file in groupby(row_groups, key=lambda row_group: row_group.path):
         file = opened(path)
         # It was checked by `plan`, but may have changed since, or be another one on a worker's machine.
-        _layout_of(path, file.schema, layout.columns, set(layout.columns))
+        _layout_of(path, file.schema, wanted, set(wanted))
         for row_group in of_one_file:
             first_row = 0
             try:
@@ -271,38 +322,51 @@ def _unreadable_column(file: File, number: int, columns: list[str]) -> str | Non
 
 
 # --- the arrays of a batch --------------------------------------------------------------------------------------------
-def arrays_of(records: Any, layout: Layout) -> dict[str, Array]:
+def arrays_of(records: Any, layout: ColumnLayout) -> dict[str, Array]:
     """The arguments by name: the numbers of each column as a flat array; of lists, ``cu_seqlens``, too.
 
-    The arrays are on pyarrow's memory, but for masks of bools.
+    The arrays are on pyarrow's memory, but for masks of bools and numbers of which some are null. A null is NaN where
+    it is masked.
 
     Raises
     ------
     ValueError
-        There is a null, or lists in one row differ in length.
+        There is a null that is not masked, or lists in one row differ in length.
     """
     arguments: dict[str, Array] = {}
+    in_lists: dict[str, bool] = {}
+    nulls: dict[str, Array] = {}  # where they are, for arguments that have some
     bounds, reference_column = None, ""
-    for argument, column in layout.columns.items():
+    for argument, column in [*layout.columns.items(), *(("mask", column) for column in layout.more_masks)]:
         values = records.column(column)
-        if values.null_count:
-            raise ValueError(f"column {column!r} has a null")
-        listed = is_list(values.type)
-        if listed:
-            values, own_bounds = _values_and_bounds(values)
+        in_lists[argument] = is_list(values.type)
+        if in_lists[argument]:
             if values.null_count:
-                raise ValueError(f"column {column!r} has a null in a list")
+                raise ValueError(f"column {column!r} has a null")
+            values, own_bounds = _values_and_bounds(values)
             if bounds is None:
                 bounds, reference_column = own_bounds, column
             elif not np.array_equal(own_bounds, bounds):
                 raise _unequal_lengths(column, own_bounds, reference_column, bounds)
-        array = values.to_numpy(zero_copy_only=not types.is_boolean(values.type))
-        if not listed and bounds is not None and bounds[-1] == len(records):
-            # As many tokens as sequences: grpo_loss would take these for one per token.
-            array = np.repeat(array, np.diff(bounds))
-        arguments[argument] = array
+        if values.null_count:
+            if argument == "mask" or "mask" not in layout.columns:
+                raise ValueError(f"column {column!r} has a null{' in a list' if in_lists[argument] else ''}")
+            nulls[argument] = values.is_null().to_numpy(zero_copy_only=False)
+        array = values.to_numpy(zero_copy_only=not (types.is_boolean(values.type) or values.null_count))
+        if array.dtype == object:  # of pyarrow's type null: there are none, or all are masked
+            array = np.full(array.shape, np.nan)
+        arguments[argument] = array * arguments["mask"] if argument == "mask" and argument in arguments else array
+    for argument, is_null in nulls.items():
+        keep = arguments["mask"] != 0
+        if bounds is not None and not in_lists[argument]:  # one for each sequence
+            keep = np.diff(np.append(0, np.cumsum(keep))[bounds]) > 0
+        if (is_null & keep).any():
+            within = " in a list" if in_lists[argument] else ""
+            raise ValueError(f"column {layout.columns[argument]!r} has a null{within}, which is not masked")
     if bounds is not None:
         arguments["cu_seqlens"] = bounds
+        for argument in arguments.keys() & _PER_SEQUENCE:  # in shapes of which grpo_loss knows what they are
+            arguments[argument] = arguments[argument].reshape((1, -1) if in_lists[argument] else (-1, 1))
     return arguments
 
 

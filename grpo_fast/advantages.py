@@ -1,6 +1,6 @@
 """Rewards → advantages: how much better a completion is than the others of its group (the same prompt)."""
 
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -11,7 +11,7 @@ Scale: TypeAlias = Literal["group", "batch", "none"]
 LARGEST = 1e100  # of a reward; its square, and the sum of as many squares as memory holds, stay inside float64
 
 
-@np.errstate(over="ignore")  # to infinity, where float16 or float32 cannot hold the difference of two rewards
+@np.errstate(all="ignore")  # float16 and float32 may not hold the difference of two rewards; tiny ones underflow
 def group_advantages(
     rewards: ArrayLike,
     group_size: int | None = None,
@@ -72,18 +72,34 @@ def group_advantages(
     group, first = _groups(rewards, group_size, group_ids)
 
     r = rewards.ravel().astype(np.float64)
+    if not r.size:
+        return r.astype(_result_dtype(rewards)).reshape(rewards.shape)
     size = np.bincount(group)
     shifted = r - r[first][group]
     centred = shifted - (np.bincount(group, shifted) / size)[group]
     if leave_one_out:
         centred *= (size / np.maximum(size - 1, 1))[group]
     if scale == "group":
-        variance = np.bincount(group, centred**2) / np.maximum(size - ddof, 1)
-        centred = _divide(centred, np.sqrt(variance)[group] + eps)
+        largest = np.zeros(size.size)
+        np.maximum.at(largest, group, np.abs(centred))
+        unit = _power_of_two_above(largest)
+        variance = np.bincount(group, (centred / unit[group]) ** 2) / np.maximum(size - ddof, 1)
+        centred = _divide(centred, (unit * np.sqrt(variance))[group] + eps)
     elif scale == "batch":
-        std = np.std(r - r[0], ddof=ddof) if r.size > ddof else 0.0
+        from_first = r - r[0]
+        unit = _power_of_two_above(np.abs(from_first).max())
+        std = unit * np.std(from_first / unit, ddof=ddof) if r.size > ddof else 0.0
         centred = _divide(centred, std + eps)
-    return centred.astype(rewards.dtype if rewards.dtype.kind == "f" else np.float64).reshape(rewards.shape)
+    return centred.astype(_result_dtype(rewards)).reshape(rewards.shape)
+
+
+def _result_dtype(rewards: NDArray[np.generic]) -> np.dtype[Any]:
+    return rewards.dtype if rewards.dtype.kind == "f" else np.dtype(np.float64)
+
+
+def _power_of_two_above(x: Any) -> Any:
+    """The least power of two above x ≥ 0; 1 for 0. Numbers up to x are divided by it so that no square vanishes."""
+    return np.ldexp(1.0, np.frexp(x)[1])
 
 
 def _divide(a: NDArray[np.float64], b: NDArray[np.float64] | float) -> NDArray[np.float64]:
@@ -103,7 +119,7 @@ def _groups(
         )
     if group_ids is not None:
         ids = as_array("group_ids", group_ids, "ints or strings")
-        if ids.dtype.kind not in "iubSUTO":
+        if ids.dtype.kind not in "iubSUTO" and ids.size:
             raise TypeError(f"group_ids must be ints or strings, got {ids.dtype}")
         if ids.shape != rewards.shape:
             raise ValueError(f"group_ids must have the shape of rewards {rewards.shape}, got {ids.shape}")
@@ -112,7 +128,7 @@ def _groups(
         except TypeError as error:  # objects that cannot be sorted
             raise TypeError("group_ids must be all ints or all strings, got a mixture") from error
         return group, first
-    size = rewards.shape[1] if group_size is None else group_size
+    size = max(rewards.shape[1], 1) if group_size is None else group_size
     if isinstance(size, bool) or not isinstance(size, (int, np.integer)):
         raise TypeError(f"group_size must be an int, got {size!r}")
     if size < 1 or rewards.size % size:
@@ -125,8 +141,6 @@ def _checked_rewards(rewards: ArrayLike) -> NDArray[np.generic]:
     array = as_array("rewards", rewards)
     if array.dtype.kind not in "biuf":
         raise TypeError(f"rewards must be numbers or bools, got {array.dtype}")
-    if array.size == 0:
-        raise ValueError(f"rewards must not be empty, got shape {array.shape}")
     bad = np.argwhere(~(np.abs(array.astype(np.float64)) < LARGEST))
     if bad.size:
         index = tuple(bad[0].tolist())

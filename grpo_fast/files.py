@@ -24,7 +24,7 @@ from .stats import Stats, Sweep
 from .terms import BETA, EPSILON, K3, KL, Clip, Options
 
 if TYPE_CHECKING:
-    from ._rollouts import Form, Layout, Paths, RowBatch, RowGroup
+    from ._rollouts import ColumnLayout, Columns, Form, Paths, RowBatch, RowGroup
 
 #: What is computed of a batch; None if there is nothing in it.
 Job: TypeAlias = Callable[[dict[str, Array]], Any]
@@ -33,7 +33,7 @@ Job: TypeAlias = Callable[[dict[str, Array]], Any]
 def evaluate(
     paths: "Paths",
     *,
-    columns: Mapping[str, str | None] | None = None,
+    columns: "Columns | None" = None,
     batch_size: int | None = None,
     executor: Executor | None = None,
     progress: bool = False,
@@ -53,7 +53,9 @@ def evaluate(
         either probabilities (``rhos, A, pi_theta_old, pi_theta_ref``) or log-probabilities (``logps, old_logps,
         advantages, ref_logps`` and, if there are such columns, ``mask, rollout_is_weights``); where they hold both,
         those named here are taken. Beside lists, ``advantages`` and ``rollout_is_weights`` are lists, too, or one
-        number for each sequence.
+        number for each sequence. A mask may be a list of columns, which are multiplied. A column that must be a mask by
+        its name (it ends in "mask") and type, and is not named here, is an error, not ignored. Nulls where masked are
+        never looked at.
     batch_size : int, or None
         Rows of a Parquet file to read at a time; None for about 16 MiB of numbers. Three batches are alive at a time.
         Of flat columns it is rounded to a multiple of ``grpo_fast.BLOCK``. Arrow's record batches are read whole.
@@ -97,7 +99,7 @@ def sweep(
     *,
     epsilons: ArrayLike,
     betas: ArrayLike,
-    columns: Mapping[str, str | None] | None = None,
+    columns: "Columns | None" = None,
     batch_size: int | None = None,
     executor: Executor | None = None,
     progress: bool = False,
@@ -132,8 +134,12 @@ def sweep(
 
 
 # --- what is computed of a batch --------------------------------------------------------------------------------------
+#: The arguments that only a KL term needs.
+_PI, _REF = {"pi_theta_old", "pi_theta_ref"}, {"ref_logps"}
+
+
 class _Work(NamedTuple):
-    """What is computed of each batch."""
+    """A job, and what it needs to know of the files."""
 
     job: Job
     unread: set[str]  # the arguments whose columns it does not need
@@ -148,10 +154,10 @@ def _evaluation(form: "Form", *, options: dict[str, Any]) -> _Work:
         _refuse_others(options, "probability", ("epsilon", "beta"))
         epsilon = Clip(options.get("epsilon", EPSILON)).epsilon
         beta = not_negative("beta", options.get("beta", BETA))
-        return _Work(partial(_stats_of_samples, epsilon=epsilon, beta=beta), _unless(beta, _PI), None)
+        return _Work(partial(_stats_of_samples, epsilon=epsilon, beta=beta), set() if beta else _PI, None)
     _refuse_others(options, "log-probability", Options._fields)
     checked = Options(**options)
-    return _Work(partial(_stats_of_tokens, options=checked), _unless(checked.kl, _REF), checked)
+    return _Work(partial(_stats_of_tokens, options=checked), set() if checked.kl else _REF, checked)
 
 
 def _sweeping(form: "Form", *, grid: tuple[tuple[float, ...], ...], options: dict[str, Any]) -> _Work:
@@ -161,21 +167,13 @@ def _sweeping(form: "Form", *, grid: tuple[tuple[float, ...], ...], options: dic
     with_kl = any(grid[1])
     if form is Form.PROBABILITIES:
         _refuse_others(options, "probability", ())
-        return _Work(partial(_sweep_of_samples, grid=grid), _unless(with_kl, _PI), None)
+        return _Work(partial(_sweep_of_samples, grid=grid), set() if with_kl else _PI, None)
     _refuse_others(options, "log-probability", ("kl", "aggregation", "normalizer"))
     term: Callable[[float], KL] = options.get("kl", K3)
     if not callable(term):
         raise TypeError(f"kl must be K1, K2, K3 or a function of β that returns one, got {term!r}")
     checked = Options(**options | {"kl": term(1.0) if with_kl else None})
-    return _Work(partial(_sweep_of_tokens, grid=grid, options=checked), _unless(with_kl, _REF), checked)
-
-
-#: The arguments that only a KL term needs.
-_PI, _REF = {"pi_theta_old", "pi_theta_ref"}, {"ref_logps"}
-
-
-def _unless(kl: object, arguments: set[str]) -> set[str]:
-    return set() if kl else arguments
+    return _Work(partial(_sweep_of_tokens, grid=grid, options=checked), set() if with_kl else _REF, checked)
 
 
 def _refuse_others(options: Mapping[str, Any], kind: str, allowed: tuple[str, ...]) -> None:
@@ -227,25 +225,15 @@ def _stats_by_options(arrays: dict[str, Array], several: Iterable[Options]) -> l
     size, flat = arrays["logps"].size, "cu_seqlens" not in arrays
     if flat:  # blocks as sequences, so that a mask does not move them, wherever a batch begins
         arrays = arrays | {"cu_seqlens": np.append(np.arange(0, size, BLOCK), size)}
-    elif not size:  # sequences without a token count, too; grpo_loss wants at least a masked one
-        arrays = _one_masked(arrays)
     batch: dict[str, Any] = {"old_logps": None, **arrays}
     results = [grpo_loss(**batch, **options._asdict()).stats for options in several]
     return [replace(stats, sequence_count=None) for stats in results] if flat else results
 
 
-def _one_masked(arrays: dict[str, Array]) -> dict[str, Array]:
-    """The same sequences, of which the last has one token, which is masked."""
-    sequences = arrays["cu_seqlens"].size - 1
-    padded = {name: np.zeros(1, array.dtype) for name, array in arrays.items() if not array.size}
-    bounds = np.append(np.zeros(sequences, np.int64), 1)
-    return arrays | padded | {"mask": np.zeros(1, np.bool_), "cu_seqlens": bounds}
-
-
 # --- how it is spread over time and machines --------------------------------------------------------------------------
 def _sum_over_files(
     paths: "Paths",
-    columns: Mapping[str, str | None] | None,
+    columns: "Columns | None",
     batch_size: int | None,
     executor: Executor | None,
     progress: bool,
@@ -289,7 +277,7 @@ def _refuse_sequences(path: str, options: Options) -> None:
 
 
 def _sum_over_row_group(
-    row_group: "RowGroup", *, layout: "Layout", batch_size: int | None, job: Job
+    row_group: "RowGroup", *, layout: "ColumnLayout", batch_size: int | None, job: Job
 ) -> tuple[int, Any]:
     """The number of rows of one row group, and its batches' results, added: the task of an executor's worker."""
     return _sum_of(_results_of_batches([row_group], layout, batch_size, job, use_threads=False))
@@ -312,7 +300,7 @@ def _sum_of(
 
 
 def _results_of_batches(
-    row_groups: Iterable["RowGroup"], layout: "Layout", batch_size: int | None, job: Job, *, use_threads: bool
+    row_groups: Iterable["RowGroup"], layout: "ColumnLayout", batch_size: int | None, job: Job, *, use_threads: bool
 ) -> Generator[tuple[int, Any]]:
     """Yield the number of rows and the result of each batch; the next one is read meanwhile, on another thread."""
     from . import _rollouts
@@ -329,7 +317,7 @@ def _results_of_batches(
             yield batch.records.num_rows, result
 
 
-def _at_first_bad_row(batch: "RowBatch", layout: "Layout", job: Job, error: ValueError) -> ValueError:
+def _at_first_bad_row(batch: "RowBatch", layout: "ColumnLayout", job: Job, error: ValueError) -> ValueError:
     """The error of the first bad row alone, with where it is; or ``error``, which the whole batch raised.
 
     The row is found by halving; an index in its error's message counts from the beginning of the row.

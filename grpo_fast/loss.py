@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ._checks import Array
 from ._kernels import sequence_level, threads, token_level
-from ._kernels.blocks import BLOCK
+from ._kernels.blocks import BLOCK, blocks_in
 from ._kernels.sums import empty_accumulators, merged
 from ._kernels.tokens import Batch, Extent, LossTerms, begin_long_sequence
 from ._loss_inputs import Inputs, refuse_if_not_finite
@@ -64,8 +64,9 @@ def grpo_loss(
         log π_θ of each token. float32 computes in float32, everything else in float64; the other arrays are cast to it.
     old_logps : like ``logps``, or None
         log π_old. None is on-policy: ρ = 1, with the gradient of ρ.
-    advantages : like ``logps``, or one per sequence: (B,), (S,), or a number for one sequence
-        A. What could be either is one per token.
+    advantages : like ``logps``, or one per sequence: (B,), (S,), (B, 1), (S, 1), or a number for one sequence
+        A. Packed, (1, N) is one per token, too; (S,) with S = N is refused unless all sequences have one token, since
+        it could be either.
     ref_logps : like ``logps``, or None
         log π_ref; neither read nor checked without a ``kl``.
     mask : like ``logps``, bools or 0/1, or None
@@ -92,9 +93,9 @@ def grpo_loss(
         "seq-mean-token-mean"  1/(B·n_i)  B                        TRL "grpo" (arXiv:2402.03300, Eq. 3)
         "seq-mean-token-sum"   1/B        B                        verl
         =====================  =========  =======================  ===============================================
-    normalizer : float, in (0, inf), or None
-        The denominator instead. One for all micro-batches, accumulation steps and ranks makes them add up: gradients
-        are slices of the whole batch's, losses add to rounding.
+    normalizer : float, in [0, inf), or None
+        The denominator instead; 0 only where no token counts. One for all micro-batches, accumulation steps and ranks
+        makes them add up: gradients are slices of the whole batch's, losses add to rounding.
     grad : bool, or array like ``logps`` of the dtype that computes
         Whether to compute the gradient, or where to write it.
 
@@ -103,7 +104,7 @@ def grpo_loss(
     LossResult
         ``loss``, ``grad`` (None unless asked for) and ``stats``, all diagnostics; `Stats` of parts of a batch add up to
         those of the whole, exactly. A sequence adds the same bits in whichever batch, padding or packing it stands, on
-        any number of threads, on any CPU. If all is masked, the loss is 0.
+        any number of threads, on any CPU. Where no token counts, the loss is 0.
 
     Raises
     ------
@@ -160,7 +161,8 @@ def _compute(inputs: Inputs, options: Options) -> Stats:
 def _denominator(batch: Batch, options: Options) -> float:
     """What the aggregation divides the gradient by, for which it may have to count the unmasked tokens."""
     tokens = batch.logps.size
-    if options.aggregation == "token-mean" and options.normalizer is None and batch.mask is not None:
+    matter = options.normalizer == 0 or (options.normalizer is None and options.aggregation == "token-mean")
+    if matter and batch.mask is not None:
         tokens = int(np.count_nonzero(batch.mask))
     return options.denominator(tokens, len(batch.bounds) - 1)
 
@@ -172,7 +174,7 @@ def _at_token_level(batch: Batch, terms: LossTerms, accumulators: Array) -> None
         token_level.token_level(batch, terms, None, _all_sequences(batch), batch.logps.size, accumulators, 0)
         return
     ranges, limit, long = _ranges(batch, tasks)
-    if len(long) <= len(batch.bounds) - 2:
+    if len(long) < len(batch.bounds) - 1:  # there are others
         token_level.token_level_parallel(batch, *terms, None, ranges, limit, accumulators)
     if long:
         spans = [_spans(batch, sequence, tasks, accumulators) for sequence in long]
@@ -189,12 +191,12 @@ def _at_sequence_level(batch: Batch, terms: LossTerms, accumulators: Array) -> N
         sequence_level.sequence_level(batch, terms, _all_sequences(batch), batch.logps.size, accumulators, 0)
         return
     ranges, limit, long = _ranges(batch, tasks)
-    if len(long) <= len(batch.bounds) - 2:
+    if len(long) < len(batch.bounds) - 1:  # there are others
         sequence_level.sequence_level_parallel(batch, *terms, ranges, limit, accumulators)
     for sequence in long:
         extent = _begin_long_sequence(batch, sequence, accumulators)
         if extent.tokens:
-            collected = np.empty(len(range(extent.start, extent.stop, BLOCK)), sequence_level.COLLECTED)
+            collected = np.empty(blocks_in(extent.stop - extent.start), sequence_level.COLLECTED)
             sequence_level.collect_parallel(batch, *terms, sequence, extent, collected, tasks)
             coefficients = sequence_level.conclude(batch, terms, extent.tokens, collected, accumulators, 0)
             if batch.grad is not None:
@@ -224,13 +226,14 @@ def _ranges(batch: Batch, tasks: int) -> tuple[Array, int, list[int]]:
 def _begin_long_sequence(batch: Batch, sequence: int, accumulators: Array) -> Extent:
     """`tokens.begin_sequence`, with its side effects, for a sequence that is shared out."""
     first, last = batch.bounds[sequence : sequence + 2].tolist()
-    return Extent(*begin_long_sequence(batch.mask, batch.grad, first, last, accumulators))
+    extent: Extent = begin_long_sequence(batch.mask, batch.grad, first, last, accumulators)
+    return extent
 
 
 def _spans(batch: Batch, sequence: int, tasks: int, accumulators: Array) -> token_level.Spans:
     """A long sequence, begun, as spans of whole blocks: one for each task."""
     extent = _begin_long_sequence(batch, sequence, accumulators)
-    blocks = len(range(extent.start, extent.stop, BLOCK))
+    blocks = blocks_in(extent.stop - extent.start)
     cuts = extent.start + np.arange(tasks + 1) * blocks // tasks * BLOCK
     stops = np.minimum(cuts[1:], extent.stop)
     return token_level.Spans(np.full(tasks, sequence), cuts[:-1], stops, np.full(tasks, extent.tokens))

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ._checks import first_problem, same_shape
 from ._kernels import sample_blocks, sweep_blocks, threads
-from ._kernels.blocks import BLOCK
+from ._kernels.blocks import BLOCK, blocks_in
 from ._kernels.exact import Exact, rounded_sum
 from ._kernels.sums import Sums, Totals, empty_accumulators, merged
 from .stats import Stats, Sweep, objective_of
@@ -40,7 +40,7 @@ def grpo_objective(
     pi_theta_old, pi_theta_ref : array-like, same shape
         Probabilities under the policy that sampled and under the reference; positive. They need not be normalised.
         With ``beta=0`` they are neither read nor checked, and may be None.
-    epsilon : float, in [0, 1)
+    epsilon : float, in [0, inf]
         ε, how far ρ may leave 1 before a sample stops counting.
     beta : float, in [0, inf)
         β, the weight of the KL term.
@@ -72,13 +72,14 @@ def grpo_objective(
     >>> round(grpo_objective([1.2, 0.8, 1.1], [1.0, 1.0, 1.0], [0.9, 1.1, 1.0], [1.0, 0.5, 1.5]), 5)
     1.03277
     """
-    _, k3, low, high = terms = _terms(epsilon, beta)
+    terms = _terms(epsilon, beta)
+    _, k3, low, high = terms
     arrays, shape = _arrays((rhos, A, pi_theta_old, pi_theta_ref), k3.beta != 0.0)
     n = arrays[0].size
     if n <= BLOCK:
         surrogate, kl, illegal = sample_blocks.objective_block(*arrays, low, high)
     elif n < threads.WORTH_SHARING:
-        surrogates, kls = np.empty((2, len(range(0, n, BLOCK))))
+        surrogates, kls = np.empty((2, blocks_in(n)))
         illegal = sample_blocks.objective_blocks(*arrays, low, high, surrogates, kls)
         surrogate, kl = rounded_sum(surrogates.tolist()), rounded_sum(kls.tolist())
     else:
@@ -154,7 +155,7 @@ def grpo_sweep(
     with threads.tasks(n) as tasks:
         pairs, shared = sweep_blocks.sweep_accumulators(tasks, steps.size)
         driver = sweep_blocks.sweep_parallel if tasks > 1 else sweep_blocks.sweep
-        driver(*arrays, 1.0 - steps, 1.0 + steps, pairs, shared)
+        driver(*arrays, np.maximum(1.0 - steps, 0.0), 1.0 + steps, pairs, shared)
     sweep_blocks.merge_sweep(pairs, shared)
     if shared["suspect"][0]:
         _refuse(arrays, shape)
@@ -205,13 +206,13 @@ def _make_terms(epsilon: float, beta: float) -> _Terms:
     return _Terms(clip, K3(beta), 1.0 - clip.epsilon, 1.0 + clip.epsilon_high)
 
 
-_made_terms = lru_cache(maxsize=256, typed=True)(_make_terms)
+_cached_terms = lru_cache(maxsize=256, typed=True)(_make_terms)
 
 
 def _terms(epsilon: float, beta: float) -> _Terms:
     """Both terms, checked; from a cache, since making them would be a third of a small call."""
     try:
-        return _made_terms(epsilon, beta)
+        return _cached_terms(epsilon, beta)
     except TypeError:  # not hashable, hence not a number, or just not a number
         return _make_terms(epsilon, beta)
 
@@ -228,7 +229,7 @@ def _arrays(values: tuple[Any, ...], with_kl: bool) -> tuple[tuple[Any, ...], tu
 
 
 def _totals(arrays: tuple[Any, ...], terms: _Terms, diagnostics: bool | None) -> Totals:
-    """The totals of all samples; without ``diagnostics`` (None) only its first two sums are right."""
+    """The totals of all samples; without ``diagnostics`` (None) only surrogate, kl and suspect are right."""
     with threads.tasks(arrays[0].size) as tasks:
         accumulators = empty_accumulators(tasks)
         driver = sample_blocks.totals_parallel if tasks > 1 else sample_blocks.totals
@@ -245,13 +246,13 @@ def _refuse(arrays: tuple[Any, ...], shape: tuple[int, ...]) -> NoReturn:
 
 def _problems(rho: Any, a: Any, pi_old: Any = None, pi_ref: Any = None) -> Mapping[str, NDArray[np.bool_]]:
     """What can be wrong with samples, in this order, and where it is: the limits of `samples._load_carefully`."""
-    form = np.finfo(rho.dtype)
+    limits = np.finfo(rho.dtype)
     wider = "" if rho.dtype == np.float64 else "pass float64, or "
     advice = f"{wider}use grpo_loss on log-probabilities"
-    tiny = f"a normal {rho.dtype} (at least {form.tiny:.3g})"
+    tiny = f"a normal {rho.dtype} (at least {limits.tiny:.3g})"
 
     def positive(x: Any) -> Any:
-        return (x > 0) & (x <= form.max)
+        return (x > 0) & (x <= limits.max)
 
     reasons = {
         "rhos must be positive and finite, got rhos[{i}] = {values[0]!r}": ~positive(rho),
@@ -262,15 +263,15 @@ def _problems(rho: Any, a: Any, pi_old: Any = None, pi_ref: Any = None) -> Mappi
             "pi_theta_old must be positive and finite, got pi_theta_old[{i}] = {values[2]!r}": ~positive(pi_old),
             "pi_theta_ref must be positive and finite, got pi_theta_ref[{i}] = {values[3]!r}": ~positive(pi_ref),
         }
-    reasons[f"rhos must be {tiny}, got rhos[{{i}}] = {{values[0]!r}}: {advice}"] = rho < form.tiny
+    reasons[f"rhos must be {tiny}, got rhos[{{i}}] = {{values[0]!r}}: {advice}"] = rho < limits.tiny
     if pi_old is not None:
         pi = rho * pi_old
         r = pi_ref / pi
         reasons |= {
             f"rhos·pi_theta_old must be {tiny} and finite, got index {{i}} of {{values}}: {advice}": ~(
-                (pi >= form.tiny) & (pi <= form.max)
+                (pi >= limits.tiny) & (pi <= limits.max)
             ),
-            f"pi_theta_ref/(rhos·pi_theta_old) must be {tiny} and at most {form.max / 8:.3g}, "
-            f"got index {{i}} of {{values}}: {advice}": ~((r >= form.tiny) & (r <= form.max / 8)),
+            f"pi_theta_ref/(rhos·pi_theta_old) must be {tiny} and at most {limits.max / 8:.3g}, "
+            f"got index {{i}} of {{values}}: {advice}": ~((r >= limits.tiny) & (r <= limits.max / 8)),
         }
     return reasons

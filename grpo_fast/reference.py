@@ -26,7 +26,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ._checks import one_of, positive
+from ._checks import not_negative, one_of
 from .terms import (
     BETA,
     CISPO,
@@ -47,6 +47,7 @@ from .terms import (
 Floats: TypeAlias = NDArray[np.floating]
 
 
+@np.errstate(all="ignore")
 def grpo_objective(
     rhos: ArrayLike,
     A: ArrayLike,
@@ -106,8 +107,9 @@ def grpo_loss(
         log π_θ. float32 computes in float32, everything else in float64; sums are float64.
     old_logps, ref_logps : like ``logps``, or None
         log π_old, None being on-policy: ρ = 1 with the gradient of ρ; log π_ref, read when there is a ``kl``.
-    advantages, rollout_is_weights : like ``logps``, or one per sequence
-        A and w; w scales the policy term only. What could be either is one per token.
+    advantages, rollout_is_weights : like ``logps``, or one per sequence: (B,), (S,), (B, 1), (S, 1)
+        A and w; w scales the policy term only. Packed, (1, N) is one per token, too; (S,) with S = N is refused unless
+        all sequences have one token, since it could be either.
     mask : like ``logps``, bools or 0/1
         What the other arrays hold where it is 0 is never looked at.
     surrogate, kl : options from ``terms``
@@ -123,7 +125,7 @@ def grpo_loss(
     -------
     LossReference
         ``stats`` are means over unmasked tokens at both levels, by the names of ``grpo_fast.Stats``; NaN where one does
-        not apply. An all-masked batch has loss and gradient 0.
+        not apply. A batch without an unmasked token has loss and gradient 0, whatever the normalizer.
 
     Raises
     ------
@@ -249,7 +251,7 @@ def k3(l: Floats) -> Floats:
 
 
 def aggregation_weights(aggregation: Aggregation, counts: NDArray[np.intp], normalizer: float | None) -> Floats:
-    """The weight c_i of each token of sequence i, float64 (S,); n_i = max(counts_i, 1), B = S, Σn at least 1.
+    """The weight c_i of each token of sequence i, float64 (S,); n_i = max(counts_i, 1), B = S, B and Σn at least 1.
 
     =====================  =========  =======================  =================================================
     aggregation            c_i        replaced by normalizer   also known as
@@ -263,11 +265,15 @@ def aggregation_weights(aggregation: Aggregation, counts: NDArray[np.intp], norm
     denominators = {
         "token-mean": max(int(counts.sum()), 1),
         "token-sum": 1,
-        "seq-mean-token-mean": counts.size,
-        "seq-mean-token-sum": counts.size,
+        "seq-mean-token-mean": max(counts.size, 1),
+        "seq-mean-token-sum": max(counts.size, 1),
     }
     counted = denominators[one_of("aggregation", aggregation, tuple(denominators))]
-    denominator = counted if normalizer is None else positive("normalizer", normalizer)
+    denominator = counted if normalizer is None else not_negative("normalizer", normalizer)
+    if denominator == 0:
+        if counts.any():
+            raise ValueError(f"normalizer must be above 0 where a token counts, got {normalizer!r}")
+        denominator = 1
     within = np.maximum(counts, 1) if aggregation == "seq-mean-token-mean" else np.ones_like(counts)
     return 1 / (denominator * within)
 
@@ -305,21 +311,22 @@ class _Tokens(NamedTuple):
     """The unmasked tokens of a batch, as one flat array in which sequence i owns the next ``counts[i]`` elements."""
 
     keep: NDArray[np.bool_]  # in the shape of the caller's arrays
+    lengths: NDArray[np.intp]  # (S,), masked tokens included
     counts: NDArray[np.intp]  # (S,)
     dtype: np.dtype[np.floating]
 
     @classmethod
     def of(cls, logps: Floats, mask: ArrayLike | None, cu_seqlens: ArrayLike | None) -> "_Tokens":
-        if logps.ndim not in (1, 2) or logps.size == 0:
-            raise ValueError(f"logps must be (B, T) or (N,) and not empty, got shape {logps.shape}")
+        if logps.ndim not in (1, 2):
+            raise ValueError(f"logps must be (B, T) or (N,), got shape {logps.shape}")
         if cu_seqlens is None:
             rows = len(logps) if logps.ndim == 2 else 1
-            bounds = np.arange(rows + 1) * (logps.size // rows)
+            bounds = np.arange(rows + 1) * logps.shape[-1]
         else:
             bounds = np.asarray(cu_seqlens)
             if logps.ndim != 1 or bounds.ndim != 1 or bounds.dtype.kind not in "iu":
                 raise ValueError(f"cu_seqlens must be 1-D ints beside 1-D logps, got {bounds.dtype} {bounds.shape}")
-            if bounds.size < 2 or bounds[0] != 0 or bounds[-1] != logps.size or (bounds[1:] < bounds[:-1]).any():
+            if bounds.size < 1 or bounds[0] != 0 or bounds[-1] != logps.size or (bounds[1:] < bounds[:-1]).any():
                 raise ValueError(f"cu_seqlens must rise from 0 to {logps.size}, the size of logps, got {bounds}")
         keep = np.ones(logps.shape, bool) if mask is None else np.asarray(mask)
         if keep.shape != logps.shape:
@@ -327,17 +334,24 @@ class _Tokens(NamedTuple):
         if not np.isin(keep, (0, 1)).all():
             raise ValueError(f"mask must hold bools or 0/1, got {keep[~np.isin(keep, (0, 1))][0]!r}")
         keep = keep.astype(bool)
-        return cls(keep, np.diff(np.append(0, np.cumsum(keep))[bounds]), logps.dtype)
+        return cls(keep, np.diff(bounds), np.diff(np.append(0, np.cumsum(keep))[bounds]), logps.dtype)
 
     def each(self, name: str, values: ArrayLike | None, or_one_per_sequence: bool = False) -> Floats:
         """``values`` of the unmasked tokens."""
         if values is None:
             raise ValueError(f"{name} must be given with these options, got None")
         values = np.atleast_1d(values)
-        if values.shape == self.keep.shape:
-            return values[self.keep].astype(self.dtype)
-        if or_one_per_sequence and values.shape == self.counts.shape:
-            return self.spread(values.astype(self.dtype))
+        per_token = values.shape == self.keep.shape
+        per_sequence = False
+        if or_one_per_sequence:
+            per_token |= self.keep.ndim == 1 and values.shape == (1, self.keep.size)
+            per_sequence = values.shape in ((self.counts.size,), (self.counts.size, 1))
+        if per_token and per_sequence and (self.lengths != 1).any():
+            raise ValueError(f"{name} of shape {values.shape} could be one per token or one per sequence")
+        if per_token:
+            return values.reshape(self.keep.shape)[self.keep].astype(self.dtype)
+        if per_sequence:
+            return self.spread(values.reshape(-1).astype(self.dtype))
         or_else = f" or {self.counts.shape}, one per sequence" if or_one_per_sequence else ""
         raise ValueError(f"{name} must have shape {self.keep.shape} as logps{or_else}, got {values.shape}")
 

@@ -107,7 +107,7 @@ class Stats(_Additive):
 
     @classmethod
     def of(cls, options: Options, totals: Totals, sequence_count: int | None) -> Self:
-        """From what the kernels have added up."""
+        """The `Stats` of what the kernels have added up."""
         sums = Sums(*Exact.of_limbs(totals.sums))
         if options.mean_within:
             numerator = Numerator(*Exact.of_limbs(totals.numerator))

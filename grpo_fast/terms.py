@@ -51,10 +51,10 @@ class Clip(_Option, NamedTuple("Clip", [("epsilon", float), ("epsilon_high", flo
 
     Parameters
     ----------
-    epsilon : float, in [0, 1)
-        ε: how far ρ may fall below 1 before a token with A < 0 stops counting.
+    epsilon : float, in [0, inf]
+        ε: how far ρ may fall below 1 before a token with A < 0 stops counting; from 1 on, it never does.
         TRL ``epsilon``; verl ``clip_ratio_low`` (or ``clip_ratio``).
-    epsilon_high : float, in [0, inf), optional
+    epsilon_high : float, in [0, inf], optional
         ε_high: how far ρ may rise above 1 before a token with A > 0 stops counting; as ε unless given.
         TRL ``epsilon_high``; verl ``clip_ratio_high``. DAPO's "clip-higher" is 0.28.
     delta : float, above 1 + ε_high, optional
@@ -75,8 +75,10 @@ class Clip(_Option, NamedTuple("Clip", [("epsilon", float), ("epsilon_high", flo
     __slots__ = ()
 
     def __new__(cls, epsilon: float = EPSILON, epsilon_high: float | None = None, delta: float | None = None) -> Self:
-        epsilon = number("epsilon", epsilon, "in [0, 1)", lambda x: 0 <= x < 1)
-        high = epsilon if epsilon_high is None else not_negative("epsilon_high", epsilon_high)
+        epsilon = number("epsilon", epsilon, "in [0, inf]", lambda x: x >= 0)
+        high = (
+            epsilon if epsilon_high is None else number("epsilon_high", epsilon_high, "in [0, inf]", lambda x: x >= 0)
+        )
         bound = math.inf
         if delta is not None:
             bound = number("delta", delta, f"above 1 + epsilon_high = {1 + high}", lambda x: x > 1 + high)
@@ -297,7 +299,7 @@ class Options(
             kl,
             one_of("importance_sampling_level", importance_sampling_level, LEVELS),
             one_of("aggregation", aggregation, AGGREGATIONS),
-            None if normalizer is None else positive("normalizer", normalizer),
+            None if normalizer is None else not_negative("normalizer", normalizer),
         )
 
     @property
@@ -306,8 +308,16 @@ class Options(
         return self.aggregation == "seq-mean-token-mean"
 
     def denominator(self, tokens: int, sequences: int | None) -> float:
-        """What the sum over all is divided by, for so many unmasked tokens and sequences; at least 1 unless given."""
-        if self.normalizer is not None:
+        """What the sum over all is divided by, for so many unmasked tokens and sequences; at least 1 unless given.
+
+        Raises
+        ------
+        ValueError
+            The normalizer is 0 although there are tokens. Where there are none, 1 serves as well.
+        """
+        if self.normalizer == 0 and tokens:
+            raise ValueError("normalizer must be above 0 where a token counts, got 0.0")
+        if self.normalizer:
             return self.normalizer
         counted = {"token-mean": tokens, "token-sum": 1}.get(self.aggregation, sequences)
-        return max(counted or 0, 1)
+        return float(max(counted or 0, 1))  # to a kernel an int would be another type

@@ -8,7 +8,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from ._checks import positive
+from ._checks import not_negative
 from .loss import grpo_loss as loss_of_arrays
 from .stats import Stats
 from .terms import CISPO, DEFAULT_SURROGATE, K1, K2, K3, KL, SAPO, Aggregation, Clip, Level, Options, Surrogate
@@ -81,7 +81,7 @@ def grpo_loss(
     is. Otherwise, as from ``(loss / steps).backward()``, a scaled one is made beside it; a ``normalizer`` that counts
     the steps spares that.
     """
-    Options(surrogate, kl, importance_sampling_level, aggregation)  # raises what is to be raised
+    Options(surrogate, kl, importance_sampling_level, aggregation)  # refuses bad options before anything is copied
     _refuse_unless_plain("logps", logps)
     if logps.dtype in _HALVES:
         logps = logps.float()
@@ -91,7 +91,7 @@ def grpo_loss(
     if torch.is_tensor(normalizer) and denominator.numel() != 1:
         raise ValueError(f"normalizer must be one number, got shape {tuple(denominator.shape)}")
     if normalizer is not None and not torch.is_tensor(normalizer):
-        denominator = torch.tensor(positive("normalizer", normalizer), dtype=torch.float64)
+        denominator = torch.tensor(not_negative("normalizer", normalizer), dtype=torch.float64, device="cpu")
     loss, _, stats = _operator(
         logps,
         _constant("old_logps", old_logps),
@@ -150,9 +150,9 @@ def _operator(
         grad=grad,
     )
     return (
-        torch.tensor(result.loss, dtype=logps.dtype),
+        torch.tensor(result.loss, dtype=logps.dtype, device="cpu"),
         logps.new_empty(0) if result.grad is None else torch.from_numpy(result.grad),
-        _bytes_of(result.stats) if return_stats else torch.empty(0, dtype=torch.uint8),
+        _bytes_of(result.stats) if return_stats else torch.empty(0, dtype=torch.uint8, device="cpu"),
     )
 
 

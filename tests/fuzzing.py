@@ -158,7 +158,7 @@ def loss_calls(draw, rows):
 def judge_loss(arguments):
     """What a call is about, or `Refused`."""
     logps = real("logps", arguments["logps"])
-    if logps.ndim not in (1, 2) or not logps.size:
+    if logps.ndim not in (1, 2):
         raise Refused("logps")
     dtype, shape = (np.float32 if logps.dtype == np.float32 else np.float64), logps.shape
     bounds = _judge_bounds(arguments["cu_seqlens"], shape)
@@ -183,10 +183,14 @@ def judge_loss(arguments):
                 continue
             raise Refused(name)
         x = np.atleast_1d(real(name, value))
-        per_token = x.shape == shape
-        if not per_token and (name not in ("advantages", "rollout_is_weights") or x.shape != (bounds.size - 1,)):
+        per_token, per_sequence = x.shape == shape, False
+        if name in ("advantages", "rollout_is_weights"):
+            per_token = per_token or x.shape == (1, *shape)  # of a packed batch
+            per_sequence = x.shape in ((bounds.size - 1,), (bounds.size - 1, 1))
+        if per_token == per_sequence and not (per_token and (np.diff(bounds) == 1).all()):  # neither, or who knows
             raise Refused(name)
-        found[name] = x = x.astype(dtype)
+        x = x.astype(dtype)
+        found[name] = x = x.reshape(shape if per_token else -1)
         if not np.isfinite((x if per_token else x[sequences])[keep]).all():
             raise Refused(name)
     found["grad"] = _judge_place(arguments, shape, dtype)
@@ -196,9 +200,9 @@ def judge_loss(arguments):
 def _judge_bounds(value, shape):
     size, width = int(np.prod(shape)), shape[-1]
     if value is None:
-        return np.arange(0, size + 1, width)
+        return np.arange((shape[0] if len(shape) == 2 else 1) + 1) * width
     bounds = real("cu_seqlens", value)
-    if len(shape) != 1 or bounds.ndim != 1 or bounds.dtype.kind not in "iu" or bounds.size < 2:
+    if len(shape) != 1 or bounds.ndim != 1 or bounds.dtype.kind not in "iu" or not bounds.size:
         raise Refused("cu_seqlens")
     exact = [int(bound) for bound in bounds]
     if exact[0] != 0 or exact[-1] != size or any(b < a for a, b in itertools.pairwise(exact)):

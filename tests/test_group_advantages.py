@@ -147,7 +147,6 @@ def test_leaves_the_rewards_alone():
         ([[1, 2]], {"group_ids": [[0, 0]]}, ValueError, "rewards must be 2-D"),
         ([1, 2], {"group_size": 2, "group_ids": [0, 0]}, ValueError, "group_size=2, group_ids given"),
         (1.0, {"group_size": 1}, ValueError, r"got shape \(\)"),
-        ([], {"group_size": 1}, ValueError, "rewards must not be empty"),
         ([1, math.nan], {"group_size": 2}, ValueError, r"rewards must be finite .* got nan at index \(1,\)"),
         ([[1, 2], [3, -math.inf]], {}, ValueError, r"got -inf at index \(1, 1\)"),
         ([1, 1e101], {"group_size": 2}, ValueError, r"below 1e\+100, got 1e\+101 at index \(1,\)"),

@@ -82,11 +82,11 @@ def work(k):
         results.append((case, wrong([case])))
 
 start = threading.Barrier({threads})
-threads = [threading.Thread(target=work, args=(k,)) for k in range({threads})]
-for thread in threads:
-    thread.start()
-for thread in threads:
-    thread.join()
+workers = [threading.Thread(target=work, args=(k,)) for k in range({threads})]
+for worker in workers:
+    worker.start()
+for worker in workers:
+    worker.join()
 assert len(results) == {threads} * {rounds}
 assert not any(found for _, found in results), results
 assert not threads._inside
@@ -208,7 +208,7 @@ logging.setLogRecordFactory(Record)  # no business of ours
 
 def work():
     import recorded
-    assert {forked} == __import__("grpo_fast").threads._forked
+    assert {forked} == __import__("grpo_fast")._kernels.threads._forked
     return any(recorded.different({cases}))
 
 if {forked}:

@@ -23,7 +23,7 @@ import numba
 from numba.core.caching import FunctionCache, NullCache
 from numba.core.serialize import dumps
 
-_SUM = hashlib.sha256().digest_size
+_CHECKSUM_BYTES = hashlib.sha256().digest_size
 
 
 def use_disk_cache(dispatcher: Any) -> None:
@@ -83,8 +83,8 @@ class _Entries:
             content = self._path(key).read_bytes()
         except OSError:
             return None
-        data = content[_SUM:]
-        return pickle.loads(data) if hashlib.sha256(data).digest() == content[:_SUM] else None
+        data = content[_CHECKSUM_BYTES:]
+        return pickle.loads(data) if hashlib.sha256(data).digest() == content[:_CHECKSUM_BYTES] else None
 
     def save(self, key: Any, data: Any) -> None:
         """Write ``data`` to the file of ``key``, whole or not at all; remove files that are made from other source."""
@@ -119,7 +119,7 @@ class _Entries:
 
 @cache
 def source() -> str:
-    """A digest of the texts that decide what machine code does: those of all kernels, and of the options they read."""
+    """A digest of the texts that decide what machine code does: all kernels, comments included, and their options."""
     texts = [*files(__package__).iterdir(), files(__package__.rpartition(".")[0]) / "terms.py"]
     named = sorted((text.name, text.read_bytes()) for text in texts if text.name.endswith(".py"))
     return _digest(repr(named).encode())

@@ -18,7 +18,8 @@ from . import cache
 #: Without reference counts (_nrt), since LLVM cannot remove those of arrays in a tuple, and threads contend for them.
 _INLINED = {"forceinline": True, "error_model": "numpy", "_nrt": False}
 
-#: The decorator of every function that is part of an inner loop: always inlined by LLVM, never cached on its own.
+#: The decorator of every function that is part of an inner loop: always inlined by LLVM, never cached on its own. A
+#: branch on None is left out before its types are looked at only if it is about an argument, not about `batch.grad`.
 inlined = numba.njit(**_INLINED)
 
 

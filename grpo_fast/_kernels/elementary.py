@@ -45,8 +45,8 @@ class Layout(NamedTuple):
     ln2_low: float
     smallest_normal: float
     largest: float
-    usual: float  # numbers above it have reciprocals and products with room to spare
-    lift: float  # a power of two that brings any positive number above `usual`
+    safe_least: float  # numbers above it have reciprocals and products with room to spare
+    lift: float  # a power of two that brings any positive number above `safe_least`
     rounder: float  # adding it rounds to a whole number, which then stands in the lowest bits of the pattern
     exp_limit: float  # up to this |d|, eᵈ is far from the limits of the format
     square_limit: float  # up to this, so are its square and a sum of such squares over a run
@@ -66,7 +66,7 @@ FLOAT64 = Layout(
     ln2_low=1.90821492927058770002e-10,
     smallest_normal=2.0**-1022,
     largest=(2 - 2.0**-52) * 2.0**1023,
-    usual=2.0**-384,
+    safe_least=2.0**-384,
     lift=2.0**700,
     rounder=1.5 * 2.0**52,
     exp_limit=700.0,
@@ -86,7 +86,7 @@ FLOAT32 = Layout(
     ln2_low=9.0580006145e-06,
     smallest_normal=2.0**-126,
     largest=(2 - 2.0**-23) * 2.0**127,
-    usual=2.0**-60,
+    safe_least=2.0**-60,
     lift=2.0**90,
     rounder=1.5 * 2.0**23,
     exp_limit=80.0,

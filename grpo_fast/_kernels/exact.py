@@ -44,7 +44,7 @@ def add(row: Any, x: float) -> None:
 
 
 @inlined
-def join(row, other):
+def join(row: Any, other: Any) -> None:
     """Add the limbs ``other`` to those of ``row``."""
     for limb in range(LIMBS):
         row[limb] += other[limb]
@@ -52,7 +52,7 @@ def join(row, other):
 
 
 @inlined
-def carry(row):
+def carry(row: Any) -> None:
     """Bring the limbs of ``row`` into 0 … 2³² − 1, two's complement, for `Exact.of_limbs`."""
     above = np.int64(0)
     for limb in range(LIMBS):

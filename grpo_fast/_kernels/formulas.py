@@ -76,6 +76,7 @@ def linear_factor(surrogate, a, logp):
     """The factor in which s is linear, for a given ρ and a given sign of A: A, or A·log π_θ."""
     if surrogate.instance_class is CISPO:
         return lambda surrogate, a, logp: a * logp
+    assert surrogate.instance_class in (Clip, SAPO)
     return lambda surrogate, a, logp: a
 
 
@@ -83,6 +84,7 @@ def linear_factor(surrogate, a, logp):
 def passes_through_ratio(surrogate):
     """Whether the slope of `surrogate_term` is by log ρ, and not by log π_θ with ρ held constant."""
     answer = surrogate.instance_class is not CISPO
+    assert surrogate.instance_class in (Clip, CISPO, SAPO)
     return lambda surrogate: answer
 
 
@@ -112,6 +114,7 @@ def count_clipped(surrogate, rho, a, counts):
             return Clipped(counts.low, counts.high, tally(counts.hard, winning > full_like(rho, surrogate.ratio_max)))
 
     else:
+        assert option is SAPO
 
         def count(surrogate, rho, a, counts):
             return counts

@@ -1,14 +1,20 @@
 """The roof under which every kernel works: reading four arrays and nothing else."""
 
+from typing import Any
+
 import numba
 
+from .blocks import share
 from .compiling import compiled
 from .simd import full, lane_sum, lanes, load
 
 
 @compiled
-def read(a, b, c, d, start, stop):
-    """The sum of all elements: one load and one addition for each vector, nothing a kernel could do without."""
+def read(a: Any, b: Any, c: Any, d: Any, start: int, stop: int) -> Any:
+    """The sum of four arrays from ``start`` to ``stop``, but for what does not fill a vector.
+
+    One load and one addition for each vector, nothing that a kernel could do without.
+    """
     w = full(a, 0.0)
     x = w
     y = w
@@ -22,7 +28,9 @@ def read(a, b, c, d, start, stop):
 
 
 @compiled(parallel=True)
-def read_parallel(a, b, c, d, sums):
+def read_parallel(a: Any, b: Any, c: Any, d: Any, sums: Any) -> None:
+    """Write into ``sums`` what `read` returns for as many parts of the arrays, which are read on threads."""
     tasks = len(sums)
     for t in numba.prange(tasks):
-        sums[t] = read(a, b, c, d, t * len(a) // tasks, (t + 1) * len(a) // tasks)
+        first, last = share(len(a), t, tasks)
+        sums[t] = read(a, b, c, d, first, last)

@@ -64,10 +64,10 @@ def _attempt_block(samples, start, stop, low, high, diagnostics, scratch, carefu
     ratio_min = full_like(zero, rhos[start])
     ratio_max = ratio_min
     block = begin_block(samples, careful)
-    for run in range(start, stop, RUN * lanes(zero)):
-        block = begin_run(block, samples, run, stop, careful, diagnostics, scratch)
-        vectors = vectors_in_run(rhos, run, stop)
-        surrogate += surrogate_sum(scratch, vectors, low, high, samples.advantages, run)
+    for run_start in range(start, stop, RUN * lanes(zero)):
+        block = begin_run(block, samples, run_start, stop, careful, diagnostics, scratch)
+        vectors = vectors_in_run(rhos, run_start, stop)
+        surrogate += surrogate_sum(scratch, vectors, low, high, samples.advantages, run_start)
         if diagnostics is not None:
             clipped_low, clipped_high = count_clipped(scratch, vectors, low, high, clipped_low, clipped_high)
             ratios_squared += squares(scratch, vectors)
@@ -85,10 +85,10 @@ def _attempt_block(samples, start, stop, low, high, diagnostics, scratch, carefu
             ratios += wide(ratio_of_run)
     log_ratio = 0.0
     if diagnostics is not None:
-        if careful or lane_max(ratio_max) >= 1.0 / form.usual:
+        if careful or lane_max(ratio_max) >= 1.0 / form.safe_least:
             ratios, ratios_squared = moments(rhos, start, stop)
         log_ratio = lane_sum(log(product)) + (np.int64(lane_sum(exponents)) - (stop - start) * form.bias) * LN2
-    kl, usual = end_block(block, known_kl)
+    kl, fast_was_right = end_block(block, known_kl)
     sums = Sums(
         surrogate=lane_sum(surrogate),
         kl=kl,
@@ -103,7 +103,7 @@ def _attempt_block(samples, start, stop, low, high, diagnostics, scratch, carefu
         np.float64(lane_min(ratio_min)),
         np.float64(lane_max(ratio_max)),
     )
-    return contribution, kl, usual, np.isfinite(sums.surrogate)
+    return contribution, kl, fast_was_right, np.isfinite(sums.surrogate)
 
 
 @compiled
@@ -119,8 +119,8 @@ def sum_block(samples, start, stop, low, high, diagnostics, scratch):
 def objective_block(rhos, advantages, pi_old, pi_ref, low, high):
     """(Σ surrogate, Σ kl, whether something is illegal) of at most BLOCK samples: the shortest way there is."""
     samples = Samples(rhos, advantages, pi_old, pi_ref)
-    found = sum_block(samples, 0, len(rhos), low, high, None, scratch_like(rhos, ROWS))
-    return found.sums.surrogate, found.sums.kl, found.suspect
+    contribution = sum_block(samples, 0, len(rhos), low, high, None, scratch_like(rhos, ROWS))
+    return contribution.sums.surrogate, contribution.sums.kl, contribution.suspect
 
 
 @compiled
@@ -132,13 +132,13 @@ def objective_blocks(rhos, advantages, pi_old, pi_ref, low, high, surrogates, kl
     samples = Samples(rhos, advantages, pi_old, pi_ref)
     scratch = scratch_like(rhos, ROWS)
     illegal = False
-    for block in range(len(kls)):
-        start = block * BLOCK
+    for number in range(len(kls)):
+        start = number * BLOCK
         stop = min(start + BLOCK, len(rhos))
-        found = sum_block(samples, start, stop, low, high, None, scratch)
-        surrogates[block] = found.sums.surrogate
-        kls[block] = found.sums.kl
-        illegal = illegal or found.suspect
+        contribution = sum_block(samples, start, stop, low, high, None, scratch)
+        surrogates[number] = contribution.sums.surrogate
+        kls[number] = contribution.sums.kl
+        illegal = illegal or contribution.suspect
     return illegal
 
 
@@ -148,8 +148,8 @@ def _accumulate_share(samples, low, high, diagnostics, accumulators, t):
     scratch = scratch_like(samples.rhos, ROWS)
     accumulator = accumulators[t]
     first, last = share(block_count(len(samples.rhos)), t, len(accumulators))
-    for block in range(first, last):
-        start = block * BLOCK
+    for number in range(first, last):
+        start = number * BLOCK
         stop = min(start + BLOCK, len(samples.rhos))
         accumulate(accumulator, sum_block(samples, start, stop, low, high, diagnostics, scratch))
         accumulator.tokens += stop - start
@@ -157,7 +157,7 @@ def _accumulate_share(samples, low, high, diagnostics, accumulators, t):
 
 @compiled
 def totals(rhos, advantages, pi_old, pi_ref, low, high, diagnostics, accumulators):
-    """Add all samples to the accumulators, each a task's; without ``diagnostics`` only the first two sums are right."""
+    """Add all samples to the accumulators, each a task's; without ``diagnostics`` only surrogate and kl are right."""
     for t in range(len(accumulators)):
         samples = Samples(rhos, advantages, pi_old, pi_ref)
         _accumulate_share(samples, low, high, diagnostics, accumulators, t)

@@ -5,7 +5,7 @@ How a block is worked through, `blocks` says. From the inside out:
     _load, _load_carefully      one vector of samples; wherever the first does not do, the second
     _load_run                   memory → ρ, A, and r = π_ref/π_θ reduced → scratch
     _kl_sum, surrogate_sum …    scratch → what a run adds to the sums
-    begin_run                   the first two, in the near way if that will do
+    begin_run                   a block with one more run: loaded, and its KL summed, in the near way if that will do
     fast_then_careful           a block, in the fast way and in the careful way if need be
 """
 
@@ -70,7 +70,6 @@ class _Vector(NamedTuple):
     scaled_ref: Any
 
 
-# Numba leaves out a branch on None, before it looks at its types, only if it is about an argument.
 @inlined
 def _load(rhos, advantages, pi_old, pi_ref, i):
     """The vector of samples from number i on, which are assumed to be far from the limits of the format."""
@@ -110,8 +109,8 @@ def _load_carefully(rhos, advantages, pi_old, pi_ref, i, stop):
 
 
 @inlined
-def _load_run(samples, start, stop, careful, diagnostics, near, scratch):
-    """Fill the scratch array with up to RUN vectors of samples from ``start`` on, ``near`` ones or any.
+def _load_run(samples, run_start, stop, careful, diagnostics, near, scratch):
+    """Fill the scratch array with up to RUN vectors of samples from ``run_start`` on, ``near`` ones or any.
 
     Returns the smallest and the largest of the numbers that must be far from the limits of the format for the result
     to be right, one in each lane, and whether the samples that were looked at one by one are legal. What overflows
@@ -122,8 +121,8 @@ def _load_run(samples, start, stop, careful, diagnostics, near, scratch):
     legal = True
     rhos, advantages, pi_old, pi_ref = samples
     step = lanes(rhos)
-    for v in range(vectors_in_run(rhos, start, stop)):
-        i = start + v * step
+    for v in range(vectors_in_run(rhos, run_start, stop)):
+        i = run_start + v * step
         if careful or i + step > stop:
             vector, in_domain = _load_carefully(rhos, advantages, pi_old, pi_ref, i, stop)
             counted = load_first(rhos, i, min(stop - i, step), 0.0)
@@ -133,7 +132,7 @@ def _load_run(samples, start, stop, careful, diagnostics, near, scratch):
             vector = _load(rhos, advantages, pi_old, pi_ref, i)
             counted = vector.rho
             present = vector.rho
-            prefetch_ahead(rhos, start, v)
+            prefetch_ahead(rhos, run_start, v)
         store_row(scratch, RHO, v, counted)
         store_row(scratch, ADVANTAGE, v, vector.a)
         if diagnostics is not None:
@@ -171,11 +170,11 @@ def _bounded(scratch, v, low, high):
 
 
 @inlined
-def surrogate_sum(scratch, vectors, low, high, advantages, start):
+def surrogate_sum(scratch, vectors, low, high, advantages, run_start):
     """Σ min(ρA, clip(ρ, low, high)·A) of a run, in float64 lanes."""
     total = full_like(low, 0.0)
     for v in range(vectors):
-        prefetch_ahead(advantages, start, v)
+        prefetch_ahead(advantages, run_start, v)
         a, bounded = _bounded(scratch, v, low, high)
         total = fma(bounded, a, total)
     in_float64 = wide(total)
@@ -188,13 +187,13 @@ def surrogate_sum(scratch, vectors, low, high, advantages, start):
 
 
 @inlined
-def _kl_sum(scratch, vectors, samples, start, near):
+def _kl_sum(scratch, vectors, samples, run_start, near):
     """Σ ρ·(r − 1 − log r) of a run, in float64 lanes, and whether all r are near 1, as they must be if reduced so."""
     total = full(scratch, 0.0)
     farthest = total
     for v in range(vectors):
-        prefetch_if_given(samples.pi_old, start, v)
-        prefetch_if_given(samples.pi_ref, start, v)
+        prefetch_if_given(samples.pi_old, run_start, v)
+        prefetch_if_given(samples.pi_ref, run_start, v)
         if near:
             k, s_squared = k3_near(load_row(scratch, F, v), load_row(scratch, S, v))
             farthest = where(s_squared > farthest, s_squared, farthest)
@@ -263,25 +262,25 @@ def begin_block(samples, careful):
 
 
 @inlined
-def begin_run(block, samples, run, stop, careful, diagnostics, scratch):
+def begin_run(block, samples, run_start, stop, careful, diagnostics, scratch):
     """The block with one more run, whose ρ and A are left in the scratch array.
 
     Near 1, where policies in training are, no power of two needs to be taken out of r: of 174 instructions for 8
     float64 samples that saves 58 (AVX2), and of the time of grpo_objective in cache three tenths. Where a few runs in
     each block are not near, it takes up to a twentieth longer.
     """
-    vectors = vectors_in_run(samples.rhos, run, stop)
+    vectors = vectors_in_run(samples.rhos, run_start, stop)
     kl = wide(full(samples.rhos, 0.0))
     near = block.near
     if near:
-        least, most, legal = _load_run(samples, run, stop, careful, diagnostics, True, scratch)
+        least, most, legal = _load_run(samples, run_start, stop, careful, diagnostics, True, scratch)
         if samples.pi_old is not None:
-            kl, near = _kl_sum(scratch, vectors, samples, run, True)
+            kl, near = _kl_sum(scratch, vectors, samples, run_start, True)
         if near:
             return _with_run(block, least, most, legal, kl, True)
-    least, most, legal = _load_run(samples, run, stop, careful, diagnostics, False, scratch)
+    least, most, legal = _load_run(samples, run_start, stop, careful, diagnostics, False, scratch)
     if samples.pi_old is not None:
-        kl, _ = _kl_sum(scratch, vectors, samples, run, False)
+        kl, _ = _kl_sum(scratch, vectors, samples, run_start, False)
     return _with_run(block, least, most, legal, kl, False)
 
 
@@ -300,8 +299,8 @@ def _with_run(block, least, most, legal, kl, near):
 def end_block(block, known_kl):
     """Σ KL of a block, which is ``known_kl`` unless that is NaN; and whether the fast way was right for it."""
     kl = lane_sum(block.kl) if np.isnan(known_kl) else known_kl
-    usual = layout(block.least).usual
-    return kl, lane_min(block.least) > usual and lane_max(block.most) < 1.0 / usual and np.isfinite(kl)
+    least = layout(block.least).safe_least
+    return kl, lane_min(block.least) > least and lane_max(block.most) < 1.0 / least and np.isfinite(kl)
 
 
 @inlined
@@ -311,11 +310,11 @@ def fast_then_careful(attempt, arguments):
     ``attempt(*arguments, careful, known_kl)`` returns its result, Σ KL, whether the fast way was right for that, and
     whether the other sums are finite. If only those are not (they overflow, or samples are illegal), the careful
     attempt takes the KL over: `grpo_stats`, `grpo_sweep` and `grpo_objective` are to find the same, and what overflows
-    depends on ε.
+    depends on ε. (The kernels of the loss, which have nothing to take over, loop themselves.)
     """
     careful, known_kl = False, np.nan
     while True:  # at most twice; a loop, so that the code is there once
-        result, kl, usual, finite = attempt(*arguments, careful, known_kl)
-        if careful or (usual and finite):
+        result, kl, fast_was_right, finite = attempt(*arguments, careful, known_kl)
+        if careful or (fast_was_right and finite):
             return result
-        careful, known_kl = True, kl if usual else np.nan
+        careful, known_kl = True, kl if fast_was_right else np.nan

@@ -68,19 +68,19 @@ def collect_block(batch, terms, sequence, start, stop, collected):
         negative_count = bits(zero)
         check = zero
         farthest = zero
-        for run in range(start, stop, RUN * lanes(zero)):
+        for run_start in range(start, stop, RUN * lanes(zero)):
             k_of_run = zero
             positive_of_run = zero
             negative_of_run = zero
             wide_k = wide(zero)
             wide_positive = wide_k
             wide_negative = wide_k
-            for v in range(vectors_in_run(batch.logps, run, stop)):
-                i = run + v * lanes(zero)
+            for v in range(vectors_in_run(batch.logps, run_start, stop)):
+                i = run_start + v * lanes(zero)
                 whole = i + lanes(zero) <= len(batch.logps)
-                prefetch_ahead(batch.logps, run, v)
-                prefetch_if_given(batch.old_logps, run, v)
-                prefetch_if_given(batch.ref_logps, run, v)
+                prefetch_ahead(batch.logps, run_start, v)
+                prefetch_if_given(batch.old_logps, run_start, v)
+                prefetch_if_given(batch.ref_logps, run_start, v)
                 absent = absent_lanes(batch.mask, i, stop, whole, zero)
                 logp = load_tokens(batch.logps, i, whole)
                 log_ratio += wide(zero_where(absent, load_log_ratio(logp, batch.old_logps, i, whole)))
@@ -200,9 +200,9 @@ def _total_of(collected):
 
 @compiled
 def conclude(batch, terms, tokens, collected, accumulators, task):
-    """The coefficients of the gradient of a sequence of so many tokens, of what was ``collected`` from its blocks.
+    """Add a sequence of so many tokens to the task's accumulator, and return the coefficients of its gradient.
 
-    Adds the sequence to the task's accumulator, and writes into the first record.
+    Both are made of what was ``collected`` from its blocks, of which the first record is written to.
     """
     align_stack()
     total = _total_of(collected)
@@ -217,7 +217,7 @@ def conclude(batch, terms, tokens, collected, accumulators, task):
 
     none = bits(one - one)
     positive_count, negative_count = full_like(none, total.positive_count), full_like(none, total.negative_count)
-    many = where(a > 0.0, positive_count, where(a < 0.0, negative_count, none))
+    tokens_of_sign = where(a > 0.0, positive_count, where(a < 0.0, negative_count, none))
     clipped = count_clipped(terms.surrogate, rho, a, Clipped(none, none, none))
     sums = Sums(
         surrogate=_policy_sum(term.value, total),
@@ -227,9 +227,9 @@ def conclude(batch, terms, tokens, collected, accumulators, task):
         log_ratio=total.log_ratio,
     )
     clipped_tokens = Clipped(
-        np.int64(lane_sum(clipped.low * many)),
-        np.int64(lane_sum(clipped.high * many)),
-        np.int64(lane_sum(clipped.hard * many)),
+        np.int64(lane_sum(clipped.low * tokens_of_sign)),
+        np.int64(lane_sum(clipped.high * tokens_of_sign)),
+        np.int64(lane_sum(clipped.hard * tokens_of_sign)),
     )
     accumulate(accumulators[task], Contribution(sums, clipped_tokens, total.suspect, ratio, ratio))
     if terms.mean_within:

@@ -459,9 +459,9 @@ def _in_float64(combine, each=lambda builder, x: x):
     return typing
 
 
-wide = intrinsic(_in_float64("fadd"))
-wide_product = intrinsic(_in_float64("fmul"))
-wide_squares = intrinsic(_in_float64("fadd", lambda builder, x: builder.fmul(x, x)))
+wide = intrinsic(_in_float64("fadd"))  # of float32, the sums of two lanes each
+wide_product = intrinsic(_in_float64("fmul"))  # their products
+wide_squares = intrinsic(_in_float64("fadd", lambda builder, x: builder.fmul(x, x)))  # the sums of their squares
 
 
 @intrinsic
@@ -506,7 +506,7 @@ def is_finite(typingctx, floats):
     return types.boolean(floats), codegen
 
 
-# --- the stack they go to -------------------------------------------------------------------------------------------
+# --- where they lie on the stack --------------------------------------------------------------------------------------
 @intrinsic
 def align_stack(typingctx):
     """Give the function that calls this a stack frame of its own, aligned to a cache line.

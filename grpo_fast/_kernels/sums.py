@@ -1,6 +1,7 @@
 """What kernels add up, by name: from the sums of a block, through one accumulator for each task, to `stats.Stats`.
 
-Nothing else knows an order of these sums: not the two families of kernels, nor what reads the accumulators.
+The order of these sums is that of the fields of `Sums` and `Numerator`, here and nowhere else. (A sweep, which has a
+policy term for each of many bounds, has accumulators of its own, in `sweep_blocks`.)
 """
 
 from typing import Any, NamedTuple
@@ -22,14 +23,17 @@ class Sums(NamedTuple):
 
 
 class Numerator(NamedTuple):
-    """Sums that, over the aggregation's denominator, make the objective; likewise."""
+    """Sums that, over the aggregation's denominator, make the objective, where those of `Sums` do not.
+
+    That is with `Options.mean_within`; otherwise nothing is added to them.
+    """
 
     surrogate: Any
     kl: Any
 
 
 class Clipped(NamedTuple):
-    """Counts of clipped tokens, in lanes or of a block: below, above, and beyond the hard bound (δ, or CISPO's)."""
+    """Counts of clipped tokens, in lanes, a block or a batch: below, above, beyond the hard bound (δ, or CISPO's)."""
 
     low: Any
     high: Any
@@ -41,7 +45,7 @@ class Contribution(NamedTuple):
 
     sums: Sums
     clipped: Clipped
-    suspect: Any  # whether something in it is, or at sequences may be, not allowed
+    suspect: Any  # whether, or how many blocks have, an illegal sample, or a token's number that is perhaps not finite
     least_ratio: float
     largest_ratio: float
 
@@ -50,11 +54,11 @@ class Totals(NamedTuple):
     """All contributions, added up."""
 
     sums: np.ndarray  # limbs of exact sums, in the order of `Sums`
-    numerator: np.ndarray  # likewise of `Numerator`, where that is not made of the sums themselves
+    numerator: np.ndarray  # likewise, of `Numerator`
     clipped_low: int
     clipped_high: int
     clipped_hard: int
-    suspect: int  # blocks or sequences
+    suspect: int  # blocks
     tokens: int  # unmasked ones, or samples
     least_ratio: float
     largest_ratio: float
@@ -79,8 +83,8 @@ def empty_accumulators(tasks: int) -> np.ndarray:
 
 
 @inlined
-def accumulate(accumulator, contribution):
-    """Add a block's or a sequence's contribution, but for its part of the numerator and its tokens."""
+def accumulate(accumulator: Any, contribution: Any) -> None:
+    """Add what a block or a sequence contributes, but for its part of the numerator and its tokens."""
     for i in range(len(contribution.sums)):
         exact.add(accumulator.sums[i], contribution.sums[i])
     accumulator.clipped_low += contribution.clipped.low
@@ -92,8 +96,8 @@ def accumulate(accumulator, contribution):
 
 
 @inlined
-def accumulate_numerator(accumulator, numerator):
-    """Add a part of the numerator, where that is not made of the sums themselves."""
+def accumulate_numerator(accumulator: Any, numerator: Any) -> None:
+    """Add a block's or a sequence's part of the numerator."""
     for i in range(len(numerator)):
         exact.add(accumulator.numerator[i], numerator[i])
 
@@ -105,7 +109,7 @@ def merged(accumulators: np.ndarray) -> Totals:
 
 
 @compiled
-def _merge(accumulators):
+def _merge(accumulators: Any) -> None:
     total = accumulators[0]
     for t in range(1, len(accumulators)):
         other = accumulators[t]

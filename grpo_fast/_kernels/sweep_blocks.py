@@ -127,14 +127,14 @@ def _attempt_sweep_block(samples, start, stop, lows, highs, sums, scratch, caref
     sums.above_minus_low[:] = 0.0
     plus = 0
     block = begin_block(samples, careful)
-    for run in range(start, stop, RUN * lanes(zero)):
-        block = begin_run(block, samples, run, stop, careful, None, scratch)
-        vectors = vectors_in_run(samples.rhos, run, stop)
-        plus += np.int64(lane_sum(_fold(scratch, vectors, samples.advantages, run)))
+    for run_start in range(start, stop, RUN * lanes(zero)):
+        block = begin_run(block, samples, run_start, stop, careful, None, scratch)
+        vectors = vectors_in_run(samples.rhos, run_start, stop)
+        plus += np.int64(lane_sum(_fold(scratch, vectors, samples.advantages, run_start)))
         for pair in range(len(lows)):
             _add_bounded(scratch, vectors, full_like(zero, lows[pair]), full_like(zero, highs[pair]), pair, sums)
-    kl, usual = end_block(block, known_kl)
-    return (kl, plus, block.legal), kl, usual, np.isfinite(sums.surrogate.sum())
+    kl, fast_was_right = end_block(block, known_kl)
+    return (kl, plus, block.legal), kl, fast_was_right, np.isfinite(sums.surrogate.sum())
 
 
 @compiled
@@ -155,8 +155,8 @@ def _accumulate_share(samples, lows, highs, pairs, shared, t):
         np.empty((len(lows), 8)), np.empty((len(lows), width), rhos.dtype), np.empty((len(lows), width), rhos.dtype)
     )
     first, last = share(block_count(len(rhos)), t, len(shared))
-    for block in range(first, last):
-        start = block * BLOCK
+    for number in range(first, last):
+        start = number * BLOCK
         stop = min(start + BLOCK, len(rhos))
         kl, plus, legal = sweep_block(samples, start, stop, lows, highs, sums, scratch)
         for i in range(len(lows)):

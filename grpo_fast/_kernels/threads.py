@@ -30,7 +30,7 @@ def _forked_before() -> bool:
     if not getattr(sys.modules.get("numba.np.ufunc.parallel"), "_is_initialized", False):
         return False
     try:
-        begun = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        begun = int(Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - begun
     except (OSError, AttributeError):  # not Linux, and only there does Numba use GNU OpenMP
         return False

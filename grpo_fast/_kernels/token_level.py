@@ -76,13 +76,13 @@ class _LogRange(NamedTuple):
 
 
 @inlined
-def _load_run(logs, batch, sequence, run, stop, scratch):
+def _load_run(logs, batch, sequence, run_start, stop, scratch):
     """The ``logs`` with a run; puts into the scratch array which lanes are absent, and A, log ρ and l, 0 there."""
     zero = full(scratch, 0.0)
     least, most, farthest, check = logs.least, logs.most, logs.farthest, logs.check
     log_ratio = zero
-    for v in range(vectors_in_run(scratch, run, stop)):
-        i = run + v * lanes(scratch)
+    for v in range(vectors_in_run(scratch, run_start, stop)):
+        i = run_start + v * lanes(scratch)
         whole = i + lanes(scratch) <= len(batch.logps)
         logp = load_tokens(batch.logps, i, whole)
         absent = absent_lanes(batch.mask, i, stop, whole, zero)
@@ -97,7 +97,7 @@ def _load_run(logs, batch, sequence, run, stop, scratch):
         a = zero_where(absent, a)
         store_row(scratch, _ADVANTAGE, v, a)
         check, farthest = _load_distance(batch.ref_logps, logp, absent, i, v, whole, scratch, check + a, farthest)
-        prefetch_ahead(batch.logps, run, v)
+        prefetch_ahead(batch.logps, run_start, v)
     return _LogRange(log_ratio, least, most, farthest, check)
 
 
@@ -112,11 +112,11 @@ def _load_distance(ref_logps, logp, absent, i, v, whole, scratch, check, farthes
 
 
 @inlined
-def _to_ratios(old_logps, run, stop, scratch, log_ratio, careful):
+def _to_ratios(old_logps, run_start, stop, scratch, log_ratio, careful):
     """Turn log ρ into ρ; return the run's Σ log ρ in float64 lanes, which is ``log_ratio`` unless that overflowed."""
     in_float64 = wide(full(scratch, 0.0))
-    for v in range(vectors_in_run(scratch, run, stop)):
-        prefetch_if_given(old_logps, run, v)
+    for v in range(vectors_in_run(scratch, run_start, stop)):
+        prefetch_if_given(old_logps, run_start, v)
         log_rho = load_row(scratch, _RATIO, v)
         if careful:
             in_float64 += wide(log_rho)
@@ -135,14 +135,14 @@ def _ratio(log_rho, old_logps, careful):
 
 
 @inlined
-def _kl_sum(kl, batch, run, stop, scratch, careful):
+def _kl_sum(kl, batch, run_start, stop, scratch, careful):
     """Turn l into the KL term's derivative, if there is a gradient; return the run's Σ of the term in float64 lanes."""
     total = full(scratch, 0.0)
     in_float64 = wide(total)
     if kl is None:
         return in_float64
-    for v in range(vectors_in_run(scratch, run, stop)):
-        prefetch_ahead(batch.ref_logps, run, v)
+    for v in range(vectors_in_run(scratch, run_start, stop)):
+        prefetch_ahead(batch.ref_logps, run_start, v)
         rho = load_row(scratch, _RATIO, v)
         term = kl_term(kl, load_row(scratch, _KL, v), careful)
         value, slope = term.value, term.slope
@@ -173,14 +173,14 @@ class _RatioSums(NamedTuple):
 
 
 @inlined
-def _add_ratios(sums, surrogate, run, stop, scratch, careful):
+def _add_ratios(sums, surrogate, run_start, stop, scratch, careful):
     """The ``sums`` with those of a run."""
     clipped = sums.clipped
     ratio = full(scratch, 0.0)
     squared = ratio
     wide_ratio = wide(ratio)
     wide_squared = sums.ratio_squared
-    for v in range(vectors_in_run(scratch, run, stop)):
+    for v in range(vectors_in_run(scratch, run_start, stop)):
         rho = load_row(scratch, _RATIO, v)
         present = zero_where(bits(load_row(scratch, _ABSENT, v)), rho)
         ratio += present
@@ -194,7 +194,7 @@ def _add_ratios(sums, surrogate, run, stop, scratch, careful):
 
 
 @inlined
-def _policy_sum(batch, terms, factor, sequence, run, stop, scratch):
+def _policy_sum(batch, terms, factor, sequence, run_start, stop, scratch):
     """Turn ρ into the policy term, and write the gradient if there is a place for it.
 
     Returns the run's Σ of the policy term, in float64 lanes, and Σ of the rollout weights, in lanes.
@@ -202,8 +202,8 @@ def _policy_sum(batch, terms, factor, sequence, run, stop, scratch):
     total = full(scratch, 0.0)
     weights = total
     factor = full_like(total, factor)
-    for v in range(vectors_in_run(scratch, run, stop)):
-        i = run + v * lanes(scratch)
+    for v in range(vectors_in_run(scratch, run_start, stop)):
+        i = run_start + v * lanes(scratch)
         absent = bits(load_row(scratch, _ABSENT, v))
         whole = i + lanes(scratch) <= len(batch.logps)
         logp = zero_where(absent, load_tokens(batch.logps, i, whole))
@@ -218,7 +218,7 @@ def _policy_sum(batch, terms, factor, sequence, run, stop, scratch):
     in_float64 = wide(total)
     if overflowed(scratch, in_float64):
         in_float64 = wide(full(scratch, 0.0))
-        for v in range(vectors_in_run(scratch, run, stop)):
+        for v in range(vectors_in_run(scratch, run_start, stop)):
             in_float64 += wide(load_row(scratch, _RATIO, v))
     return in_float64, weights
 
@@ -251,17 +251,17 @@ def token_block(batch, terms, factor, sequence, start, stop, scratch):
         policy = wide(zero)
         weights = zero
         ratios = _RatioSums(wide(zero), wide(zero), Clipped(none, none, none))
-        for run in range(start, stop, RUN * lanes(scratch)):
-            logs = _load_run(logs, batch, sequence, run, stop, scratch)
+        for run_start in range(start, stop, RUN * lanes(scratch)):
+            logs = _load_run(logs, batch, sequence, run_start, stop, scratch)
             if careful:  # outside of the loops, which keep their constants in registers only if nothing branches there
-                log_ratio += _to_ratios(batch.old_logps, run, stop, scratch, logs.log_ratio, True)
-                kl += _kl_sum(terms.kl, batch, run, stop, scratch, True)
-                ratios = _add_ratios(ratios, terms.surrogate, run, stop, scratch, True)
+                log_ratio += _to_ratios(batch.old_logps, run_start, stop, scratch, logs.log_ratio, True)
+                kl += _kl_sum(terms.kl, batch, run_start, stop, scratch, True)
+                ratios = _add_ratios(ratios, terms.surrogate, run_start, stop, scratch, True)
             else:
-                log_ratio += _to_ratios(batch.old_logps, run, stop, scratch, logs.log_ratio, False)
-                kl += _kl_sum(terms.kl, batch, run, stop, scratch, False)
-                ratios = _add_ratios(ratios, terms.surrogate, run, stop, scratch, False)
-            policy_of_run, weights_of_run = _policy_sum(batch, terms, factor, sequence, run, stop, scratch)
+                log_ratio += _to_ratios(batch.old_logps, run_start, stop, scratch, logs.log_ratio, False)
+                kl += _kl_sum(terms.kl, batch, run_start, stop, scratch, False)
+                ratios = _add_ratios(ratios, terms.surrogate, run_start, stop, scratch, False)
+            policy_of_run, weights_of_run = _policy_sum(batch, terms, factor, sequence, run_start, stop, scratch)
             policy += policy_of_run
             weights += weights_of_run
         least, most = lane_min(logs.least), lane_max(logs.most)
@@ -330,10 +330,11 @@ def token_level(batch, terms, spans, ranges, limit, accumulators, task):
             factor = -weight_of_token(terms, span.tokens)
             for start in range(span.start, span.stop, BLOCK):
                 stop = min(start + BLOCK, span.stop)
-                found = token_block(batch, terms, factor, span.sequence, start, stop, scratch)
-                accumulate(accumulator, found)
+                contribution = token_block(batch, terms, factor, span.sequence, start, stop, scratch)
+                accumulate(accumulator, contribution)
                 if terms.mean_within:
-                    mean = Numerator(found.sums.surrogate / span.tokens, found.sums.kl / span.tokens)
+                    sums = contribution.sums
+                    mean = Numerator(sums.surrogate / span.tokens, sums.kl / span.tokens)
                     accumulate_numerator(accumulator, mean)
 
 

@@ -70,9 +70,9 @@ class Extent(NamedTuple):
 
 @inlined
 def begin_sequence(mask, grad, first, last, accumulator):
-    """The extent of the sequence from ``first`` to ``last``.
+    """Clear the gradient outside the extent of a sequence, count its tokens into the accumulator, return the extent.
 
-    Clears the gradient before and after that extent, and counts the tokens into the accumulator.
+    The sequence is from ``first`` to ``last``; it is done where it has no unmasked token.
     """
     extent = _extent(mask, first, last)
     _clear(grad, first, extent.start)
