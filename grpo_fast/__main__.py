@@ -4,6 +4,7 @@ Alone it runs the main job on synthetic samples; with ``evaluate`` or ``sweep``,
 """
 
 import argparse
+import io
 import sys
 import time
 from collections.abc import Sequence
@@ -59,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     It is 2 for bad input, 130 after Ctrl-C in a subcommand, and 1 if the kernels and the reference disagree.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # where it is ASCII; better a "?" than none of the text
     arguments = _arguments(argv)
     return _command.run(arguments) if arguments.run else _demonstrate(arguments)
 

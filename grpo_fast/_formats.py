@@ -16,6 +16,7 @@ except ImportError as error:
     raise ImportError("reading rollouts needs pyarrow: pip install 'grpo_fast[data]'") from error
 
 _BATCH_BYTES = 16 << 20  # of numbers in a batch, unless batch_size is given; three batches are alive at a time
+_LEAST_BYTES = 2 << 20  # of lists, whose batches are joined until a call on them costs little beside the numbers
 _BUFFER = 1 << 20  # bytes of a column that pyarrow reads at once; without it, a row group's columns as a whole
 types: Any = pa.types
 _FEW_ROWS = 64  # with lists in them: reading fewer at a time takes longer, and more of them take no less time
@@ -29,17 +30,22 @@ def is_list(column_type: Any) -> bool:
 
 
 def _joined(batches: Iterator[Any]) -> Iterator[Any]:
-    """Yield the rows of ``batches`` in batches that have at least `_BATCH_BYTES`, but for the last."""
+    """Yield the rows of ``batches`` in batches that have at least `_LEAST_BYTES`, but for the last."""
     waiting: list[Any] = []
     size = 0
     for records in batches:
         waiting.append(records)
         size += records.nbytes
-        if size >= _BATCH_BYTES:
-            yield from pa.Table.from_batches(waiting).combine_chunks().to_batches()
+        if size >= _LEAST_BYTES:
+            yield _one_of(waiting)
             waiting, size = [], 0
     if waiting:
-        yield from pa.Table.from_batches(waiting).combine_chunks().to_batches()
+        yield _one_of(waiting)
+
+
+def _one_of(batches: list[Any]) -> Any:
+    """The batches as one."""
+    return batches[0] if len(batches) == 1 else pa.Table.from_batches(batches).combine_chunks().to_batches()[0]
 
 
 class _ParquetFile:
@@ -62,8 +68,8 @@ class _ParquetFile:
     def batches(self, number: int, columns: list[str], batch_size: int | None, use_threads: bool) -> Iterator[Any]:
         """Yield the ``columns`` of row group ``number`` as pyarrow.RecordBatches of about ``batch_size`` rows.
 
-        Of flat columns, ``batch_size`` is rounded to a multiple of `BLOCK`; without it, batches have about
-        `_BATCH_BYTES`, however long the lists in them are. Raises one of `UNREADABLE` where the file is corrupt.
+        Of flat columns, ``batch_size`` is rounded to a multiple of `BLOCK`; without it, batches have at most
+        about `_BATCH_BYTES`, however long the lists in them are. Raises one of `UNREADABLE` where the file is corrupt.
         """
         column_types = [self.schema.field(column).type for column in columns]
         if not any(map(is_list, column_types)):

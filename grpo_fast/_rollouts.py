@@ -352,7 +352,8 @@ def arrays_of(records: Any, layout: ColumnLayout) -> dict[str, Array]:
             if argument == "mask" or "mask" not in layout.columns:
                 raise ValueError(f"column {column!r} has a null{' in a list' if in_lists[argument] else ''}")
             nulls[argument] = values.is_null().to_numpy(zero_copy_only=False)
-        array = values.to_numpy(zero_copy_only=not (types.is_boolean(values.type) or values.null_count))
+        copied = values.null_count or types.is_boolean(values.type) or types.is_null(values.type)
+        array = values.to_numpy(zero_copy_only=not copied)
         if array.dtype == object:  # of pyarrow's type null: there are none, or all are masked
             array = np.full(array.shape, np.nan)
         arguments[argument] = array * arguments["mask"] if argument == "mask" and argument in arguments else array

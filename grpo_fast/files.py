@@ -57,8 +57,8 @@ def evaluate(
         its name (it ends in "mask") and type, and is not named here, is an error, not ignored. Nulls where masked are
         never looked at.
     batch_size : int, or None
-        Rows of a Parquet file to read at a time; None for about 16 MiB of numbers. Three batches are alive at a time.
-        Of flat columns it is rounded to a multiple of ``grpo_fast.BLOCK``. Arrow's record batches are read whole.
+        Rows of a Parquet file to read at a time; None for at most about 16 MiB of numbers. Three batches are alive at a
+        time. Of flat columns it is rounded to a multiple of ``grpo_fast.BLOCK``. Arrow's record batches are read whole.
     executor : concurrent.futures.Executor, or None
         Takes the row groups (record batches), each on one thread: a process pool, a Dask client's ``get_executor()``.
         Its processes must see the same paths. None computes on this thread, while pyarrow reads ahead on others.

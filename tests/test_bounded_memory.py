@@ -29,25 +29,35 @@ except MemoryError:
 """
 
 
-def write(path, of_lists, times):
-    """A row group of ``times`` · 8 MiB per column, written in a little memory."""
+def write(path, lengths, times):
+    """A row group of ``times`` · 8 MiB per column, in lists of the lengths in turn if there are any."""
     rng = np.random.default_rng(0)
     n = 1 << 20
     x = rng.uniform(0.5, 1, n)
-    names = ("logps", "old_logps") if of_lists else PROBABILITIES
-    columns = {name: lists(-x, np.arange(0, n + 1, 1 << 10)) if of_lists else x for name in names}
-    columns |= {"advantages": np.ones(n >> 10)} if of_lists else {}
-    table = pa.table(columns)
-    with parquet.ParquetWriter(path, table.schema, use_dictionary=False, compression="none") as file:
-        file.write_table(pa.concat_tables([table] * times), row_group_size=n * times)
-    return str(path), n * times, n * times * 8 * len(names)
+    names = ("logps", "old_logps") if lengths else PROBABILITIES
+    tables = [pa.table({name: x for name in names})]
+    if lengths:
+        tables = [
+            pa.table({name: lists(-x, np.arange(0, n + 1, k)) for name in names} | {"advantages": np.ones(n // k)})
+            for k in lengths
+        ]
+    whole = pa.concat_tables(tables * times)
+    with parquet.ParquetWriter(path, whole.schema, use_dictionary=False, compression="none") as file:
+        file.write_table(whole, row_group_size=len(whole))
+    tokens = n * times * len(tables)
+    return str(path), tokens, tokens * 8 * len(names)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_DATA as Linux counts it")
-@pytest.mark.parametrize("of_lists", [False, True], ids=["samples", "sequences"])
-def test_a_row_group_larger_than_memory(of_lists, tmp_path):
-    small, _, _ = write(tmp_path / "small.parquet", of_lists, 1)
-    large, tokens, size = write(tmp_path / "large.parquet", of_lists, 20 if of_lists else 10)
+@pytest.mark.parametrize(
+    ("lengths", "times"),
+    # What comes first must not decide for what comes later.
+    [([], 10), ([1 << 10], 20), ([1 << 3] + [1 << 14] * 20, 1), ([1 << 14] * 20 + [1 << 3], 1)],
+    ids=["samples", "sequences", "short ones first", "long ones first"],
+)
+def test_a_row_group_larger_than_memory(lengths, times, tmp_path):
+    small, _, _ = write(tmp_path / "small.parquet", lengths[:1], 1)
+    large, tokens, size = write(tmp_path / "large.parquet", lengths, times)
     allowed = 100  # MiB: three batches of 16, one of them growing, and what allocators keep
     assert size > 3 * (allowed << 20)
     script = SCRIPT.format(small=small, large=large, allowed=allowed, size=size)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import samples
+from conftest import python, samples
 
 import grpo_fast.__main__
 from grpo_fast import K3, Clip, grpo_loss, grpo_stats
@@ -101,7 +101,7 @@ def test_columns(arrays, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["evaluate", "nothing.parquet"], "no such file: nothing.parquet"),
-        (["evaluate", "FILE", "--epsilon", "2"], "epsilon must be"),
+        (["evaluate", "FILE", "--epsilon", "-2"], "epsilon must be"),
         (["evaluate", "FILE", "--kl", "k3"], "--kl: not for probability columns"),
         (["evaluate", "FILE", "--columns", "A=B"], r"column 'B' (for A) is missing"),
         (["evaluate", "FILE", "--batch-size", "0"], "batch_size must be"),
@@ -191,5 +191,11 @@ def test_a_demonstration_that_disagrees(quick, monkeypatch, capsys):
 
 
 def test_a_demonstration_of_bad_input(capsys):
-    assert main(["--samples", "10", "--epsilon", "2"]) == 2
+    assert main(["--samples", "10", "--epsilon", "-2"]) == 2
     assert "grpo-fast: error: epsilon must be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["sweep", "--help"], ["evaluate", "--help"]])
+def test_help_where_only_ascii_can_be_written(arguments):
+    script = f"import sys; sys.argv[1:] = {arguments!r}; from grpo_fast.__main__ import main; main()"
+    assert "usage: grpo-fast" in python(script, PYTHONIOENCODING="ascii")

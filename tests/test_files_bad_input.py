@@ -99,7 +99,7 @@ def test_arguments_that_do_not_fit(tmp_path):
     refused("epsilon must be", path, epsilon=-1)
     refused("beta must be", path, beta=-1)
     refused("^aggregation must be one of", other, aggregation="mean")
-    refused("^epsilon must be", path, call=sweep, epsilons=2, betas=0)
+    refused("^epsilon must be", path, call=sweep, epsilons=-2, betas=0)
     refused("columns are none; got epsilon", path, call=sweep, epsilon=0.1, **GRID, error=TypeError)
     refused("columns are kl, aggregation, normalizer; got sur", other, call=sweep, surrogate=1, **GRID, error=TypeError)
     refused("kl must be K1, K2, K3 or a function", other, call=sweep, kl=K3(0.1), **GRID, error=TypeError)

@@ -4,9 +4,10 @@ import os
 import tracemalloc
 
 import numpy as np
+import pytest
 from conftest import BLOCK, python, samples
 
-from grpo_fast import grpo_objective, grpo_stats
+from grpo_fast import K3, group_advantages, grpo_loss, grpo_objective, grpo_stats, grpo_sweep, reference
 from grpo_fast._kernels.threads import WORTH_SHARING
 
 MANY = WORTH_SHARING + 5 * BLOCK
@@ -104,3 +105,51 @@ def test_extra_memory_does_not_grow():
         assert tracemalloc.get_traced_memory()[1] < np.float64().nbytes * MANY / 4
     finally:
         tracemalloc.stop()
+
+
+# --- what the host has set --------------------------------------------------------------------------------------------
+NAMED = """
+import pathlib
+pathlib.Path("/proc/self/comm").write_bytes(b"training\\xc3")  # cut in the middle of a character
+import numba, numpy as np
+
+@numba.njit(parallel=True)
+def total(x):
+    result = 0.0
+    for i in numba.prange(x.size):
+        result += x[i]
+    return result
+
+total(np.ones(100_000))  # so that it matters whether this process was forked
+import grpo_fast
+print(grpo_fast.grpo_objective(1.0, 3.0, None, None, beta=0))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/comm"), reason="names processes as Linux does")
+def test_names_of_processes_are_any_bytes():
+    assert python(NAMED) == "3.0\n"
+
+
+def test_the_floating_point_state_does_not_matter():
+    tiny = np.array([[1e-310, 5e-324, 3e-39], [1.0, 2.0, 1e30]])
+    rng = np.random.default_rng(0)
+    logps = -rng.exponential(size=(2, 3)).astype("f4")
+    four = samples(100)
+
+    def everything():
+        yield grpo_loss(logps, logps - 700, tiny, logps + 700, kl=K3(0.1), grad=True).grad
+        yield reference.grpo_loss(logps, logps - 700, tiny, logps + 700, kl=K3(0.1), grad=True).grad
+        yield grpo_objective(*four), reference.grpo_objective(*four), reference.grpo_objective([0.0], [1], [0], [1])
+        yield grpo_stats(*(x.astype("f2") for x in four)).as_dict().values()
+        yield grpo_sweep(*four, [0.1, 1e-320], [0, 1e-320]).objective
+        for scale in ("group", "batch", "none"):
+            for rewards in (tiny, tiny[:1], np.array([[6e4, -6e4]], "f2")):
+                yield group_advantages(rewards, scale=scale, eps=0)
+
+    with np.errstate(all="ignore"):
+        expected = [np.array(list(x)) for x in everything()]
+    with np.errstate(all="raise"):
+        found = [np.array(list(x)) for x in everything()]
+        assert set(np.geterr().values()) == {"raise"}
+    assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(expected, found, strict=True))

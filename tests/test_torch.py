@@ -371,3 +371,22 @@ assert [rank.wait() for rank in ranks] == [0, 0]
     assert isinstance(stats, Stats)
     assert stats.loss == right.loss
     assert stats.as_dict() == pytest.approx(right.as_dict(), rel=0, abs=0, nan_ok=True)
+
+
+@pytest.mark.parametrize("normalizer", [None, 8.0, 3])
+def test_nothing_depends_on_a_default_device_or_dtype(normalizer):
+    def found():
+        logps = torch.tensor([[-1.0, -2.0]], dtype=torch.float32, device="cpu", requires_grad=True)
+        advantages = torch.tensor([1.0], dtype=torch.float32, device="cpu")
+        loss, stats = grpo_loss(logps, logps.detach() - 0.5, advantages, normalizer=normalizer, return_stats=True)
+        loss.backward()
+        return loss.item(), loss.dtype, loss.device.type, logps.grad.tolist(), stats
+
+    expected = found()
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert found() == expected
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)

@@ -22,8 +22,8 @@ threads and, since a sequence begins its own blocks, in any batch. Where numbers
 is right, a block is computed again in the careful way.
 
 What is masked is 0 for all that follows (`tokens.zero_where`), whatever it was. An illegal number elsewhere is not
-looked for: it makes a sum infinite or NaN, the block is counted as suspect, and Python looks for the number and raises
-an error that names it.
+looked for in the fast way: it makes a sum infinite or NaN, or leaves the range, the block is counted as suspect, and
+Python looks for the number and raises an error that names it.
 
 A new surrogate of `grpo_loss`: a class and its place in `Surrogate`, in `terms`; its mathematics in `reference` (also
 its diagnostics); a branch in each function of `formulas` that asks for the class, which are the formula, the gradient

@@ -1,0 +1,160 @@
+"""Shards in which nothing is, masks by other names, nulls where masked: counted right, or refused by name."""
+
+import numpy as np
+import pytest
+
+pa = pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[data]'")
+from rollout_files import FORMATS, GRID, OPTIONS, PROBABILITIES, refused, table, tokens, write  # noqa: E402
+
+from grpo_fast import _formats, evaluate, grpo_loss  # noqa: E402
+from grpo_fast.files import sweep  # noqa: E402
+
+formats = pytest.mark.parametrize("suffix", FORMATS)
+
+
+# --- nothing ----------------------------------------------------------------------------------------------------------
+def empty_lists(sequences):
+    """As pandas and polars write columns of lists that are all empty."""
+    column = pa.array([[]] * sequences, pa.list_(pa.null()))
+    return pa.table({"logps": column, "old_logps": column, "ref_logps": column, "advantages": np.ones(sequences)})
+
+
+@formats
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_a_shard_of_empty_lists_adds_its_sequences(where, suffix, tmp_path):
+    arrays = [tokens(20, seed=k) for k in range(2)]
+    shards = [write(tmp_path / f"{k}.{suffix}", table(x)) for k, x in enumerate(arrays)]
+    expected = evaluate(shards, aggregation="token-mean", **OPTIONS)
+    shards.insert(where, write(tmp_path / f"empty.{suffix}", empty_lists(3)))
+    stats = evaluate(shards, aggregation="token-mean", **OPTIONS)
+    assert stats.as_dict() == expected.as_dict() | {"sequences": 43}
+    assert sweep(shards, aggregation="token-mean", **GRID).tokens == expected.tokens
+
+
+@formats
+@pytest.mark.parametrize("where", [0, 1])
+def test_a_shard_without_rows_counts_as_nothing(where, suffix, tmp_path):
+    shards = [write(tmp_path / f"full.{suffix}", table(tokens(20)))]
+    expected = evaluate(shards, **OPTIONS)
+    for kind in (pa.float64(), pa.null(), pa.string()):
+        nothing = pa.table({name: pa.array([], kind) for name in ("logps", "old_logps", "ref_logps", "advantages")})
+        both = list(shards)
+        both.insert(where, write(tmp_path / f"nothing.{suffix}", nothing))
+        assert evaluate(both, **OPTIONS) == expected
+
+
+@pytest.mark.parametrize("of_lists", [True, False])
+def test_an_empty_row_group_changes_nothing(of_lists, tmp_path, monkeypatch):
+    rows = table(tokens(300)) if of_lists else pa.table({name: np.full(9000, 0.5) for name in PROBABILITIES})
+    options = OPTIONS if of_lists else {}
+    expected = evaluate(write(tmp_path / "a.parquet", rows), **options)
+    read = []
+    inner = _formats._ParquetFile._read
+    monkeypatch.setattr(_formats._ParquetFile, "_read", lambda *a: (read.append(a[3]), inner(*a))[1])
+    assert evaluate(write(tmp_path / "b.parquet", rows[:0], rows, rows[:0]), **options) == expected
+    assert min(read) >= (64 if of_lists else 4096)  # rows at a time
+
+
+def test_batches_are_the_rows_in_order_whatever_their_lengths(tmp_path, monkeypatch):
+    monkeypatch.setattr(_formats, "_BATCH_BYTES", 1000)
+    monkeypatch.setattr(_formats, "_LEAST_BYTES", 1000)
+    rng = np.random.default_rng(0)
+    lengths = np.concatenate([rng.integers(0, 3, 200), rng.integers(50, 90, 70), [0, 3000, 1], rng.integers(0, 3, 99)])
+    values = pa.array(np.arange(lengths.sum(), dtype=float))
+    rows = pa.table({"x": pa.ListArray.from_arrays(np.append(0, np.cumsum(lengths)).astype("i4"), values)})
+    file = _formats.opened(str(write(tmp_path / "a.parquet", rows)))
+    batches = list(file.batches(0, ["x"], None, False))
+    assert pa.Table.from_batches(batches) == rows
+    assert all(batch.nbytes >= 900 for batch in batches[:-1])  # joined; one has fewer offsets than its parts had
+    large = [batch for batch in batches if batch.num_rows > 1 and batch.nbytes > 2000]
+    assert len(large) <= 2  # of 64 rows, and of 8; then one row is read at a time
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+def masked(names, seed=0):
+    """Rollouts with masks of these names, and their product."""
+    arrays, rng = tokens(50, seed), np.random.default_rng(seed)
+    masks = {name: rng.random(arrays["logps"].size) < 0.8 for name in names}
+    rows = table(arrays)
+    for name, mask in masks.items():
+        rows = rows.append_column(name, table({"mask": mask, "cu_seqlens": arrays["cu_seqlens"]})["mask"])
+    return arrays, masks, rows
+
+
+@formats
+def test_masks_multiply(suffix, tmp_path):
+    arrays, masks, rows = masked(["completion_mask", "tool_mask"])
+    path = write(tmp_path / f"a.{suffix}", rows)
+    names = ["completion_mask", "tool_mask"]
+    for columns in ({"mask": names}, {"mask": tuple(names[::-1])}):
+        stats = evaluate(path, columns={"logps": "logps", **columns}, **OPTIONS)
+        product = masks["completion_mask"] & masks["tool_mask"]
+        assert stats == grpo_loss(**arrays, mask=product, **OPTIONS).stats
+    one = evaluate(path, columns={"mask": "tool_mask"}, **OPTIONS)
+    assert one == grpo_loss(**arrays, mask=masks["tool_mask"], **OPTIONS).stats
+    assert evaluate(path, columns={"mask": None}, **OPTIONS) == grpo_loss(**arrays, **OPTIONS).stats
+
+
+@formats
+@pytest.mark.parametrize("name", ["completion_mask", "response_mask", "loss_mask", "attention_Mask", "MASK"])
+def test_a_mask_by_another_name_is_not_ignored(name, suffix, tmp_path):
+    _, _, rows = masked([name])
+    path = write(tmp_path / f"a.{suffix}", rows)
+    message = f"column '{name}' looks like a mask and is not used: columns={{'mask': '{name}'}} uses it .* ignores it"
+    refused(message, path, **OPTIONS)
+    refused(message, path, call=sweep, **GRID)
+    _, _, rows = masked(["mask", name])
+    refused(rf"{{'mask': \['mask', '{name}'\]}} both .* {{'mask': 'mask'}} ignores it", write(path, rows), **OPTIONS)
+
+
+def test_what_only_sounds_like_a_mask_is_left_alone(tmp_path):
+    arrays = tokens(20)
+    rows = table(arrays)
+    for name, column in {"mask": ["a"] * 20, "no_mask": [1] * 20, "masks": [[1]] * 20}.items():
+        if name != "mask":
+            rows = rows.append_column(name, [column])
+    assert evaluate(write(tmp_path / "a.parquet", rows), **OPTIONS) == grpo_loss(**arrays, **OPTIONS).stats
+
+
+@pytest.mark.parametrize("wrong", [[], ["mask", 1], {"mask"}, 1])
+def test_a_mask_is_one_name_or_several(wrong, tmp_path):
+    path = write(tmp_path / "a.parquet", table(tokens(3)))
+    refused("columns\\['mask'\\] must be the name of a column", path, columns={"mask": wrong}, error=TypeError)
+    refused("columns\\['logps'\\] must be", path, columns={"logps": ["a", "b"]}, error=TypeError)
+
+
+# --- nulls ------------------------------------------------------------------------------------------------------------
+def with_nulls(rows, name, where):
+    """The table with nulls in the lists, or instead of the numbers, of a column."""
+    column = rows[name].combine_chunks()
+    if pa.types.is_large_list(column.type):
+        values = pa.array(column.values.to_numpy(zero_copy_only=False), mask=where)
+        column = pa.LargeListArray.from_arrays(column.offsets, values)
+    else:
+        column = pa.array(column.to_numpy(), mask=where)
+    return rows.set_column(rows.schema.names.index(name), name, column)
+
+
+@pytest.mark.parametrize("name", ["logps", "old_logps", "ref_logps", "rollout_is_weights"])
+def test_a_null_where_masked_is_never_looked_at(name, tmp_path):
+    arrays = tokens(50, optional=True)
+    mask, rows = arrays["mask"], table(arrays)
+    expected = evaluate(write(tmp_path / "a.parquet", rows), **OPTIONS)
+    assert evaluate(write(tmp_path / "a.parquet", with_nulls(rows, name, ~mask)), **OPTIONS) == expected
+    where = ~mask
+    where[np.flatnonzero(mask)[7]] = True
+    path = write(tmp_path / "a.parquet", with_nulls(rows, name, where))
+    refused(f"row [0-9]+: column '{name}' has a null in a list, which is not masked", path, **OPTIONS)
+    refused("column 'mask' has a null in a list", write(path, with_nulls(rows, "mask", where)), **OPTIONS)
+
+
+def test_nor_one_for_a_sequence_that_is_masked(tmp_path):
+    arrays = tokens(50, optional=True)
+    bounds = arrays["cu_seqlens"]
+    arrays["mask"][bounds[7] : bounds[9]] = False
+    rows, where = table(arrays), np.isin(np.arange(50), [7, 8])
+    expected = evaluate(write(tmp_path / "a.parquet", rows), **OPTIONS)
+    assert evaluate(write(tmp_path / "a.parquet", with_nulls(rows, "advantages", where)), **OPTIONS) == expected
+    where[10] = True
+    path = write(tmp_path / "a.parquet", with_nulls(rows, "advantages", where))
+    refused("row 10: column 'advantages' has a null, which is not masked", path)
