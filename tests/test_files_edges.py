@@ -67,7 +67,7 @@ def test_batches_are_the_rows_in_order_whatever_their_lengths(tmp_path, monkeypa
     assert pa.Table.from_batches(batches) == rows
     assert all(batch.nbytes >= 900 for batch in batches[:-1])  # joined; one has fewer offsets than its parts had
     large = [batch for batch in batches if batch.num_rows > 1 and batch.nbytes > 2000]
-    assert len(large) <= 2  # of 64 rows, and of 8; then one row is read at a time
+    assert len(large) <= 3  # of 64 rows, of 8, and the longest row with an empty one: then one is read at a time
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------
