@@ -44,7 +44,6 @@ class Inputs(NamedTuple):
         weights_per_token, weights = True, None
         if rollout_is_weights is not None:
             weights_per_token, weights = expected.per_token_or_sequence("rollout_is_weights", rollout_is_weights)
-        place = _place_for(grad, array.shape, dtype)
         batch = Batch(
             logps=expected.per_token("logps", array),
             old_logps=None if old_logps is None else expected.per_token("old_logps", old_logps),
@@ -52,11 +51,14 @@ class Inputs(NamedTuple):
             ref_logps=None if ref_logps is None else expected.per_token("ref_logps", ref_logps),
             mask=None if mask is None else _mask(array.shape, mask),
             weights=weights,
-            grad=None if place is None else _flat_gradient(place),
+            grad=None,
             bounds=bounds,
             advantages_per_token=advantages_per_token,
             weights_per_token=weights_per_token,
         )
+        place = _place_for(grad, array.shape, dtype)
+        if place is not None:
+            batch = batch._replace(grad=_flat_gradient(place))
         if isinstance(grad, np.ndarray):
             _refuse_overlap(
                 grad,

@@ -41,12 +41,20 @@ class _Additive:
             a, b = getattr(self, f.name), getattr(other, f.name)
             how = f.metadata.get("added_by")
             if how is _same and a != b:
-                raise ValueError(f"{type(self).__name__} of different {f.name} cannot be added: {a} and {b}")
+                name, a, b = _difference(f.name, a, b)
+                raise ValueError(f"{type(self).__name__} of different {name} cannot be added: {a} and {b}")
             total[f.name] = how(a, b) if how else a + b
         return type(self)(**total)
 
     def __radd__(self, other: object) -> Self:  # sum() begins with 0
         return self if other == 0 else NotImplemented
+
+
+def _difference(name: str, a: Any, b: Any) -> tuple[str, Any, Any]:
+    """The name and the values of a field; of options, of the first one that differs."""
+    if isinstance(a, Options):
+        return next((x, y, z) for x, y, z in zip(a._fields, a, b, strict=True) if y != z)
+    return name, a, b
 
 
 def _same(a: Any, _: Any) -> Any:

@@ -3,6 +3,7 @@
 import itertools
 import math
 import pickle
+import re
 from dataclasses import fields, replace
 from fractions import Fraction
 from functools import reduce
@@ -14,7 +15,7 @@ from conftest import DTYPES, samples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from grpo_fast import BLOCK, Stats, grpo_objective, grpo_stats, grpo_sweep, reference
+from grpo_fast import BLOCK, grpo_objective, grpo_stats, grpo_sweep, reference
 from grpo_fast._kernels import exact
 from grpo_fast._kernels.exact import ROW, Exact
 from grpo_fast._kernels.sums import empty_accumulators, merged
@@ -81,12 +82,11 @@ def test_extremes_and_counts_are_those_of_all():
 def test_different_options_do_not_add():
     arrays = samples(10)
     stats = grpo_stats(*arrays)
-    for other in (grpo_stats(*arrays, epsilon=0.3), grpo_stats(*arrays, beta=0.02)):
-        with pytest.raises(ValueError, match=r"Stats of different options cannot be added: .*Clip.* and .*Clip"):
-            stats + other
-    k2 = Stats(**{f.name: getattr(stats, f.name) for f in fields(stats)} | {"options": (stats.options[0], K2(0.01))})
-    with pytest.raises(ValueError, match="different options"):
-        stats + k2
+    for option, other in (("surrogate", {"epsilon": 0.3}), ("kl", {"beta": 0.02})):
+        with pytest.raises(ValueError, match=f"Stats of different {option} cannot be added: .* and .*"):
+            stats + grpo_stats(*arrays, **other)
+    with pytest.raises(ValueError, match=r"different kl cannot be added: K3\(beta=0.01, .*\) and K2\(beta=0.01, .*\)"):
+        stats + replace(stats, options=stats.options._replace(kl=K2(0.01)))
     with pytest.raises(ValueError, match="Sweep of different grid"):
         grpo_sweep(*arrays, [0.1], [0.1]) + grpo_sweep(*arrays, [0.2], [0.1])
 
@@ -119,8 +119,11 @@ def test_shards_of_an_enormous_run_lose_nothing():
 def test_sweeps_of_other_terms_do_not_add():
     sweep = grpo_sweep([1.1], [1.0], [0.5], [0.5], [0.1, 0.2], [0.0, 0.1])
     assert (sweep + sweep).tokens == 2
-    with pytest.raises(ValueError, match="Sweep of different options cannot be added"):
-        sweep + replace(sweep, options=sweep.options._replace(kl=K2(1.0)))
+    for option, value in (("kl", K2(1.0)), ("aggregation", "token-sum"), ("normalizer", 3.0)):
+        other = replace(sweep, options=sweep.options._replace(**{option: value}))
+        message = f"Sweep of different {option} cannot be added: {getattr(sweep.options, option)} and {value}"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            sweep + other
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 5])

@@ -186,7 +186,7 @@ def test_an_upgrade_runs_the_new_code(what, tmp_path):
 FULL = """
 import resource, warnings
 import grpo_fast  # finds a place for its files, which is empty
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, -1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 with warnings.catch_warnings(record=True) as told:
     warnings.simplefilter("always")
     print(grpo_fast.grpo_objective([1.0], [3.0], None, None, beta=0))

@@ -1,6 +1,7 @@
 """A guest in any process: it imports little, starts nothing, takes no memory, and needs no disk."""
 
 import os
+import shutil
 import tracemalloc
 
 import numpy as np
@@ -21,7 +22,7 @@ def test_importing_where_nothing_can_be_written(tmp_path):
     for folder in (".", "_kernels"):
         for name in os.listdir(os.path.join(package, folder)):
             if name.endswith(".py"):
-                os.symlink(os.path.join(package, folder, name), tmp_path / "grpo_fast" / folder / name)
+                shutil.copy(os.path.join(package, folder, name), tmp_path / "grpo_fast" / folder / name)
         (tmp_path / "grpo_fast" / folder / "__pycache__").touch()
     nowhere = str(tmp_path / "grpo_fast" / "__init__.py" / "nowhere")
     script = f"""
@@ -153,3 +154,38 @@ def test_the_floating_point_state_does_not_matter():
         found = [np.array(list(x)) for x in everything()]
         assert set(np.geterr().values()) == {"raise"}
     assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(expected, found, strict=True))
+
+
+SMALL_STACK = """
+import threading
+import grpo_fast
+threading.stack_size(1 << 16)
+found = []
+def call():
+    found.append(grpo_fast.grpo_objective(1.0, 3.0, None, None, beta=0))
+thread = threading.Thread(target=call)
+thread.start()
+thread.join()
+assert threading.stack_size() == 1 << 16
+print(*found)
+"""
+
+
+def test_a_first_call_on_a_thread_with_a_small_stack(tmp_path):
+    assert python(SMALL_STACK, NUMBA_CACHE_DIR=str(tmp_path)) == "3.0\n"
+
+
+@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+def test_torch_keeps_its_threads(layer):
+    pytest.importorskip("torch", reason="needs PyTorch")
+    script = f"""
+import torch
+torch.set_num_threads(1)
+import numpy as np
+import grpo_fast
+print(torch.get_num_threads(), torch.get_num_interop_threads() > 0)
+grpo_fast.grpo_objective(*[np.full({MANY}, 0.5)] * 4)
+import numba
+print(torch.get_num_threads(), numba.threading_layer())
+"""
+    assert python(script, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2") == f"1 True\n1 {layer}\n"

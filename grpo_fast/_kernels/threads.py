@@ -74,6 +74,17 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 
 
+def _start_threads() -> None:
+    """Start Numba's threads, from a thread of its own.
+
+    With GNU OpenMP, that sets the number of threads for all parallel regions that the starting thread will ever enter,
+    and they may be PyTorch's.
+    """
+    starter = threading.Thread(target=numba.get_num_threads, name="grpo_fast-starter")
+    starter.start()
+    starter.join()
+
+
 @contextmanager
 def tasks(items: int) -> Iterator[int]:
     """A context for work on so many items; gives the number of tasks to cut it into. More than one may be parallel."""
@@ -87,6 +98,8 @@ def tasks(items: int) -> Iterator[int]:
     try:
         _inside[me] = None
         if [*_inside][0] is me:  # noqa: RUF015 - another thread could change it between iter(…) and next(…)
+            if not getattr(sys.modules.get("numba.np.ufunc.parallel"), "_is_initialized", False):
+                _start_threads()
             yield numba.get_num_threads()
         else:
             del _inside[me]
