@@ -121,13 +121,30 @@ def same_shape(
 
 
 def as_array(name: str, value: ArrayLike | None, of: str = "real numbers") -> Array:
-    """The named argument as an array, or a TypeError."""
+    """The named argument as an array, or a TypeError; bfloat16, whoever's, as float32."""
     if isinstance(value, MaskedArray):
         raise TypeError(f"{name} must be a plain array: take a masked array's .compressed() or .filled() first")
+    if type(value).__module__.partition(".")[0] == "torch":
+        value = _readable_tensor(name, value)
     try:
-        return np.asarray(value)
+        array = np.asarray(value)
     except ValueError as error:
         raise TypeError(f"{name} must be an array of {of}, got a ragged or mixed sequence") from error
+    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array  # of ml_dtypes, as JAX's are
+
+
+def _readable_tensor(name: str, tensor: Any) -> Any:
+    """A tensor of PyTorch as one that NumPy can read, or a TypeError that says how to make one."""
+    if getattr(tensor, "requires_grad", False):
+        raise TypeError(
+            f"{name} must not require a gradient here: grpo_fast.torch.grpo_loss is the loss for autograd, and "
+            f"{name}.detach() an array like any other"
+        )
+    if getattr(tensor, "is_nested", False):
+        raise TypeError(f"{name} must not be nested: {name}.values() is packed, with cu_seqlens={name}.offsets()")
+    if tensor.device.type != "cpu":
+        raise TypeError(f"{name} must be on the CPU, got a tensor on {tensor.device}: {name}.cpu() brings it there")
+    return tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor
 
 
 def real(name: str, value: ArrayLike | None) -> Array:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ._checks import FLOAT32, FLOAT64, Array, first_problem, flat, real
+from ._checks import FLOAT32, FLOAT64, Array, as_array, first_problem, flat, real
 from ._kernels.tokens import Batch
 
 
@@ -126,10 +126,13 @@ def _bounds(shape: tuple[int, ...], cu_seqlens: ArrayLike | None) -> Array:
     if len(shape) != 1 or bounds.ndim != 1 or bounds.size < 1 or bounds.dtype.kind not in "iu":
         raise ValueError(
             f"cu_seqlens must be a one-dimensional array of at least one int, beside logps of shape (N,); "
-            f"got {bounds.dtype} {bounds.shape} beside logps {shape}"
+            f"got {bounds.dtype} {bounds.shape} beside logps {shape}{': logps[0] is' if shape[:1] == (1,) else ''}"
         )
     if bounds[0] != 0 or bounds[-1] != size:
-        raise ValueError(f"cu_seqlens must go from 0 to {size}, the size of logps, got {bounds[0]} to {bounds[-1]}")
+        cut = f"; without padding at the end: logps[:{bounds[-1]}]" if 0 <= bounds[-1] < size else ""
+        raise ValueError(
+            f"cu_seqlens must go from 0 to {size}, the size of logps, got {bounds[0]} to {bounds[-1]}{cut}"
+        )
     falling = bounds[1:] < bounds[:-1]
     if falling.any():
         i = int(falling.argmax()) + 1
@@ -175,7 +178,7 @@ def _refuse_overlap(grad: Array, **arguments: Any) -> None:
     for name, values in arguments.items():
         if values is None or isinstance(values, (list, tuple)):
             continue
-        array = np.asarray(values)
+        array = as_array(name, values)
         if np.may_share_memory(grad, array) and np.shares_memory(grad, array):  # the first is quick, the second exact
             raise ValueError(f"grad must not overlap another argument, got memory of {name}")
 

@@ -210,7 +210,8 @@ def _refuse_unless_plain(name: str, tensor: Any) -> None:
     if tensor.device.type != "cpu":
         raise TypeError(f"{name} must be on the CPU, got a tensor on {tensor.device}")
     if tensor.layout is not torch.strided or tensor.is_nested:
-        raise TypeError(f"{name} must be a dense tensor, got one that is sparse or nested")
+        packed = f": {name}.values() is packed, with cu_seqlens={name}.offsets()" if tensor.is_nested else ""
+        raise TypeError(f"{name} must be a dense tensor, got one that is sparse or nested{packed}")
     if tensor.dtype not in _DTYPES:
         raise TypeError(f"{name} must hold float64, float32, bfloat16, float16, ints or bools, got {tensor.dtype}")
 
