@@ -81,7 +81,9 @@ class Clip(_Option, NamedTuple("Clip", [("epsilon", float), ("epsilon_high", flo
         )
         bound = math.inf
         if delta is not None:
-            bound = number("delta", delta, f"above 1 + epsilon_high = {1 + high}", lambda x: x > 1 + high)
+            bound = number(
+                "delta", delta, f"above 1 + epsilon_high = {1 + high}", lambda x: x > 1 + high or x == math.inf
+            )
         return super().__new__(cls, epsilon, high, bound)
 
 
@@ -316,7 +318,7 @@ class Options(
             The normalizer is 0 although there are tokens. Where there are none, 1 serves as well.
         """
         if self.normalizer == 0 and tokens:
-            raise ValueError("normalizer must be above 0 where a token counts, got 0.0")
+            raise ValueError(f"normalizer must be above 0 where a token counts, got {self.normalizer!r}")
         if self.normalizer:
             return self.normalizer
         counted = {"token-mean": tokens, "token-sum": 1}.get(self.aggregation, sequences)

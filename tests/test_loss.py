@@ -177,7 +177,7 @@ def test_tunix_aggregation(aggregation, loss):
 
 # --- small and large --------------------------------------------------------------------------------------------------
 def test_kl_in_float32_is_right_however_small_it_is():
-    plain, plain_slope = [], []  # errors of the formulas as they stand
+    plain = []  # errors of the formula as it stands
     for steps in [1, 2, 3, 7, 40, 1000, 9999, 123456, 3000001]:
         for l in (steps * 2.0**-23, -steps * 2.0**-23):  # which is exactly the difference −1.5 + l − (−1.5)
 
@@ -194,9 +194,7 @@ def test_kl_in_float32_is_right_however_small_it_is():
             assert abs(value - l * l / 2) <= np.spacing(F4(l * l / 2))
             assert grad == l
             plain.append(abs((F4(math.exp(-l)) + F4(l) - 1) / k3 - 1))
-            plain_slope.append(abs((1 - F4(math.exp(-l))) / slope - 1))
     assert max(plain) > 0.1
-    assert max(plain_slope) > 0.1
 
 
 FAR = [  # surrogate, classes of kl, level, dtype
