@@ -106,7 +106,15 @@ def batch(row, lengths, drift=0.5, ref_drift=0.5, seed=0):
         "rollout_is_weights": None if row.weights is None else values(row.weights, rng.lognormal),
     }
     garbage = np.resize(np.array([np.nan, np.inf, -np.inf], row.dtype), keep.shape)
-    return {name: np.where(keep, x, garbage) if np.shape(x) == keep.shape else x for name, x in arrays.items()} | {
+    either = keep.shape == (len(lengths),) and set(lengths) != {1}  # as many tokens as sequences: say which is meant
+    per = {"advantages": row.advantages, "rollout_is_weights": row.weights}
+    for name, x in arrays.items():
+        per_token = per.get(name, TOKEN) == TOKEN
+        if x is not None and per_token:
+            arrays[name] = np.where(keep, x, garbage)
+        if x is not None and name in per and either:
+            arrays[name] = arrays[name].reshape((1, -1) if per_token else (-1, 1))
+    return arrays | {
         "mask": keep.astype([bool, np.uint8, row.dtype][rng.integers(3)]) if masked else None,
         "cu_seqlens": np.append(0, np.cumsum(lengths)) if row.layout in ("packed", "holes") else None,
         "surrogate": row.surrogate,
@@ -141,7 +149,8 @@ def textbook(
     sequence = torch.repeat_interleave(torch.arange(len(lengths)), lengths)[keep]  # of each token
 
     def tokens(x):
-        return x.reshape(-1)[keep] if x.shape == logps.shape else x[sequence]
+        per_token = x.shape in (logps.shape, (1, *logps.shape))
+        return x.reshape(-1)[keep] if per_token else x.reshape(-1)[sequence]
 
     def sums(x):  # one per sequence
         return x.new_zeros(len(lengths)).index_add(0, sequence, x)
