@@ -216,10 +216,26 @@ def _files_hold_log_probabilities(arguments: argparse.Namespace, given: dict[str
     return form is _rollouts.Form.LOG_PROBABILITIES
 
 
+def _columns_of(pairs: Iterable[tuple[str, str | None]]) -> dict[str, Any]:
+    """The column of each argument; the list of them for a mask that is named more than once."""
+    columns: dict[str, Any] = {}
+    for argument, column in pairs:
+        if argument not in columns:
+            columns[argument] = column
+        elif argument == "mask" and column is not None and columns[argument] is not None:
+            columns[argument] = [
+                *([columns[argument]] if isinstance(columns[argument], str) else columns[argument]),
+                column,
+            ]
+        else:
+            raise ValueError(f"--columns names two columns for {argument}, got {columns[argument]} and {column}")
+    return columns
+
+
 def _common(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments that `evaluate` and `sweep` have in common, but for files and executor."""
     return {
-        "columns": dict(arguments.columns) if arguments.columns else None,
+        "columns": _columns_of(arguments.columns) if arguments.columns else None,
         "batch_size": arguments.batch_size,
         "progress": not arguments.no_progress,
     }

@@ -89,6 +89,20 @@ def test_options_of_tokens(rollouts, arrays, capsys):
     assert capsys.readouterr() == (f"{expected}\n", "")
 
 
+def test_several_masks(tmp_path, capsys):
+    arrays = tokens(40, optional=True)
+    rows = table(arrays).rename_columns(["logps", "old_logps", "advantages", "ref_logps", "completion_mask", "weights"])
+    rows = rows.append_column("tool_mask", rows["completion_mask"])
+    path = str(write(tmp_path / "a.parquet", rows))
+    assert main(["evaluate", path, "--no-progress"]) == 2
+    assert "column 'completion_mask' looks like a mask and is not used" in capsys.readouterr().err
+    both = ["--columns", "mask=completion_mask", "mask=tool_mask"]
+    assert main(["evaluate", path, "--no-progress", "--json", *both]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == arrays["mask"].sum()
+    assert main(["evaluate", path, "--no-progress", "--columns", "logps=logps", "logps=old_logps"]) == 2
+    assert "--columns names two columns for logps, got logps and old_logps" in capsys.readouterr().err
+
+
 def test_columns(arrays, tmp_path, capsys):
     path = write(
         tmp_path / "rollouts.parquet", table(arrays).rename_columns(["policy", "old_logps", "advantages", "ref_logps"])
