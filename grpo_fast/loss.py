@@ -198,7 +198,8 @@ def _at_sequence_level(batch: Batch, terms: LossTerms, accumulators: Array) -> N
         if extent.tokens:
             collected = np.empty(blocks_in(extent.stop - extent.start), sequence_level.COLLECTED)
             sequence_level.collect_parallel(batch, *terms, sequence, extent, collected, tasks)
-            coefficients = sequence_level.conclude(batch, terms, extent.tokens, collected, accumulators, 0)
+            concluded = sequence_level.conclude(batch, terms, extent.tokens, collected, accumulators, 0)
+            coefficients = sequence_level.GradientCoefficients(*concluded)
             if batch.grad is not None:
                 sequence_level.spread_parallel(batch, *terms, coefficients, sequence, extent, tasks)
 
@@ -226,8 +227,7 @@ def _ranges(batch: Batch, tasks: int) -> tuple[Array, int, list[int]]:
 def _begin_long_sequence(batch: Batch, sequence: int, accumulators: Array) -> Extent:
     """`tokens.begin_sequence`, with its side effects, for a sequence that is shared out."""
     first, last = batch.bounds[sequence : sequence + 2].tolist()
-    extent: Extent = begin_long_sequence(batch.mask, batch.grad, first, last, accumulators)
-    return extent
+    return Extent(*begin_long_sequence(batch.mask, batch.grad, first, last, accumulators))
 
 
 def _spans(batch: Batch, sequence: int, tasks: int, accumulators: Array) -> token_level.Spans:

@@ -49,6 +49,9 @@ def compiled(function: Any = None, *, parallel: bool = False, allocates: bool = 
     The machine code is made on the first call with new types, and kept on disk. A function that neither allocates
     arrays nor calls one that does (``allocates=False``) is compiled without reference counts. Without a just-in-time
     compiler (NUMBA_DISABLE_JIT) a call raises a RuntimeError.
+
+    To Python it must return numbers, arrays and plain tuples of them. For a NamedTuple, Numba calls its class, and if
+    that raises, as Ctrl-C can make it, ends the process (Numba 0.68).
     """
     if function is None:
         return functools.partial(compiled, parallel=parallel, allocates=allocates)

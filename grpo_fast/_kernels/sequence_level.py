@@ -200,7 +200,7 @@ def _total_of(collected):
 
 @compiled
 def conclude(batch, terms, tokens, collected, accumulators, task):
-    """Add a sequence of so many tokens to the task's accumulator, and return the coefficients of its gradient.
+    """Add a sequence of so many tokens to the task's accumulator, and return its `GradientCoefficients`, a plain tuple.
 
     Both are made of what was ``collected`` from its blocks, of which the first record is written to.
     """
@@ -241,7 +241,7 @@ def conclude(batch, terms, tokens, collected, accumulators, task):
         through_ratio += _policy_sum(term.slope, total)
     else:
         direct = np.float64(lane_max(term.slope))
-    return GradientCoefficients(-factor * (through_ratio / tokens), factor * kl.slope_factor, -factor * direct)
+    return -factor * (through_ratio / tokens), factor * kl.slope_factor, -factor * direct
 
 
 # --- spread -----------------------------------------------------------------------------------------------------------
@@ -282,7 +282,8 @@ def sequence_level(batch, terms, ranges, limit, accumulators, task):
                 if extent.tokens > 0:
                     collected = np.empty(block_count(extent.stop - extent.start), COLLECTED)
                     collect(batch, terms, sequence, extent.start, extent.stop, collected)
-                    coefficients = conclude(batch, terms, extent.tokens, collected, accumulators, task)
+                    constant, kl_slope, weighted = conclude(batch, terms, extent.tokens, collected, accumulators, task)
+                    coefficients = GradientCoefficients(constant, kl_slope, weighted)
                     spread(batch.grad, batch, terms, coefficients, sequence, extent.start, extent.stop)
 
 

@@ -83,8 +83,9 @@ def begin_sequence(mask, grad, first, last, accumulator):
 
 @compiled
 def begin_long_sequence(mask, grad, first, last, accumulators):
-    """As `begin_sequence`, for the first of the accumulators and a caller in Python."""
-    return begin_sequence(mask, grad, first, last, accumulators[0])
+    """As `begin_sequence`, for the first of the accumulators and a caller in Python: the `Extent` as a plain tuple."""
+    extent = begin_sequence(mask, grad, first, last, accumulators[0])
+    return extent.start, extent.stop, extent.tokens
 
 
 @inlined
