@@ -18,7 +18,6 @@ from . import cache
 
 #: Bytes, of a thread that compiles; LLVM takes less than one MiB, but 64 KiB are too little.
 _STACK = 16 << 20
-_stack_size = threading.Lock()
 
 #: Without reference counts (_nrt), since LLVM cannot remove those of arrays in a tuple, and threads contend for them.
 _INLINED = {"forceinline": True, "error_model": "numpy", "_nrt": False}
@@ -82,7 +81,7 @@ def _on_another_thread(work: Callable[..., Any]) -> Callable[..., Any]:
             return work(*arguments)
         compiler = ThreadPoolExecutor(1, "grpo_fast-compiler")
         try:
-            with large_stacks():
+            with _large_stacks():
                 future = compiler.submit(work, *arguments)
         except RuntimeError:  # the interpreter ends, and starts no more threads
             return work(*arguments)
@@ -95,9 +94,13 @@ def _on_another_thread(work: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def large_stacks() -> Iterator[None]:
-    """A context in which threads that are started have a stack of `_STACK`, whatever the host has set for its own."""
-    with _stack_size:
+def _large_stacks() -> Iterator[None]:
+    """A context in which threads that are started have a stack of `_STACK`, whatever the host has set for its own.
+
+    That is a setting of the process, which cannot be read without changing it. Under the compiler's lock nobody else
+    changes it here, and nobody forks meanwhile.
+    """
+    with global_compiler_lock:
         before = threading.stack_size(_STACK)
         try:
             yield
