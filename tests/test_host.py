@@ -156,25 +156,6 @@ def test_the_floating_point_state_does_not_matter():
     assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(expected, found, strict=True))
 
 
-SMALL_STACK = """
-import threading
-import grpo_fast
-threading.stack_size(1 << 16)
-found = []
-def call():
-    found.append(grpo_fast.grpo_objective(1.0, 3.0, None, None, beta=0))
-thread = threading.Thread(target=call)
-thread.start()
-thread.join()
-assert threading.stack_size() == 1 << 16
-print(*found)
-"""
-
-
-def test_a_first_call_on_a_thread_with_a_small_stack(tmp_path):
-    assert python(SMALL_STACK, NUMBA_CACHE_DIR=str(tmp_path)) == "3.0\n"
-
-
 @pytest.mark.parametrize("layer", ["omp", "workqueue"])
 def test_torch_keeps_its_threads(layer):
     pytest.importorskip("torch", reason="needs PyTorch")

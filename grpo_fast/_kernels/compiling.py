@@ -5,9 +5,8 @@ An inlined function whose formula is picked by the types of its arguments is `in
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 import numba
@@ -15,9 +14,6 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import overload
 
 from . import cache
-
-#: Bytes, of a thread that compiles; LLVM takes less than one MiB, but 64 KiB are too little.
-_STACK = 16 << 20
 
 #: Without reference counts (_nrt), since LLVM cannot remove those of arrays in a tuple, and threads contend for them.
 _INLINED = {"forceinline": True, "error_model": "numpy", "_nrt": False}
@@ -59,30 +55,30 @@ def compiled(function: Any = None, *, parallel: bool = False, allocates: bool = 
     # forceinline would be inherited from an inlined function that calls this one.
     options = {"nogil": True, "error_model": "numpy", "parallel": parallel, "forceinline": False, "_nrt": allocates}
     dispatcher = numba.njit(**options)(function)
-    dispatcher.compile = _on_another_thread(dispatcher.compile)
+    dispatcher.compile = _off_main_thread(dispatcher.compile)
     cache.use_disk_cache(dispatcher)
     return dispatcher
 
 
-def _on_another_thread(work: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that does the same ``work`` on a thread of its own, and waits for it.
+def _off_main_thread(work: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that does the same ``work`` on another thread, if it is called on the main one.
 
     Only the main thread is interrupted by signals. An exception such as Ctrl-C in the middle of Numba and LLVM can end
     in a crash (a double free) or a deadlock; here it interrupts only the waiting, and what is compiled is there for the
-    next call. And compiling needs a stack that the calling thread may not have.
+    next call.
 
-    Where the thread is already compiling something of which this is a part, it stays there: another one would wait for
-    the compiler's lock forever.
+    Where the main thread is already compiling something of which this is a part, it stays there: another thread would
+    wait for the compiler's lock forever. (No lock may be taken here: interrupted between taking it and being inside, the
+    main thread would keep it.)
     """
 
     @functools.wraps(work)
     def elsewhere(*arguments: Any) -> Any:
-        if global_compiler_lock.is_locked():  # by this thread
+        if threading.current_thread() is not threading.main_thread() or global_compiler_lock.is_locked():
             return work(*arguments)
         compiler = ThreadPoolExecutor(1, "grpo_fast-compiler")
         try:
-            with _large_stacks():
-                future = compiler.submit(work, *arguments)
+            future = compiler.submit(work, *arguments)
         except RuntimeError:  # the interpreter ends, and starts no more threads
             return work(*arguments)
         try:
@@ -91,21 +87,6 @@ def _on_another_thread(work: Callable[..., Any]) -> Callable[..., Any]:
             compiler.shutdown(wait=False)
 
     return elsewhere
-
-
-@contextmanager
-def _large_stacks() -> Iterator[None]:
-    """A context in which threads that are started have a stack of `_STACK`, whatever the host has set for its own.
-
-    That is a setting of the process, which cannot be read without changing it. Under the compiler's lock nobody else
-    changes it here, and nobody forks meanwhile.
-    """
-    with global_compiler_lock:
-        before = threading.stack_size(_STACK)
-        try:
-            yield
-        finally:
-            threading.stack_size(before)
 
 
 def _raise_without_compiler(*_: Any) -> None:
