@@ -68,8 +68,8 @@ def _off_main_thread(work: Callable[..., Any]) -> Callable[..., Any]:
     next call.
 
     Where the main thread is already compiling something of which this is a part, it stays there: another thread would
-    wait for the compiler's lock forever. (No lock may be taken here: interrupted between taking it and being inside, the
-    main thread would keep it.)
+    wait for the compiler's lock forever. (No lock may be taken here: interrupted between taking it and being inside,
+    the main thread would keep it.)
     """
 
     @functools.wraps(work)
