@@ -198,7 +198,7 @@ def _at_sequence_level(batch: Batch, terms: LossTerms, accumulators: Array) -> N
         if extent.tokens:
             collected = np.empty(blocks_in(extent.stop - extent.start), sequence_level.COLLECTED)
             sequence_level.collect_parallel(batch, *terms, sequence, extent, collected, tasks)
-            concluded = sequence_level.conclude(batch, terms, extent.tokens, collected, accumulators, 0)
+            concluded = sequence_level.conclude_long(batch, terms, extent.tokens, collected, accumulators)
             coefficients = sequence_level.GradientCoefficients(*concluded)
             if batch.grad is not None:
                 sequence_level.spread_parallel(batch, *terms, coefficients, sequence, extent, tasks)

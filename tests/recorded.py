@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from combinations import COMBINATIONS, TOKEN
 
-from grpo_fast import Sweep, grpo_loss, grpo_objective, grpo_stats, grpo_sweep
+from grpo_fast import K3, Sweep, grpo_loss, grpo_objective, grpo_stats, grpo_sweep
 
 PATH = Path(__file__).with_name("recorded.json")
 PROBABILITIES = "rhos", "A", "pi_theta_old", "pi_theta_ref"
@@ -59,9 +59,18 @@ def of_tokens(number, kind, lengths, each):
     result = grpo_loss(**{name: each(x) if isinstance(x, np.ndarray) else x for name, x in call(row, kind, lengths)})
     found = {"loss": result.loss.hex(), **spelled(result.stats)}
     if result.grad is not None:
-        gradient = np.where(np.isnan(result.grad), np.nan, result.grad)  # of NaN there are many
-        found["grad"] = digest(gradient.astype(gradient.dtype.newbyteorder("<")).tobytes())
+        found["grad"] = digest(result.grad.astype(result.grad.dtype.newbyteorder("<")).tobytes())
     return found
+
+
+def of_overflows(level, dtype, each):
+    """What grpo_loss finds where the slopes of both terms overflow: ∞ − ∞ in the gradient, a NaN."""
+    huge = float(np.finfo(dtype).max)
+    arrays = [[[-1], [-1]], [[-2], [-41]], [[1], [-huge]], [[-2], [79]]]
+    result = grpo_loss(
+        *(each(np.array(x, dtype)) for x in arrays), kl=K3(huge / 1e8), importance_sampling_level=level, grad=True
+    )
+    return {"grad": result.grad.astype(result.grad.dtype.newbyteorder(">")).tobytes().hex()}
 
 
 def call(row, kind, lengths):
@@ -130,6 +139,10 @@ CASES = {
     },
     **{f"loss usual {number} long": (of_tokens, number, "usual", LONG) for number in IN_PARALLEL},
     **{f"loss usual {number} short": (of_tokens, number, "usual", SHORT) for number in IN_PARALLEL},
+    **{
+        f"loss overflowing {level} {dtype}": (of_overflows, level, dtype)
+        for level, dtype in itertools.product(("token", "sequence"), ("f8", "f4"))
+    },
 }
 
 

@@ -1,6 +1,7 @@
 """A guest in any process: it imports little, starts nothing, takes no memory, and needs no disk."""
 
 import os
+import platform
 import shutil
 import tracemalloc
 
@@ -170,3 +171,131 @@ import numba
 print(torch.get_num_threads(), numba.threading_layer())
 """
     assert python(script, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2") == f"1 True\n1 {layer}\n"
+
+
+# Flags to set in MXCSR and FPCR.
+FLUSH = {"x86_64": 0x8040, "AMD64": 0x8040, "aarch64": 1 << 24, "arm64": 1 << 24}
+UPWARD = {"x86_64": 0x4000, "AMD64": 0x4000, "aarch64": 1 << 22, "arm64": 1 << 22}
+WITH_OTHER_MODES = f"""
+import numba, numpy as np
+from grpo_fast import K3, grpo_loss, grpo_objective, grpo_stats, grpo_sweep
+from grpo_fast._kernels.float_mode import read_float_mode, write_float_mode
+
+@numba.njit
+def read():
+    return read_float_mode()
+
+@numba.njit
+def write(mode):
+    write_float_mode(np.uint64(mode))
+
+rng = np.random.default_rng(0)
+n = {MANY}
+rho, pi = np.exp(rng.normal(size=n)), rng.uniform(0.1, 1, n)
+four = []
+for dtype, tiny in ("f8", 1e-310), ("f4", 1e-42):
+    batch = [x.astype(dtype) for x in (rho, tiny * rng.normal(size=n), pi, pi)]
+    four += [[x[:100] for x in batch], batch]
+tokens = [[x.reshape(1, -1) for x in (np.log(pi), np.log(pi) - a, a, np.log(pi))] for _, a, pi, _ in four]
+
+def everything():
+    # What is divided in Python in the end, the host's mode flushes or rounds: so the exact sums.
+    for batch in four:
+        yield grpo_stats(*batch).sums
+        yield grpo_sweep(*batch, [0.1, 0.2], [0, 0.1]).surrogate_numerators
+    for batch in tokens:
+        for level in "token", "sequence":
+            result = grpo_loss(*batch, kl=K3(1e-320), importance_sampling_level=level, grad=True)
+            yield result.stats.sums, result.grad.tobytes()
+
+print(grpo_objective(*np.ones((4, 5))))  # compiled now
+write(read() | {{before}})  # which Numba's threads inherit
+if {{before}}:
+    found = [*everything()]
+write(read() & ~{{before}})
+expected = [*everything()]
+if not {{before}}:
+    write(read() | {{after}})
+    found = [*everything()]
+assert found == expected, [i for i in range(len(found)) if found[i] != expected[i]]
+flags = {{before}} | {{after}}
+write(read() | flags)
+grpo_objective(*np.ones((4, 5)))
+[*everything()]
+assert read() & flags == flags, "the mode is not as the host had set it"
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in FLUSH, reason="a processor whose modes are not known here")
+@pytest.mark.parametrize("mode", [FLUSH, UPWARD])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_floating_point_modes_of_others_do_not_matter(mode, when):
+    flag = mode[platform.machine()]
+    script = WITH_OTHER_MODES.format(before=flag if when == "before" else 0, after=flag if when == "after" else 0)
+    python(script, NUMBA_NUM_THREADS="2")
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+def test_threads_with_small_stacks(tmp_path):
+    script = """
+import threading
+threading.stack_size(64 << 10)
+import numpy as np
+import grpo_fast
+
+found = []
+
+def work():
+    found.append(grpo_fast.grpo_objective(*np.ones((4, 5))))
+
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+work()
+print(found, threading.stack_size())
+"""
+    assert python(script, NUMBA_CACHE_DIR=str(tmp_path)) == "[1.0, 1.0] 65536\n"  # so that it compiles
+
+
+def test_where_numba_cannot_start_threads():
+    script = f"""
+import warnings
+import numpy as np
+import grpo_fast
+samples = np.ones((4, {MANY}))
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    print(*[grpo_fast.grpo_objective(*samples) for _ in range(3)])
+print(*[warning.message for warning in told])
+"""
+    assert python(script, NUMBA_THREADING_LAYER="unheard-of") == (
+        "1.0 1.0 1.0\ngrpo_fast computes on one thread, as Numba cannot start more: "
+        "The threading layer requested 'unheard-of' is unknown to Numba.\n"
+    )
+
+
+def test_where_the_number_of_threads_is_changed_too_late(tmp_path):
+    script = """
+import os, pathlib, sys, warnings
+import numba
+pathlib.Path("late.py").write_text("def one(): return 1\\ndef two(): return 2\\n")
+sys.path.insert(0, "")
+import late
+from grpo_fast._kernels.compiling import compiled
+
+numba.get_num_threads()
+os.environ["NUMBA_NUM_THREADS"] = "3"
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    print(compiled(late.one)() + compiled(late.two)())
+print(*[warning.message for warning in told])
+try:
+    numba.njit(late.one)()
+except RuntimeError:
+    print("Numba is as it was.")
+"""
+    script = f"import os; os.chdir({str(tmp_path)!r})\n{script}"
+    assert python(script, NUMBA_NUM_THREADS="2", NUMBA_CACHE_DIR=str(tmp_path)) == (
+        "3\nNUMBA_NUM_THREADS was changed after Numba had started its threads, and no longer has an effect on "
+        "grpo_fast: there are 2\nNumba is as it was.\n"
+    )

@@ -12,9 +12,10 @@ Each file imports only from lines below its own::
     roof                          reading four arrays and nothing else, to compare with
     sums  blocks                  what is added up, by name; a task's blocks, their runs, the scratch array
     exact  elementary             sums without rounding; exp, log and k3 of vectors
-    simd                          a vector type
-    compiling                     how functions become machine code
+    simd  float_mode              a vector type; the processor's floating-point mode, set and given back
+    compiling  own_stack          how functions become machine code; on a stack that is large enough
     cache  threads                where that is kept; on how many threads it runs
+    notices                       what the user is told of the machine, once
 
 A lane is one number of a vector, a vector 64 bytes, a run 16 vectors, a block 4096 samples or tokens of one sequence.
 Sums are rounded within a block, always in the same order, and exact beyond it: hence the same bits for any number of

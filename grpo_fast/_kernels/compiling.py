@@ -10,10 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
+from numba.core import config
 from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import overload
 
 from . import cache
+from .notices import warn_once
+from .own_stack import on_own_stack
 
 #: Without reference counts (_nrt), since LLVM cannot remove those of arrays in a tuple, and threads contend for them.
 _INLINED = {"forceinline": True, "error_model": "numpy", "_nrt": False}
@@ -55,38 +58,70 @@ def compiled(function: Any = None, *, parallel: bool = False, allocates: bool = 
     # forceinline would be inherited from an inlined function that calls this one.
     options = {"nogil": True, "error_model": "numpy", "parallel": parallel, "forceinline": False, "_nrt": allocates}
     dispatcher = numba.njit(**options)(function)
-    dispatcher.compile = _off_main_thread(dispatcher.compile)
+    dispatcher.compile = _safe_from_host(_with_threads_as_they_are(dispatcher.compile))
     cache.use_disk_cache(dispatcher)
     return dispatcher
 
 
-def _off_main_thread(work: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that does the same ``work`` on another thread, if it is called on the main one.
+def _safe_from_host(work: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that does the same ``work`` of compiling on a stack of its own, and never on the main thread.
 
     Only the main thread is interrupted by signals. An exception such as Ctrl-C in the middle of Numba and LLVM can end
     in a crash (a double free) or a deadlock; here it interrupts only the waiting, and what is compiled is there for the
-    next call.
+    next call. At the interpreter's end, the thread between the main one and the compiler's is waited for.
 
-    Where the main thread is already compiling something of which this is a part, it stays there: another thread would
-    wait for the compiler's lock forever. (No lock may be taken here: interrupted between taking it and being inside,
-    the main thread would keep it.)
+    Where a thread is already compiling something of which this is a part, it stays there: another one would wait for
+    the compiler's lock forever. (No lock may be taken here: interrupted between taking it and being inside, the main
+    thread would keep it.)
     """
 
     @functools.wraps(work)
     def elsewhere(*arguments: Any) -> Any:
-        if threading.current_thread() is not threading.main_thread() or global_compiler_lock.is_locked():
-            return work(*arguments)
+        on_this = functools.partial(work, *arguments)
+        if global_compiler_lock.is_locked():  # by this thread
+            return on_this()
+        if threading.current_thread() is not threading.main_thread():
+            return on_own_stack(on_this)
         compiler = ThreadPoolExecutor(1, "grpo_fast-compiler")
         try:
-            future = compiler.submit(work, *arguments)
+            future = compiler.submit(on_own_stack, on_this)
         except RuntimeError:  # the interpreter ends, and starts no more threads
-            return work(*arguments)
+            return on_this()
         try:
             return future.result()
         finally:
             compiler.shutdown(wait=False)
 
     return elsewhere
+
+
+def _with_threads_as_they_are(work: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that does the same ``work`` of compiling, with a warning where Numba refuses it because of threads.
+
+    It looks at its environment variables whenever it compiles, and raises if the number of threads is another one than
+    that with which they were started. They go on as they are, and so does everything else of this process.
+    """
+
+    @functools.wraps(work)
+    def compile_anyway(*arguments: Any) -> Any:
+        try:
+            return work(*arguments)
+        except RuntimeError as error:
+            if "NUMBA_NUM_THREADS" not in str(error):
+                raise
+        warn_once(
+            "NUMBA_NUM_THREADS was changed after Numba had started its threads, and no longer has an effect on "
+            f"grpo_fast: there are {config.NUMBA_NUM_THREADS}"
+        )
+        settings = config._env_reloader
+        with global_compiler_lock:
+            settings.update = lambda: None
+            try:
+                return work(*arguments)
+            finally:
+                del settings.update
+
+    return compile_anyway
 
 
 def _raise_without_compiler(*_: Any) -> None:

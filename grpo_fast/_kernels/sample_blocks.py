@@ -14,6 +14,7 @@ import numpy as np
 from .blocks import BLOCK, RUN, block_count, load_row, scratch_like, share, vectors_in_run
 from .compiling import compiled, inlined
 from .elementary import LN2, layout, log
+from .float_mode import begin_ordinary_floats, end_ordinary_floats
 from .samples import (
     PRESENT,
     RHO,
@@ -119,7 +120,10 @@ def sum_block(samples, start, stop, low, high, diagnostics, scratch):
 def objective_block(rhos, advantages, pi_old, pi_ref, low, high):
     """(Σ surrogate, Σ kl, whether something is illegal) of at most BLOCK samples: the shortest way there is."""
     samples = Samples(rhos, advantages, pi_old, pi_ref)
-    contribution = sum_block(samples, 0, len(rhos), low, high, None, scratch_like(rhos, ROWS))
+    scratch = scratch_like(rhos, ROWS)
+    host_mode = begin_ordinary_floats()
+    contribution = sum_block(samples, 0, len(rhos), low, high, None, scratch)
+    end_ordinary_floats(host_mode)
     return contribution.sums.surrogate, contribution.sums.kl, contribution.suspect
 
 
@@ -132,6 +136,7 @@ def objective_blocks(rhos, advantages, pi_old, pi_ref, low, high, surrogates, kl
     samples = Samples(rhos, advantages, pi_old, pi_ref)
     scratch = scratch_like(rhos, ROWS)
     illegal = False
+    host_mode = begin_ordinary_floats()
     for number in range(len(kls)):
         start = number * BLOCK
         stop = min(start + BLOCK, len(rhos))
@@ -139,6 +144,7 @@ def objective_blocks(rhos, advantages, pi_old, pi_ref, low, high, surrogates, kl
         surrogates[number] = contribution.sums.surrogate
         kls[number] = contribution.sums.kl
         illegal = illegal or contribution.suspect
+    end_ordinary_floats(host_mode)
     return illegal
 
 
@@ -147,12 +153,14 @@ def _accumulate_share(samples, low, high, diagnostics, accumulators, t):
     """Add the blocks that are task t's to its accumulator."""
     scratch = scratch_like(samples.rhos, ROWS)
     accumulator = accumulators[t]
+    host_mode = begin_ordinary_floats()
     first, last = share(block_count(len(samples.rhos)), t, len(accumulators))
     for number in range(first, last):
         start = number * BLOCK
         stop = min(start + BLOCK, len(samples.rhos))
         accumulate(accumulator, sum_block(samples, start, stop, low, high, diagnostics, scratch))
         accumulator.tokens += stop - start
+    end_ordinary_floats(host_mode)
 
 
 @compiled

@@ -15,6 +15,7 @@ import numpy as np
 from .blocks import BLOCK, RUN, block_count, prefetch_ahead, prefetch_if_given, run_sum, share, vectors_in_run
 from .compiling import compiled, inlined
 from .elementary import exp_of_any, layout
+from .float_mode import begin_ordinary_floats, end_ordinary_floats
 from .formulas import count_clipped, kl_term, linear_factor, passes_through_ratio, surrogate_term, times
 from .simd import align_stack, bits, full, full_like, lane_max, lane_min, lane_sum, lanes, load, tally, where, wide
 from .sums import Clipped, Contribution, Numerator, Sums, accumulate, accumulate_numerator
@@ -274,6 +275,7 @@ def sequence_level(batch, terms, ranges, limit, accumulators, task):
 
     A row of ``ranges`` is a range of sequences, of which those longer than ``limit`` are left out.
     """
+    host_mode = begin_ordinary_floats()
     for r in range(task, len(ranges), len(accumulators)):
         for sequence in range(ranges[r, 0], ranges[r, 1]):
             first, last = batch.bounds[sequence], batch.bounds[sequence + 1]
@@ -285,6 +287,7 @@ def sequence_level(batch, terms, ranges, limit, accumulators, task):
                     constant, kl_slope, weighted = conclude(batch, terms, extent.tokens, collected, accumulators, task)
                     coefficients = GradientCoefficients(constant, kl_slope, weighted)
                     spread(batch.grad, batch, terms, coefficients, sequence, extent.start, extent.stop)
+    end_ordinary_floats(host_mode)
 
 
 @compiled(parallel=True)
@@ -306,7 +309,18 @@ def collect_parallel(batch, surrogate, kl, denominator, mean_within, sequence, e
         first, last = share(len(collected), task, tasks)
         start, stop = extent.start + first * BLOCK, min(extent.start + last * BLOCK, extent.stop)
         terms = LossTerms(surrogate, kl, denominator, mean_within)
+        host_mode = begin_ordinary_floats()
         collect(batch, terms, sequence, start, stop, collected[first:last])
+        end_ordinary_floats(host_mode)
+
+
+@compiled
+def conclude_long(batch, terms, tokens, collected, accumulators):
+    """As `conclude`, for the first of the accumulators and a caller in Python."""
+    host_mode = begin_ordinary_floats()
+    coefficients = conclude(batch, terms, tokens, collected, accumulators, 0)
+    end_ordinary_floats(host_mode)
+    return coefficients
 
 
 @compiled(parallel=True)
@@ -316,4 +330,6 @@ def spread_parallel(batch, surrogate, kl, denominator, mean_within, coefficients
         first, last = share(block_count(extent.stop - extent.start), task, tasks)
         start, stop = extent.start + first * BLOCK, min(extent.start + last * BLOCK, extent.stop)
         terms = LossTerms(surrogate, kl, denominator, mean_within)
+        host_mode = begin_ordinary_floats()
         spread(batch.grad, batch, terms, coefficients, sequence, start, stop)
+        end_ordinary_floats(host_mode)

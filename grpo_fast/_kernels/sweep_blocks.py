@@ -22,6 +22,7 @@ from .blocks import (
     vectors_in_run,
 )
 from .compiling import compiled, inlined
+from .float_mode import begin_ordinary_floats, end_ordinary_floats
 from .samples import ADVANTAGE, RHO, ROWS, F, S, Samples, begin_block, begin_run, end_block, fast_then_careful
 from .simd import (
     align_stack,
@@ -155,6 +156,7 @@ def _accumulate_share(samples, lows, highs, pairs, shared, t):
         np.empty((len(lows), 8)), np.empty((len(lows), width), rhos.dtype), np.empty((len(lows), width), rhos.dtype)
     )
     first, last = share(block_count(len(rhos)), t, len(shared))
+    host_mode = begin_ordinary_floats()
     for number in range(first, last):
         start = number * BLOCK
         stop = min(start + BLOCK, len(rhos))
@@ -165,6 +167,7 @@ def _accumulate_share(samples, lows, highs, pairs, shared, t):
             pairs[t, i].clipped_high += np.int64(lane_sum(bits(load(sums.above_high[i], 0))))
         exact.add(shared[t].kl, kl)
         shared[t].suspect += not legal
+    end_ordinary_floats(host_mode)
 
 
 @compiled

@@ -17,6 +17,8 @@ from pathlib import Path
 import numba
 from numba.core.compiler_lock import global_compiler_lock
 
+from .notices import warn_once
+
 #: Fewer tokens or samples are not worth sharing: waking the threads takes about 10 µs.
 WORTH_SHARING = 1 << 16
 
@@ -25,9 +27,14 @@ _inside: dict[object, None] = {}
 _thread = threading.local()
 
 
+def _are_running() -> bool:
+    """Whether Numba's threads are."""
+    return getattr(sys.modules.get("numba.np.ufunc.parallel"), "_is_initialized", False)
+
+
 def _forked_before() -> bool:
     """Whether this process was forked from one that ran Numba's threads, before this package was imported."""
-    if not getattr(sys.modules.get("numba.np.ufunc.parallel"), "_is_initialized", False):
+    if not _are_running():
         return False
     try:
         begun = int(Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
@@ -74,21 +81,38 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 
 
+#: Whether Numba could not start its threads.
+_without_threads = False
+
+
 def _start_threads() -> None:
-    """Start Numba's threads, from a thread of its own.
+    """Start Numba's threads, from a thread of its own; where Numba cannot, warn, and compute on one from then on.
 
     With GNU OpenMP, that sets the number of threads for all parallel regions that the starting thread will ever enter,
     and they may be PyTorch's.
     """
-    starter = threading.Thread(target=numba.get_num_threads, name="grpo_fast-starter")
+    problems = []
+
+    def start() -> None:
+        try:
+            numba.get_num_threads()
+        except Exception as error:  # such as a layer that is not installed
+            problems.append(error)
+
+    starter = threading.Thread(target=start, name="grpo_fast-starter")
     starter.start()
     starter.join()
+    if problems:
+        global _without_threads
+        _without_threads = True
+        reason = " ".join(str(problems[0]).split())
+        warn_once(f"grpo_fast computes on one thread, as Numba cannot start more: {reason}")
 
 
 @contextmanager
 def tasks(items: int) -> Iterator[int]:
     """A context for work on so many items; gives the number of tasks to cut it into. More than one may be parallel."""
-    if items < WORTH_SHARING or _forked or getattr(_thread, "serial", False):
+    if items < WORTH_SHARING or _forked or _without_threads or getattr(_thread, "serial", False):
         yield 1
         return
     # Ctrl-C can come after any call. Nothing is called between `try` and being inside, nor between `finally` and not
@@ -98,9 +122,9 @@ def tasks(items: int) -> Iterator[int]:
     try:
         _inside[me] = None
         if [*_inside][0] is me:  # noqa: RUF015 - another thread could change it between iter(…) and next(…)
-            if not getattr(sys.modules.get("numba.np.ufunc.parallel"), "_is_initialized", False):
+            if not _are_running():
                 _start_threads()
-            yield numba.get_num_threads()
+            yield 1 if _without_threads else numba.get_num_threads()
         else:
             del _inside[me]
             yield 1

@@ -22,6 +22,7 @@ from .blocks import (
 )
 from .compiling import compiled, inlined
 from .elementary import exp, exp_of_any, layout
+from .float_mode import begin_ordinary_floats, end_ordinary_floats
 from .formulas import count_clipped, kl_term, surrogate_term, times
 from .simd import (
     align_stack,
@@ -324,6 +325,7 @@ def token_level(batch, terms, spans, ranges, limit, accumulators, task):
     """
     scratch = scratch_like(batch.logps, _ROWS)
     accumulator = accumulators[task]
+    host_mode = begin_ordinary_floats()
     for r in range(task, len(ranges), len(accumulators)):
         for item in range(ranges[r, 0], ranges[r, 1]):
             span = _begin_item(batch, spans, item, limit, accumulator)
@@ -336,6 +338,7 @@ def token_level(batch, terms, spans, ranges, limit, accumulators, task):
                     sums = contribution.sums
                     mean = Numerator(sums.surrogate / span.tokens, sums.kl / span.tokens)
                     accumulate_numerator(accumulator, mean)
+    end_ordinary_floats(host_mode)
 
 
 @compiled(parallel=True)

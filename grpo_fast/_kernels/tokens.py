@@ -5,6 +5,7 @@ blocks and sequences are added exactly, so a sequence adds the same bits in whic
 stands, on any number of threads. `token_level` and `sequence_level` are two ways to compute them.
 """
 
+from math import nan
 from typing import Any, NamedTuple
 
 from .compiling import compiled, inlined
@@ -204,9 +205,11 @@ def larger_magnitude(x, size):
 def store_gradient(grad, i, stop, values):
     """Write a vector of the gradient from number i on, if there is a place for it.
 
-    Nothing is written from ``stop`` on: that is the next sequence's.
+    Nothing is written from ``stop`` on: that is the next sequence's. A NaN, of ∞ − ∞, is written as the one that NumPy
+    calls nan: its sign would be the processor's.
     """
     if grad is not None:
+        values = where(values == values, values, full_like(values, nan))
         if i + lanes(grad) <= stop:
             store(grad, i, values)
         else:
