@@ -347,7 +347,7 @@ class _Tokens(NamedTuple):
             per_token |= self.keep.ndim == 1 and values.shape == (1, self.keep.size)
             per_sequence = values.shape in ((self.counts.size,), (self.counts.size, 1))
         if per_token and per_sequence and (self.lengths != 1).any():
-            raise ValueError(f"{name} of shape {values.shape} could be one per token or one per sequence")
+            raise ValueError(f"{name} must have shape (1, N), one per token, or (S, 1), one per sequence, as N = S")
         if per_token:
             return values.reshape(self.keep.shape)[self.keep].astype(self.dtype)
         if per_sequence:

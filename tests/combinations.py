@@ -67,18 +67,20 @@ COMBINATIONS = [Row(*values) for values in [
 BOUNDS = np.array([1 - 0.2, 1 + 0.2, 1 - 0.1, 1 + 0.3, 1.8, 0.8, 1.2])
 
 
-def batch(row, lengths, drift=0.5, ref_drift=0.5, seed=0):
+def batch(row, lengths, drift=0.5, ref_drift=0.5, seed=0, said=True):
     """The arguments of a call: sequences of so many tokens, of which some are masked, and garbage wherever one is.
+
+    Where there are as many tokens as sequences, the shapes of what has one value for either say which, if ``said``.
 
     No ρ is within 10⁻⁴ of a bound. Two ways to compute it differ by some (2 + |log ρ|)·eps, where one may find a token
     clipped and the other not; so far away both decide alike, in float32, too.
     """
     rng = np.random.default_rng(seed)
-    lengths = [max(sum(lengths), 1)] if row.layout == "plain" else lengths if any(lengths) else [*lengths, 1]
+    lengths = [sum(lengths)] if row.layout == "plain" else lengths
     which = np.repeat(np.arange(len(lengths)), lengths)  # the sequence of each token
     keep = np.ones(which.size, bool)
     if row.layout == "padded":
-        width, n = max(lengths) + int(rng.integers(3)), np.array(lengths)
+        width, n = max(lengths, default=0) + int(rng.integers(3)), np.array(lengths, int)
         begin = rng.choice([np.zeros_like(n), width - n, rng.integers(0, width - n + 1)])[:, None]
         keep = (begin <= np.arange(width)) & (np.arange(width) < begin + n[:, None])
         which = np.broadcast_to(np.arange(n.size)[:, None], keep.shape)
@@ -106,7 +108,7 @@ def batch(row, lengths, drift=0.5, ref_drift=0.5, seed=0):
         "rollout_is_weights": None if row.weights is None else values(row.weights, rng.lognormal),
     }
     garbage = np.resize(np.array([np.nan, np.inf, -np.inf], row.dtype), keep.shape)
-    either = keep.shape == (len(lengths),) and set(lengths) != {1}  # as many tokens as sequences: say which is meant
+    either = said and keep.shape == (len(lengths),) and set(lengths) != {1}
     per = {"advantages": row.advantages, "rollout_is_weights": row.weights}
     for name, x in arrays.items():
         per_token = per.get(name, TOKEN) == TOKEN

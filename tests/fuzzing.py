@@ -133,12 +133,22 @@ def real(name, value):
 
 
 # --- of grpo_loss -----------------------------------------------------------------------------------------------------
+#: Of sequences: any, none with a token, as many as tokens, and none.
+LENGTHS = st.one_of(
+    st.lists(st.integers(0, 20), min_size=1, max_size=4),
+    st.integers(0, 4).map(lambda n: [0] * n),
+    st.integers(2, 5).flatmap(lambda n: st.permutations([n, *[0] * (n - 1)])),
+)
+
+
 @st.composite
 def loss_calls(draw, rows):
     """The arguments of a call, of which up to three are changed."""
     row = draw(st.sampled_from(rows))
-    lengths = draw(st.lists(st.integers(0, 20), min_size=1, max_size=4))
-    arguments = batch(row, lengths, seed=draw(st.integers(0, 2**32 - 1)))
+    lengths = draw(LENGTHS)
+    arguments = batch(row, lengths, seed=draw(st.integers(0, 2**32 - 1)), said=draw(st.booleans()))
+    if draw(st.integers(0, 9)) == 0:
+        arguments["normalizer"] = 0
     arguments["grad"] = bool(row.grad)
     if row.grad == "array":
         arguments["grad"] = np.full_like(arguments["logps"], np.nan)
@@ -190,9 +200,14 @@ def judge_loss(arguments):
         if per_token == per_sequence and not (per_token and (np.diff(bounds) == 1).all()):  # neither, or who knows
             raise Refused(name)
         x = x.astype(dtype)
-        found[name] = x = x.reshape(shape if per_token else -1)
+        x = x.reshape(shape if per_token else -1)
         if not np.isfinite((x if per_token else x[sequences])[keep]).all():
             raise Refused(name)
+        found[name] = x
+        if name in ("advantages", "rollout_is_weights") and len(shape) == 1:  # say which
+            found[name] = x.reshape((1, -1) if per_token else (-1, 1))
+    if arguments["normalizer"] == 0 and keep.any():
+        raise Refused("normalizer")
     found["grad"] = _judge_place(arguments, shape, dtype)
     return found
 

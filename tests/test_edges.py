@@ -103,7 +103,7 @@ def test_what_could_be_either_is_to_be_said(name, loss):
         arguments = {"advantages": np.ones((2, 1))} | {name: values}
         return loss([-1.0, -1.0], [-1.0, -1.0], cu_seqlens=[0, 0, 2], **arguments).loss
 
-    with pytest.raises(ValueError, match=rf"{name} of shape \(2,\) could be one per token or one per sequence"):
+    with pytest.raises(ValueError, match=rf"{name} must have shape \((1, 2|1, N)\), one per token, or"):
         found([5.0, 3.0])
     assert found([[5.0, 3.0]]) == -(5 + 3) / 2 / 2  # of 2 tokens, and of 2 sequences, one of which is empty
     assert found([[5.0], [3.0]]) == -3 / 2

@@ -26,11 +26,13 @@ from fuzzing import (
     loss_calls,
     probability_calls,
 )
+from hosts import HOSTS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_against_reference import exact_terms, tolerance
 
 from grpo_fast import CISPO, K1, K2, K3, SAPO, Clip, group_advantages, grpo_loss, grpo_objective, grpo_stats, grpo_sweep
+from grpo_fast._kernels.threads import WORTH_SHARING
 
 exhaustive = pytest.mark.exhaustive
 FEW = 300
@@ -66,7 +68,7 @@ def look_at_a_loss(arguments):
         try:
             grpo_loss(**arguments)
         except Exception as error:
-            return raised_for(error, NAMES)
+            return raised_for(error, [*NAMES, "normalizer"])
         raise AssertionError(f"{verdict} was not refused, of {arguments}") from None
     arrays = {name: arguments[name] for name in [*ARRAYS, "mask", "cu_seqlens"]}
     before = {name: x.tobytes() for name, x in arrays.items() if isinstance(x, np.ndarray)}
@@ -81,6 +83,52 @@ def look_at_a_loss(arguments):
 
 def fuzz_losses(examples, rows=COMBINATIONS):
     return tried(loss_calls(rows), look_at_a_loss, examples)
+
+
+# --- hosts ------------------------------------------------------------------------------------------------------------
+def outcome_of(arguments):
+    """All bits of an answer, but for those that Python rounds in the end; or the error."""
+    try:
+        result = grpo_loss(**arguments)
+    except (TypeError, ValueError) as error:
+        return type(error), str(error)
+    stats = result.stats
+    return (
+        *(stats.tokens, stats.sequences, *stats.sums, *stats.numerator, *stats.clipped),
+        *(stats.least_ratio.hex(), stats.largest_ratio.hex(), None if result.grad is None else result.grad.tobytes()),
+    )
+
+
+def look_at_a_host(call):
+    """The same bits, or the same error, whatever the host has set."""
+    arguments, host, others = call
+    if host in ("subnormal numbers flushed", "rounding upward"):  # NumPy's conversions are done as the host wants them
+        dtype = getattr(arguments["logps"], "dtype", None)
+        if any(getattr(arguments[name], "dtype", dtype) != dtype for name in ARRAYS):
+            return "left out"
+    if others:  # of probabilities and rewards
+        four = np.abs(np.random.default_rng(others).normal(size=(4, others))) + 1e-3
+
+        def outcome():
+            total = grpo_stats(*four), grpo_sweep(*four, [0.1, 0.3], 0.1).surrogate_numerators
+            return *total[0].sums, *total[1]
+    else:
+
+        def outcome():
+            return outcome_of(arguments)
+
+    expected = outcome()
+    with HOSTS[host]():
+        found = outcome()
+    assert found == expected
+    return "refused" if isinstance(expected[0], type) else "answered"
+
+
+def fuzz_hosts(examples):
+    calls = st.tuples(
+        loss_calls(COMBINATIONS), st.sampled_from(list(HOSTS)), st.just(0) | st.sampled_from([3, 5000, WORTH_SHARING])
+    )
+    return tried(calls, look_at_a_host, examples)
 
 
 # --- probabilities ----------------------------------------------------------------------------------------------------
@@ -197,6 +245,7 @@ FUZZERS = {
     "probabilities": fuzz_probabilities,
     "options": fuzz_options,
     "advantages": fuzz_advantages,
+    "hosts": fuzz_hosts,
 }
 
 
