@@ -102,8 +102,8 @@ class _Expected(NamedTuple):
         per_sequence = array.shape in ((sequences,), (sequences, 1))
         if per_token and per_sequence and (np.diff(self.bounds) != 1).any():
             raise ValueError(
-                f"{name} must have shape (1, {self.shape[0]}), one per token, or ({sequences}, 1), one per sequence: there "
-                f"are as many, and {array.shape} could be either"
+                f"{name} must have shape (1, {self.shape[0]}), one per token, or ({sequences}, 1), one per sequence: "
+                f"there are as many, and {array.shape} could be either"
             )
         if not per_token and not per_sequence:
             raise ValueError(

@@ -101,13 +101,13 @@ def outcome_of(arguments):
 
 def look_at_a_host(call):
     """The same bits, or the same error, whatever the host has set."""
-    arguments, host, others = call
+    arguments, host, samples = call
     if host in ("subnormal numbers flushed", "rounding upward"):  # NumPy's conversions are done as the host wants them
         dtype = getattr(arguments["logps"], "dtype", None)
         if any(getattr(arguments[name], "dtype", dtype) != dtype for name in ARRAYS):
             return "left out"
-    if others:  # of probabilities and rewards
-        four = np.abs(np.random.default_rng(others).normal(size=(4, others))) + 1e-3
+    if samples:
+        four = np.abs(np.random.default_rng(samples).normal(size=(4, samples))) + 1e-3
 
         def outcome():
             total = grpo_stats(*four), grpo_sweep(*four, [0.1, 0.3], 0.1).surrogate_numerators
