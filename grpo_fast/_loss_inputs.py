@@ -121,7 +121,8 @@ def _bounds(shape: tuple[int, ...], cu_seqlens: ArrayLike | None) -> Array:
     """Where sequences begin and end in the flat arrays, int64 (S + 1,)."""
     size = math.prod(shape)
     if cu_seqlens is None:
-        return np.arange(shape[0] + 1) * shape[1] if len(shape) == 2 else np.array([0, size])
+        # NumPy's own choice of integers has 32 bits on Windows before NumPy 2.
+        return np.arange(shape[0] + 1, dtype=np.int64) * shape[1] if len(shape) == 2 else np.array([0, size], np.int64)
     bounds = real("cu_seqlens", cu_seqlens)
     if len(shape) != 1 or bounds.ndim != 1 or bounds.size < 1 or bounds.dtype.kind not in "iu":
         raise ValueError(

@@ -360,7 +360,7 @@ def arrays_of(records: Any, layout: ColumnLayout) -> dict[str, Array]:
     for argument, is_null in nulls.items():
         keep = arguments["mask"] != 0
         if bounds is not None and not in_lists[argument]:  # one for each sequence
-            keep = np.diff(np.append(0, np.cumsum(keep))[bounds]) > 0
+            keep = np.diff(np.append(0, np.cumsum(keep, dtype=np.int64))[bounds]) > 0
         if (is_null & keep).any():
             within = " in a list" if in_lists[argument] else ""
             raise ValueError(f"column {layout.columns[argument]!r} has a null{within}, which is not masked")
@@ -384,7 +384,7 @@ def _values_and_bounds(lists: Any) -> tuple[Any, Array]:
     """The numbers in an array of lists, and where each list of them begins and ends, from 0."""
     if types.is_fixed_size_list(lists.type):
         size = lists.type.list_size
-        first, bounds = lists.offset * size, np.arange(len(lists) + 1) * size
+        first, bounds = lists.offset * size, np.arange(len(lists) + 1, dtype=np.int64) * size
     else:
         offsets = lists.offsets.to_numpy()
         first, bounds = int(offsets[0]), offsets.astype(np.int64) - offsets[0]

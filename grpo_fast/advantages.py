@@ -133,7 +133,7 @@ def _groups(
         raise TypeError(f"group_size must be an int, got {size!r}")
     if size < 1 or rewards.size % size:
         raise ValueError(f"group_size must be at least 1 and divide the number of rewards {rewards.size}, got {size}")
-    return np.arange(rewards.size) // size, np.arange(0, rewards.size, size)
+    return np.arange(rewards.size, dtype=np.intp) // size, np.arange(0, rewards.size, size, dtype=np.intp)
 
 
 def _checked_rewards(rewards: ArrayLike) -> NDArray[np.generic]:

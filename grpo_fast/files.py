@@ -224,7 +224,7 @@ def _stats_by_options(arrays: dict[str, Array], several: Iterable[Options]) -> l
     """The Stats of a batch of tokens under each of several options."""
     size, flat = arrays["logps"].size, "cu_seqlens" not in arrays
     if flat:  # blocks as sequences, so that a mask does not move them, wherever a batch begins
-        arrays = arrays | {"cu_seqlens": np.append(np.arange(0, size, BLOCK), size)}
+        arrays = arrays | {"cu_seqlens": np.append(np.arange(0, size, BLOCK, dtype=np.int64), size)}
     batch: dict[str, Any] = {"old_logps": None, **arrays}
     results = [grpo_loss(**batch, **options._asdict()).stats for options in several]
     return [replace(stats, sequence_count=None) for stats in results] if flat else results

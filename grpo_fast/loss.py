@@ -179,7 +179,7 @@ def _at_token_level(batch: Batch, terms: LossTerms, accumulators: Array) -> None
     if long:
         spans = [_spans(batch, sequence, tasks, accumulators) for sequence in long]
         together = token_level.Spans(*(np.concatenate(column) for column in zip(*spans, strict=True)))
-        numbers = np.arange(len(together.start) + 1)
+        numbers = np.arange(len(together.start) + 1, dtype=np.int64)
         each = np.column_stack((numbers[:-1], numbers[1:]))
         token_level.token_level_parallel(batch, *terms, together, each, limit, accumulators)
 
@@ -206,7 +206,7 @@ def _at_sequence_level(batch: Batch, terms: LossTerms, accumulators: Array) -> N
 
 def _all_sequences(batch: Batch) -> Array:
     """The one range of sequences for the one task that does all."""
-    return np.array([[0, len(batch.bounds) - 1]])
+    return np.array([[0, len(batch.bounds) - 1]], np.int64)
 
 
 def _ranges(batch: Batch, tasks: int) -> tuple[Array, int, list[int]]:
@@ -234,6 +234,7 @@ def _spans(batch: Batch, sequence: int, tasks: int, accumulators: Array) -> toke
     """A long sequence, begun, as spans of whole blocks: one for each task."""
     extent = _begin_long_sequence(batch, sequence, accumulators)
     blocks = blocks_in(extent.stop - extent.start)
-    cuts = extent.start + np.arange(tasks + 1) * blocks // tasks * BLOCK
+    cuts = extent.start + np.arange(tasks + 1, dtype=np.int64) * blocks // tasks * BLOCK
     stops = np.minimum(cuts[1:], extent.stop)
-    return token_level.Spans(np.full(tasks, sequence), cuts[:-1], stops, np.full(tasks, extent.tokens))
+    of_each, tokens = (np.full(tasks, x, np.int64) for x in (sequence, extent.tokens))
+    return token_level.Spans(of_each, cuts[:-1], stops, tokens)

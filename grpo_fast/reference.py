@@ -250,7 +250,7 @@ def k3(l: Floats) -> Floats:
     return np.where(np.abs(d) < 1, d * d / 2 * series, np.expm1(d) - d)
 
 
-def aggregation_weights(aggregation: Aggregation, counts: NDArray[np.intp], normalizer: float | None) -> Floats:
+def aggregation_weights(aggregation: Aggregation, counts: NDArray[np.int64], normalizer: float | None) -> Floats:
     """The weight c_i of each token of sequence i, float64 (S,); n_i = max(counts_i, 1), B = S, B and Σn at least 1.
 
     =====================  =========  =======================  =================================================
@@ -311,8 +311,8 @@ class _Tokens(NamedTuple):
     """The unmasked tokens of a batch, as one flat array in which sequence i owns the next ``counts[i]`` elements."""
 
     keep: NDArray[np.bool_]  # in the shape of the caller's arrays
-    lengths: NDArray[np.intp]  # (S,), masked tokens included
-    counts: NDArray[np.intp]  # (S,)
+    lengths: NDArray[np.int64]  # (S,), masked tokens included
+    counts: NDArray[np.int64]  # (S,)
     dtype: np.dtype[np.floating]
 
     @classmethod
@@ -321,7 +321,7 @@ class _Tokens(NamedTuple):
             raise ValueError(f"logps must be (B, T) or (N,), got shape {logps.shape}")
         if cu_seqlens is None:
             rows = len(logps) if logps.ndim == 2 else 1
-            bounds = np.arange(rows + 1) * logps.shape[-1]
+            bounds = np.arange(rows + 1, dtype=np.int64) * logps.shape[-1]
         else:
             bounds = np.asarray(cu_seqlens)
             if logps.ndim != 1 or bounds.ndim != 1 or bounds.dtype.kind not in "iu":
@@ -334,7 +334,8 @@ class _Tokens(NamedTuple):
         if not np.isin(keep, (0, 1)).all():
             raise ValueError(f"mask must hold bools or 0/1, got {keep[~np.isin(keep, (0, 1))][0]!r}")
         keep = keep.astype(bool)
-        return cls(keep, np.diff(bounds), np.diff(np.append(0, np.cumsum(keep))[bounds]), logps.dtype)
+        counts = np.diff(np.append(0, np.cumsum(keep, dtype=np.int64))[bounds])
+        return cls(keep, np.diff(bounds), counts, logps.dtype)
 
     def each(self, name: str, values: ArrayLike | None, or_one_per_sequence: bool = False) -> Floats:
         """``values`` of the unmasked tokens."""
