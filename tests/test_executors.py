@@ -57,7 +57,7 @@ def _work_or_die(work, row_group, marker):
             os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             return result
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))  # on Windows the same
     return result
 
 

@@ -32,6 +32,7 @@ every_layer = pytest.mark.parametrize(
     "layer", ["default", *(pytest.param(x, marks=[] if x == "workqueue" else exhaustive) for x in LAYERS)]
 )
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+posix_signals = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 
 PRELUDE = """
 import os, signal, sys, threading, time
@@ -301,7 +302,7 @@ def enter_and_leave(came):
             pass
 
 
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="signals of POSIX")
+@posix_signals
 def test_whenever_a_signal_comes_nobody_is_left_inside():
     def interrupt(*_):
         came.append(True)
@@ -349,12 +350,14 @@ print("done")
 """
 
 
+@posix_signals
 @every_layer
 @pytest.mark.parametrize("times", [60, pytest.param(500, marks=exhaustive)])
 def test_ctrl_c(times, layer):
     assert run(CTRL_C.format(times=times, patience=0.05, cases=[*LARGE, "loss usual 27 long"]), layer) == "done\n"
 
 
+@posix_signals
 @exhaustive
 def test_ctrl_c_while_compiling(tmp_path):
     script = CTRL_C.format(times=30, patience=1, cases=["loss usual 20", "stats near f8 70003"])
