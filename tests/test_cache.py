@@ -26,7 +26,7 @@ KERNELS = sorted((PACKAGE / "_kernels").glob("*.py"))
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
 def test_kernels_import_nothing_from_above_but_the_options(path):
     assert {"token_level", "sample_blocks", "simd"} <= {path.stem for path in KERNELS}
-    imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    imports = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, (ast.Import, ast.ImportFrom))]
     for node in imports:
         if isinstance(node, ast.Import):
             assert not [name for name in node.names if name.name.startswith("grpo_fast")]
@@ -44,11 +44,11 @@ def test_machine_code_is_named_after_all_kernels_and_the_options(tmp_path, monke
     digest = cache.source.__wrapped__
     before, decides = digest(), set()
     for path in tmp_path.rglob("*.py"):
-        text = path.read_text()
-        path.write_text(text + "\n")
+        text = path.read_text("utf-8")
+        path.write_text(text + "\n", "utf-8")
         if digest() != before:
             decides.add(str(path.relative_to(tmp_path / "grpo_fast")))
-        path.write_text(text)
+        path.write_text(text, "utf-8")
     assert decides == {"terms.py"} | {f"_kernels/{path.name}" for path in KERNELS}
 
 
@@ -88,7 +88,7 @@ DAMAGES = {
     "emptied": lambda path: path.write_bytes(b""),
     "cut short": lambda path: path.write_bytes(path.read_bytes()[:-1000]),
     "a bit flipped": flipped,
-    "something else": lambda path: path.write_text("\N{PILE OF POO}" * 1000),
+    "something else": lambda path: path.write_text("\N{PILE OF POO}" * 1000, "utf-8"),
     "gone": Path.unlink,
 }
 
@@ -174,10 +174,10 @@ def test_an_upgrade_runs_the_new_code(what, tmp_path):
     shutil.copytree(PACKAGE, tmp_path / "grpo_fast", ignore=shutil.ignore_patterns("__pycache__"))
     script, cache = ONE_CALL.format(package=str(tmp_path), beta=beta), str(tmp_path / "cache")
     before, kept = python(script, NUMBA_CACHE_DIR=cache), entries(tmp_path)
-    texts = {path: path.read_text() for path in (tmp_path / "grpo_fast" / "_kernels").glob("*.py")}
+    texts = {path: path.read_text("utf-8") for path in (tmp_path / "grpo_fast" / "_kernels").glob("*.py")}
     assert any(old in text for text in texts.values())
     for path, text in texts.items():
-        path.write_text(text.replace(old, new))
+        path.write_text(text.replace(old, new), "utf-8")
     assert (python(script, NUMBA_CACHE_DIR=cache) != before) == (what == "an elementary function")
     assert len(entries(tmp_path)) == len(kept)
     assert set(entries(tmp_path)) != set(kept)

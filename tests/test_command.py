@@ -61,7 +61,7 @@ def test_sweep_with_a_picture(rollouts, arrays, tmp_path, capsys):
     assert main(["sweep", rollouts, *grid, "--plot", str(picture), "--json", "--no-progress"]) == 0
     out, err = capsys.readouterr()
     assert (json.loads(out)["objective"][1][1], err) == (expected_of(arrays, 0.2, 0.04).objective, "")
-    assert "</svg>" in picture.read_text()
+    assert "</svg>" in picture.read_text("utf-8")
     assert sorted(os.listdir(tmp_path)) == ["rollouts.parquet", "sweep.svg"]
     assert main(["sweep", rollouts, *grid]) == 0
     assert f"{expected_of(arrays, 0.1, 0.04).objective:.6g}" in capsys.readouterr().out
