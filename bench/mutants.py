@@ -189,7 +189,8 @@ KILLERS = {
         ("stats",),
         "test_threads_and_processes test_same_bits test_loss_same_bits test_files test_host",
     ),
-    "_kernels/cache.py": ((), "test_cache test_host"),
+    "_kernels/cache.py": ((), "test_cache_folder test_cache test_host"),
+    "_kernels/cache_folder.py": ((), "test_cache_folder test_cache"),
     "_kernels/compiling.py": (("objective", "loss"), "test_host test_cache test_threads_and_processes test_simd"),
     "reference.py": ((), "test_reference_loss test_loss test_against_reference test_example"),
 }

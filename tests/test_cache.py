@@ -1,7 +1,10 @@
 """What is compiled is kept, found again, and never taken for something else, whatever happens to files and disk."""
 
 import ast
+import compileall
+import errno
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -15,8 +18,9 @@ import recorded
 from conftest import python
 
 import grpo_fast
-from grpo_fast._kernels import cache
+from grpo_fast._kernels import cache, cache_folder
 from grpo_fast._kernels.blocks import RUN, scratch_like
+from grpo_fast._kernels.cache_folder import Folder
 from grpo_fast._kernels.compiling import compiled
 
 PACKAGE = Path(grpo_fast.__file__).parent
@@ -38,22 +42,40 @@ def test_kernels_import_nothing_from_above_but_the_options(path):
             assert not (node.module or "").startswith("grpo_fast")
 
 
-def test_machine_code_is_named_after_all_kernels_and_the_options(tmp_path, monkeypatch):
-    shutil.copytree(PACKAGE, tmp_path / "grpo_fast", ignore=shutil.ignore_patterns("__pycache__"))
-    folders = {cache.__package__: "grpo_fast/_kernels", cache.__package__.rpartition(".")[0]: "grpo_fast"}
-    monkeypatch.setattr(cache, "files", lambda package: tmp_path / folders[package])
-    digest = cache.source.__wrapped__
-    before, decides = digest(), set()
-    for path in tmp_path.rglob("*.py"):
-        text = path.read_text("utf-8")
-        path.write_text(text + "\n", "utf-8")
-        if digest() != before:
-            decides.add(str(path.relative_to(tmp_path / "grpo_fast")))
-        path.write_text(text, "utf-8")
-    assert decides == {"terms.py"} | {f"_kernels/{path.name}" for path in KERNELS}
+@pytest.fixture
+def clone(tmp_path):
+    """A folder with a copy of the package, to be changed."""
+    shutil.copytree(PACKAGE, tmp_path / "clone" / "grpo_fast", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path / "clone"
+
+
+DECIDES = """
+import sys
+sys.path.insert(0, {clone!r})
+from pathlib import Path
+from grpo_fast._kernels.cache import source
+digest, package = source.__wrapped__, Path({clone!r}) / "grpo_fast"
+before = digest()
+for path in package.rglob("*.py"):
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text + "\\n", encoding="utf-8")
+    if digest() != before:
+        print(path.relative_to(package).as_posix())
+    path.write_text(text, encoding="utf-8")
+"""
+
+
+def test_machine_code_is_named_after_all_kernels_and_the_options(clone):
+    decides = python(DECIDES.format(clone=str(clone))).split()
+    assert sorted(decides) == sorted(["terms.py"] + [f"_kernels/{path.name}" for path in KERNELS])
 
 
 # --- one small kernel, of which there is a new dispatcher in every process --------------------------------------------
+@pytest.fixture(autouse=True)
+def not_warned_yet(monkeypatch):
+    monkeypatch.setattr(cache, "_warned", False)
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
@@ -89,7 +111,7 @@ DAMAGES = {
     "emptied": lambda path: path.write_bytes(b""),
     "cut short": lambda path: path.write_bytes(path.read_bytes()[:-1000]),
     "a bit flipped": flipped,
-    "something else": lambda path: path.write_text("\N{PILE OF POO}" * 1000, "utf-8"),
+    "something else": lambda path: path.write_text("\N{PILE OF POO}" * 1000, encoding="utf-8"),
     "gone": Path.unlink,
 }
 
@@ -101,14 +123,91 @@ def test_a_damaged_file_is_compiled_again(damage, folder):
     assert [call(), call()] == [False, True]  # and is whole then
 
 
-def test_where_a_file_cannot_be_read_nor_written(folder):
-    call()
+def test_a_single_bit_is_noticed_wherever_it_is(folder):
+    kept = cache.Entries(Folder(folder), "kernel")
+    kept.save("key", "machine code")
     (path,) = entries(folder)
-    path.unlink()
-    path.mkdir()  # which stops root, too
-    with pytest.warns(RuntimeWarning, match="there is no place to keep them: .* NUMBA_CACHE_DIR can name one"):
-        assert not call()
-    assert not list(folder.rglob("*.tmp"))
+    content = path.read_bytes()
+    for bit in range(8 * len(content)):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        assert kept.load("key") is None
+    path.write_bytes(content)
+    assert kept.load("key") == "machine code"
+
+
+def test_an_entry_under_the_name_of_another_is_not_taken_for_it(folder):
+    kept = cache.Entries(Folder(folder), "kernel")
+    kept.save("key", "machine code")
+    (path,) = entries(folder)
+    kept.save("another", "machine code for other types")
+    (another,) = set(entries(folder)) - {path}
+    shutil.copy(path, another)
+    assert kept.load("key") == "machine code"
+    assert kept.load("another") is None
+
+
+def without_a_home(monkeypatch):
+    def unknown():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("LOCALAPPDATA", raising=False)
+    monkeypatch.setattr(Path, "home", unknown)
+
+
+def open_to_all(monkeypatch, home):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    monkeypatch.setattr(cache_folder.sys, "platform", "linux")
+    (home / "grpo_fast").mkdir()
+    (home / "grpo_fast").chmod(0o777)
+
+
+def on_a_full_disk(monkeypatch, folder):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(folder))
+    monkeypatch.setattr(cache_folder.os, "replace", full)
+
+
+AGAIN = "grpo_fast compiles its kernels again in every process, since "
+MEND = r"\. Mend or remove that folder, which is made again, or name another one in NUMBA_CACHE_DIR$"
+HINDRANCES = {
+    "no home": (
+        lambda monkeypatch, _: without_a_home(monkeypatch),
+        "there is no home directory to keep them in: NUMBA_CACHE_DIR can name a folder$",
+    ),
+    "others may write": (
+        open_to_all,
+        "they cannot be kept in {place}.grpo_fast: others may write to it: its mode is 777" + MEND,
+    ),
+    "a full disk": (on_a_full_disk, r"they cannot be kept in {place}: \[Errno 28\] No space left on device" + MEND),
+}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes and messages of POSIX")
+@pytest.mark.parametrize("what", HINDRANCES)
+def test_what_hinders_is_told_once_and_how_to_mend_it(what, tmp_path, monkeypatch):
+    hinder, reason = HINDRANCES[what]
+    monkeypatch.setattr(numba.config, "CACHE_DIR", "")
+    hinder(monkeypatch, tmp_path)
+    with pytest.warns(RuntimeWarning, match=AGAIN + reason.format(place=re.escape(str(tmp_path)))) as told:
+        assert [call(), call(np.float32)] == [False, False]
+    assert len(told) == 1
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_code_that_holds_addresses_is_not_kept(folder):
+    table = np.arange(200_000.0)  # so large that Numba does not copy it into the code
+
+    def look_up(i):
+        return table[i]
+
+    kernel = compiled(look_up)
+    assert kernel(5) == 5
+    assert not entries(folder)
 
 
 def test_two_at_once_do_not_take_the_same_place(folder, monkeypatch):
@@ -126,7 +225,7 @@ def test_two_at_once_do_not_take_the_same_place(folder, monkeypatch):
     assert call(np.float64)
 
 
-@pytest.mark.parametrize("what", ["numba", "llvmlite", "flag", "CPU"])
+@pytest.mark.parametrize("what", ["numba", "llvmlite", "NumPy", "Python", "flag", "CPU"])
 def test_another_version_or_another_flag_is_another_entry(what, folder, monkeypatch):
     call()
     with monkeypatch.context() as patch:
@@ -137,21 +236,23 @@ def test_another_version_or_another_flag_is_another_entry(what, folder, monkeypa
             patch.setattr(codegen, "magic_tuple", lambda: ("another",))
         elif what == "flag":
             patch.setattr(numba.config, "BOUNDSCHECK", 1)
+        elif what == "Python":
+            patch.setattr(cache, "EXTENSION_SUFFIXES", [".cpython-313t-x86_64-linux-gnu.so"])
         else:
-            patch.setattr({"numba": numba, "llvmlite": cache.llvmlite}[what], "__version__", "0.0")
+            patch.setattr({"numba": numba, "llvmlite": cache.llvmlite, "NumPy": np}[what], "__version__", "2.0.0")
         assert not call()
     assert call()
     assert len(entries(folder)) == 2
 
 
-def test_entries_of_older_source_are_removed(folder, monkeypatch):
-    call()
-    call(np.float32)
-    old = entries(folder)
-    monkeypatch.setattr(cache, "source", lambda: "of another version")
-    assert not call()
-    assert not set(old) & set(entries(folder))
-    assert len(entries(folder)) == 1
+def test_two_versions_in_turn_both_stay(folder, monkeypatch):
+    found = []
+    for version in ("one", "another", "one", "another"):
+        with monkeypatch.context() as patch:
+            patch.setattr(cache, "source", lambda version=version: version)
+            found.append(call())
+    assert found == [False, False, True, True]
+    assert len(entries(folder)) == 2
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -170,36 +271,130 @@ UPGRADES = {
 
 
 @pytest.mark.parametrize("what", UPGRADES)
-def test_an_upgrade_runs_the_new_code(what, tmp_path):
+def test_an_upgrade_runs_the_new_code_and_the_old_one_is_kept(what, tmp_path, clone):
     old, new, beta = UPGRADES[what]
-    shutil.copytree(PACKAGE, tmp_path / "grpo_fast", ignore=shutil.ignore_patterns("__pycache__"))
-    script, cache = ONE_CALL.format(package=str(tmp_path), beta=beta), str(tmp_path / "cache")
+    script, cache = ONE_CALL.format(package=str(clone), beta=beta), str(tmp_path / "cache")
     before, kept = python(script, NUMBA_CACHE_DIR=cache), entries(tmp_path)
-    texts = {path: path.read_text("utf-8") for path in (tmp_path / "grpo_fast" / "_kernels").glob("*.py")}
+    texts = {path: path.read_text() for path in (clone / "grpo_fast" / "_kernels").glob("*.py")}
     assert any(old in text for text in texts.values())
     for path, text in texts.items():
         path.write_text(text.replace(old, new), "utf-8")
     assert (python(script, NUMBA_CACHE_DIR=cache) != before) == (what == "an elementary function")
-    assert len(entries(tmp_path)) == len(kept)
-    assert set(entries(tmp_path)) != set(kept)
+    both = entries(tmp_path)
+    assert len(both) == 2 * len(kept)
+    assert set(both) > set(kept)
+    for path, text in texts.items():
+        path.write_text(text)
+    assert python(script, NUMBA_CACHE_DIR=cache) == before
+    assert entries(tmp_path) == both
 
 
+# --- installed in other ways ------------------------------------------------------------------------------------------
+INSTALLED = """
+import sys
+sys.path.insert(0, {place!r})
+{before}
+import numpy as np
+import grpo_fast
+from grpo_fast._kernels.blocks import scratch_like
+assert {place!r} in repr(grpo_fast)
+scratch_like(np.ones(3), 2)
+print(*scratch_like.stats.cache_hits.values())
+"""
+#: As programs that hold Python's code in themselves import it: no files, no texts.
+FROZEN = """
+import importlib.abc, importlib.util, pkgutil
+
+class Frozen(importlib.abc.InspectLoader):
+    def __init__(self, path):
+        self.path = path
+    def is_package(self, name):
+        return self.path.name == "__init__.py"
+    def get_source(self, name):
+        return None
+    def get_code(self, name):
+        return compile(self.path.read_bytes(), "/build/" + self.path.name, "exec")
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        file = Path({clone!r}).joinpath(*name.split("."))
+        for path in (file / "__init__.py", file.with_suffix(".py")):
+            if name.startswith("grpo_fast") and path.is_file():
+                return importlib.util.spec_from_loader(name, Frozen(path), origin=str(path))
+
+from pathlib import Path
+sys.meta_path.insert(0, Finder())
+pkgutil.iter_modules = lambda path: [
+    pkgutil.ModuleInfo(None, file.stem, False) for file in Path({clone!r}, "grpo_fast", "_kernels").glob("*.py")
+]
+"""
+
+
+def as_files(clone):
+    return clone
+
+
+def without_sources(clone):
+    compileall.compile_dir(clone, quiet=1, legacy=True)
+    for path in clone.rglob("*.py"):
+        path.unlink()
+    return clone
+
+
+def in_an_archive(clone):
+    return Path(shutil.make_archive(str(clone), "zip", clone))
+
+
+def in_an_archive_without_sources(clone):
+    return in_an_archive(without_sources(clone))
+
+
+def frozen(clone):
+    return clone
+
+
+@pytest.mark.parametrize("install", [as_files, without_sources, in_an_archive, in_an_archive_without_sources, frozen])
+def test_compiled_once_however_and_wherever_it_is_installed(install, tmp_path):
+    printed = []
+    for place in ("here", "there"):
+        clone = tmp_path / place
+        shutil.copytree(PACKAGE, clone / "grpo_fast", ignore=shutil.ignore_patterns("__pycache__"))
+        before = FROZEN.format(clone=str(clone)) if install is frozen else ""
+        script = INSTALLED.format(place=str(install(clone)), before=before)
+        printed.append(python(script, NUMBA_CACHE_DIR=str(tmp_path / "cache"), PYTHONWARNINGS="error"))
+    assert printed == ["\n", "1\n"]
+    assert len(entries(tmp_path / "cache")) == 1
+    assert not entries(tmp_path / "here")  # nor beside the sources
+
+
+def test_where_neither_text_nor_code_is_known(folder, monkeypatch):
+    monkeypatch.setattr(cache, "find_spec", lambda name: None)
+    monkeypatch.setattr(cache, "source", cache.source.__wrapped__)
+    with pytest.warns(RuntimeWarning, match=AGAIN + "neither text nor code of its sources .*; install them as files$"):
+        assert not call()
+    monkeypatch.setattr(cache.pkgutil, "iter_modules", lambda path: [])
+    with pytest.raises(RuntimeError, match="_kernels does not list its modules"):
+        cache.source()
+    assert not entries(folder)
+
+
+# --- disks and processes ----------------------------------------------------------------------------------------------
 FULL = """
 import resource, warnings
-import grpo_fast  # finds a place for its files, which is empty
+import grpo_fast
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 with warnings.catch_warnings(record=True) as told:
     warnings.simplefilter("always")
     print(grpo_fast.grpo_objective([1.0], [3.0], None, None, beta=0))
     for warning in told:
         assert warning.category is RuntimeWarning and "compiles its kernels again" in str(warning.message), warning
-    print(len(told) > 0)
+    print(len(told))
 """
 
 
 @pytest.mark.skipif(os.name != "posix", reason="limits of POSIX")
 def test_a_full_disk_is_told_and_nothing_worse(tmp_path):
-    assert python(FULL, NUMBA_CACHE_DIR=str(tmp_path)) == "3.0\nTrue\n"
+    assert python(FULL, NUMBA_CACHE_DIR=str(tmp_path)) == "3.0\n1\n"
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]  # no halves
 
 

@@ -16,7 +16,7 @@ MANY = WORTH_SHARING + 5 * BLOCK
 
 
 def test_importing_where_nothing_can_be_written(tmp_path):
-    # Files stand where each possible cache directory would be made: that stops root as well.
+    # Files stand where each folder for compiled code would be made, Python's and ours: that stops root as well.
     package = os.path.dirname(__import__("grpo_fast").__file__)
     os.mkdir(tmp_path / "grpo_fast")
     os.mkdir(tmp_path / "grpo_fast" / "_kernels")
@@ -35,10 +35,12 @@ assert grpo_fast.__file__.startswith({str(tmp_path)!r})
 with warnings.catch_warnings(record=True) as told:
     warnings.simplefilter("default")
     print(grpo_fast.grpo_objective(1.0, 3.0, None, None, beta=0))
-print({{warning.category.__name__ for warning in told}})
+print([warning.category.__name__ for warning in told])
 """
-    printed = python(script, NUMBA_CACHE_DIR=nowhere, HOME=nowhere, XDG_CACHE_HOME=nowhere)
-    assert printed == "3.0\n{'RuntimeWarning'}\n"  # that every process has to compile
+    homes = {"HOME": nowhere, "XDG_CACHE_HOME": nowhere, "USERPROFILE": nowhere, "LOCALAPPDATA": nowhere}
+    for named in ("", nowhere):
+        printed = python(script, NUMBA_CACHE_DIR=named, **homes)
+        assert printed == "3.0\n['RuntimeWarning']\n"  # that every process has to compile
 
 
 def test_importing_imports_nothing_optional():

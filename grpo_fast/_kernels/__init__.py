@@ -14,7 +14,8 @@ Each file imports only from lines below its own::
     exact  elementary             sums without rounding; exp, log and k3 of vectors
     simd  float_mode              a vector type; the processor's floating-point mode, set and given back
     compiling  own_stack          how functions become machine code; on a stack that is large enough
-    cache  threads                where that is kept; on how many threads it runs
+    cache  threads                keeping that on disk; on how many threads it runs
+    cache_folder                  where on disk: a folder of the user's, and of nobody else's
     notices                       what the user is told of the machine, once
 
 A lane is one number of a vector, a vector 64 bytes, a run 16 vectors, a block 4096 samples or tokens of one sequence.

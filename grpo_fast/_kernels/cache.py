@@ -1,128 +1,171 @@
 """Compiled kernels on disk: Numba's cache, made safe for what happens to a library on other people's machines.
 
-Numba keys its files by less than went into the machine code (not by the files that are inlined, nor by flags), keeps
-an index that processes starting at once overwrite (one's code can end under the other's types), and ends the call when
-a file is damaged or the disk is full. Here an entry is one file that is written once, under a name that is a digest of
-all that decides what it does; what cannot be read is compiled again, and what cannot be written is warned about.
+Numba keeps its files beside each copy of the sources, keys them by less than went into the machine code (not by the
+files that are inlined, nor by flags), has an index that processes starting at once overwrite (one's code can end under
+the other's types), and ends the call when a file is damaged or the disk is full. Here an entry is one file in a folder
+of the user's (`cache_folder`), written once, under a name that is a digest of all that decides what it does. What
+cannot be read is compiled again; that nothing can be written is told once.
 """
 
 import hashlib
-import os
 import pickle
+import pkgutil
 import sys
-import threading
 import warnings
-from contextlib import suppress
 from functools import cache
-from importlib.resources import files
-from pathlib import Path
+from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.util import find_spec
+from types import CodeType
 from typing import Any
 
 import llvmlite
 import numba
-from numba.core.caching import FunctionCache, NullCache
+import numpy as np
+from numba.core.caching import NullCache
+from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
+
+from .cache_folder import Folder, kernel_folder
 
 _CHECKSUM_BYTES = hashlib.sha256().digest_size
 
 
 def use_disk_cache(dispatcher: Any) -> None:
-    """Make a dispatcher of Numba's save on disk what it compiles, and look there before it compiles."""
+    """Make a dispatcher of Numba's, of a kernel, save on disk what it compiles, and look there before it compiles."""
+    function = dispatcher.py_func
+    name = f"{function.__module__.rpartition('.')[2]}.{function.__qualname__}"
     try:
-        dispatcher._cache = _KernelCache(dispatcher.py_func)
-    except (RuntimeError, OSError) as error:  # "no locator available", as nowhere can be written; no source files
+        # Now, not when something is compiled: by then the sources may be those of another version.
+        dispatcher._cache = _KernelCache(Entries(kernel_folder(), f"{name}.{source()}"))
+    except (RuntimeError, OSError) as error:
         dispatcher._cache = _Uncached(error)
 
 
-class _KernelCache(FunctionCache):  # type: ignore[misc]  # numba has no types
-    """Numba's cache of one function, on our files; where one cannot be written, saving warns."""
+class _KernelCache(NullCache):  # type: ignore[misc]  # numba has no types
+    """What Numba asks for the machine code of one function, and gives it to."""
 
-    def __init__(self, function: Any) -> None:
-        super().__init__(function)
-        self._cache_file = _Entries(Path(self.cache_path), function)
+    def __init__(self, entries: "Entries") -> None:
+        self._entries = entries
+
+    @property
+    def cache_path(self) -> str:
+        return str(self._entries.folder.path)
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        target_context.refresh()  # it may never have compiled yet
+        data = self._entries.load((sig, target_context.codegen().magic_tuple()))
+        return None if data is None else CompileResult._rebuild(target_context, *data)
 
     def save_overload(self, sig: Any, data: Any) -> None:
+        if data.library.has_dynamic_globals:  # addresses that are right in this process alone
+            return
         try:
-            super().save_overload(sig, data)
+            self._entries.save((sig, data.codegen.magic_tuple()), data._reduce())
         except OSError as error:
-            _warn(error)
+            _warn_once(
+                f"they cannot be kept in {self.cache_path}: {error}. Mend or remove that folder, which is made again, "
+                "or name another one in NUMBA_CACHE_DIR"
+            )
 
 
 class _Uncached(NullCache):  # type: ignore[misc]
-    """The cache where there is no place for one: it is empty, and saving warns."""
+    """The cache where there can be none: it is empty, and saving warns."""
 
     def __init__(self, reason: Exception) -> None:
         self._reason = reason
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        _warn(self._reason)
+        _warn_once(str(self._reason))
 
 
-def _warn(reason: Exception) -> None:
-    warnings.warn(
-        f"grpo_fast compiles its kernels again in every process, since there is no place to keep them: {reason}. "
-        "NUMBA_CACHE_DIR can name one",
-        RuntimeWarning,
-        stacklevel=1,
-    )
+_warned = False
 
 
-class _Entries:
-    """The files of one function's machine code: one for each combination of types, CPU, versions and source."""
+def _warn_once(reason: str) -> None:
+    """Warn that nothing is kept, unless this process was warned already."""
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"grpo_fast compiles its kernels again in every process, since {reason}", RuntimeWarning, stacklevel=1
+        )
 
-    def __init__(self, folder: Path, function: Any) -> None:
-        module = function.__module__.rpartition(".")[2]
-        self._folder = folder
-        self._name = f"{module}.{function.__qualname__}"
-        # Now, not when something is compiled: by then the files may be those of another version.
-        self._source = source()
+
+class Entries:
+    """The machine code of one function: an entry for each combination of types, CPU and versions."""
+
+    def __init__(self, folder: Folder, name: str) -> None:
+        self.folder = folder
+        self._name = name
 
     def load(self, key: Any) -> Any:
         """What was saved under ``key``; None if nothing was, or if it is damaged."""
-        try:
-            content = self._path(key).read_bytes()
-        except OSError:
-            return None
-        data = content[_CHECKSUM_BYTES:]
-        return pickle.loads(data) if hashlib.sha256(data).digest() == content[:_CHECKSUM_BYTES] else None
+        data = self._verified(self._entry(key))
+        return None if data is None else pickle.loads(data)
 
     def save(self, key: Any, data: Any) -> None:
-        """Write ``data`` to the file of ``key``, whole or not at all; remove files that are made from other source."""
-        path = self._path(key)
-        self._remove(but=f"{self._name}.{self._source}.")
-        content = dumps(data)
-        # Nobody sees half a file. If this process is killed in between, its own temporary file is all that remains.
-        temporary = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
+        """Keep ``data`` under ``key``; an OSError that says why, if that is not possible."""
+        entry, data = self._entry(key), dumps(data)
         try:
-            temporary.write_bytes(hashlib.sha256(content).digest() + content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+            self.folder.write(entry, _checksum(entry, data) + data)
+        except PermissionError:
+            # On Windows, files that another process has just open cannot be replaced; what they hold is as good.
+            if self._verified(entry) is None:
+                raise
 
-    def flush(self) -> None:
-        """Remove all files."""
-        self._remove()
+    def _verified(self, entry: str) -> bytes | None:
+        """The pickle in an entry, if it is what was written, and written under this name."""
+        content = self.folder.read(entry)
+        if content is None:
+            return None
+        checksum, data = content[:_CHECKSUM_BYTES], content[_CHECKSUM_BYTES:]
+        return data if checksum == _checksum(entry, data) else None
 
-    def _path(self, key: Any) -> Path:
-        # Numba's key is the types, the CPU and its features; it leaves out its one setting that changes what code does.
-        versions = numba.__version__, llvmlite.__version__, sys.implementation.cache_tag
-        digest = _digest(repr((key, versions, numba.config.BOUNDSCHECK)).encode())
-        return self._folder / f"{self._name}.{self._source}.{digest}.nbc"
+    def _entry(self, key: Any) -> str:
+        """The name for a key of Numba's: types, the CPU and its features.
 
-    def _remove(self, but: str | None = None) -> None:
-        """Remove this function's files, all or those whose names do not begin with ``but``."""
-        for path in self._folder.glob(f"{self._name}.*.nbc"):
-            if but is None or not path.name.startswith(but):
-                with suppress(OSError):  # another process was faster, or still uses it
-                    path.unlink()
+        That leaves out the one setting of Numba's that changes what code does, and what else reads a pickle and runs
+        machine code: Numba, LLVM, NumPy, and Python, whose binary interface extension modules name.
+        """
+        versions = numba.__version__, llvmlite.__version__, np.__version__, EXTENSION_SUFFIXES[0]
+        return f"{self._name}.{_digest(repr((key, versions, numba.config.BOUNDSCHECK)).encode())}"
+
+
+def _checksum(entry: str, data: bytes) -> bytes:
+    return hashlib.sha256(entry.encode() + data).digest()
 
 
 @cache
 def source() -> str:
-    """A digest of the texts that decide what machine code does: all kernels, comments included, and their options."""
-    texts = [*files(__package__).iterdir(), files(__package__.rpartition(".")[0]) / "terms.py"]
-    named = sorted((text.name, text.read_bytes()) for text in texts if text.name.endswith(".py"))
-    return _digest(repr(named).encode())
+    """A digest of the texts that decide what machine code does: all kernels, comments included, and their options.
+
+    Where they have no text, as in a frozen program, it is of their code. Raises a RuntimeError where neither is known.
+    """
+    terms = f"{__package__.rpartition('.')[0]}.terms"
+    try:
+        listed = pkgutil.iter_modules(sys.modules[__package__].__path__)
+        kernels = [f"{__package__}.{module.name}" for module in listed]
+        if __name__ not in kernels:
+            raise ImportError(f"{__package__} does not list its modules")
+        texts = [(name, _text(name)) for name in sorted([__package__, *kernels, terms])]
+    except (AttributeError, ImportError, ValueError) as error:
+        raise RuntimeError(
+            f"neither text nor code of its sources can be read, to tell versions apart ({error}); install them as files"
+        ) from error
+    return _digest(repr(texts).encode())
+
+
+def _text(module: str) -> Any:
+    loader: Any = getattr(find_spec(module), "loader", None)
+    return loader.get_source(module) or _meaning(loader.get_code(module))
+
+
+def _meaning(code: CodeType) -> tuple[Any, ...]:
+    """What a code object does, without where its text was."""
+    arguments = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags
+    names = code.co_name, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
+    constants = [_meaning(value) if isinstance(value, CodeType) else repr(value) for value in code.co_consts]
+    return *arguments, *names, code.co_code, code.co_exceptiontable, constants
 
 
 def _digest(data: bytes) -> str:
