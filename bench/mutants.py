@@ -210,6 +210,10 @@ HARMLESS = [
     ("if array.dtype.kind not in", "8"),  # no dtype has 9 bytes
     ("if values is None or isinstance(values, (list, tuple))", "or"),  # no memory that is shared
     ("weights_per_token, weights = True, None", "True"),  # nobody asks of what there is not
+    ("_FOLLOW_NO_LINK = getattr(", "0"),  # for systems that have no such flag
+    ("_DO_NOT_WAIT = getattr(", "0"),
+    ("def open(self, name: str, mode: str, permissions: int = 0)", ""),  # to read, nothing is made
+    ("elif name.endswith(_TEMPORARY) and", "<"),  # a day to the nanosecond
 ]
 
 

@@ -181,7 +181,7 @@ HINDRANCES = {
     ),
     "others may write": (
         open_to_all,
-        "they cannot be kept in {place}.grpo_fast: others may write to it: its mode is 777" + MEND,
+        "they cannot be kept in {place}.grpo_fast: others may write to it: its mode is 777, not 700" + MEND,
     ),
     "a full disk": (on_a_full_disk, r"they cannot be kept in {place}: \[Errno 28\] No space left on device" + MEND),
 }

@@ -12,7 +12,7 @@ import pytest
 
 from grpo_fast._kernels import cache_folder
 from grpo_fast._kernels.cache import Entries
-from grpo_fast._kernels.cache_folder import LIMIT, STALE, Folder, kernel_folder
+from grpo_fast._kernels.cache_folder import LIMIT, Folder, kernel_folder
 
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="owners, modes and named pipes of POSIX")
 needs_root = pytest.mark.skipif(getattr(os, "geteuid", lambda: 1)() != 0, reason="only root gives files away")
@@ -53,6 +53,20 @@ def mode(path):
     return path.lstat().st_mode & 0o777
 
 
+def at_once(function, argument):
+    """The result in a list; nothing, if it waits, as for who writes to a named pipe."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(function(argument)), daemon=True)
+    thread.start()
+    thread.join(60)
+    return results
+
+
+def replaced_by_a_pipe(path):
+    path.rename(path.with_name("elsewhere"))
+    os.mkfifo(path, 0o600)
+
+
 # --- where ------------------------------------------------------------------------------------------------------------
 PLACES = {
     ("linux", ""): "home/.cache",
@@ -89,12 +103,13 @@ def test_where_there_is_no_home(home, monkeypatch):
 
 @needs_posix
 @pytest.mark.parametrize("umask", [0o000, 0o077])
-def test_folder_and_entries_are_for_the_user_alone(umask, folder):
-    usual = os.umask(umask)
+def test_folder_and_entries_are_for_the_user_alone(umask, home):
+    folder, usual = Folder(home / "deep" / "caches" / "grpo_fast"), os.umask(umask)
     try:
         folder.write("entry", b"machine code")
     finally:
         os.umask(usual)
+    assert mode(home / "deep") == 0o777 & ~umask
     assert mode(folder.path.parent) == mode(folder.path) == 0o700
     assert mode(folder.path / "grpo_fast.entry.nbc") == 0o600
     assert folder.read("entry") == b"machine code"
@@ -120,10 +135,11 @@ def replaced_by_a_file(path):
 
 
 BAD_FOLDERS = {
-    "its group may write": (lambda path: path.chmod(0o720), "others may write to it: its mode is 720"),
-    "all may write": (lambda path: path.chmod(0o1702), "others may write to it: its mode is 1702"),
+    "its group may write": (lambda path: path.chmod(0o720), "others may write to it: its mode is 720, not 700"),
+    "all may write": (lambda path: path.chmod(0o1702), "others may write to it: its mode is 1702, not 700"),
     "a symbolic link": (moved_behind_a_link, "it is a symbolic link"),
     "a file": (replaced_by_a_file, "Not a directory"),
+    "a named pipe": (replaced_by_a_pipe, "Not a directory"),
     "gone to someone": (lambda path: os.chown(path, SOMEONE, -1), f"it belongs to user {SOMEONE}, and this process to"),
 }
 
@@ -135,7 +151,7 @@ def test_a_bad_folder_is_neither_read_nor_written(what, folder):
     entries, exploded = Entries(folder, "kernel"), folder.path.parent / "exploded"
     entries.save("key", Bomb(exploded))
     attack(folder.path)
-    assert entries.load("key") is None
+    assert at_once(entries.load, "key") == [None]
     with pytest.raises(OSError, match=reason):
         entries.save("another key", "machine code")
     assert not exploded.exists()
@@ -178,11 +194,6 @@ def behind_a_link(path):
     path.symlink_to(path.with_suffix(".moved"))
 
 
-def replaced_by_a_pipe(path):
-    path.unlink()
-    os.mkfifo(path, 0o600)
-
-
 BAD_ENTRIES = {
     "its group may write": lambda path: path.chmod(0o620),
     "all may write": lambda path: path.chmod(0o602),
@@ -195,14 +206,11 @@ BAD_ENTRIES = {
 @needs_posix
 @pytest.mark.parametrize("what", [*list(BAD_ENTRIES)[:-1], pytest.param("gone to someone", marks=needs_root)])
 def test_a_bad_entry_is_not_read_but_replaced(what, folder):
-    entries, exploded, loaded = Entries(folder, "kernel"), folder.path.parent / "exploded", []
+    entries, exploded = Entries(folder, "kernel"), folder.path.parent / "exploded"
     entries.save("key", Bomb(exploded))
     (path,) = folder.path.iterdir()
     BAD_ENTRIES[what](path)
-    load = threading.Thread(target=lambda: loaded.append(entries.load("key")), daemon=True)
-    load.start()
-    load.join(60)  # as it would wait for who writes to a pipe
-    assert loaded == [None]
+    assert at_once(entries.load, "key") == [None]
     assert not exploded.exists()
     entries.save("key", "machine code")
     assert entries.load("key") == "machine code"
@@ -250,13 +258,10 @@ def test_a_relative_name_means_what_it_meant_at_first(home, monkeypatch):
 
 @needs_posix
 def test_a_pipe_in_a_named_folder_is_not_waited_for(home):
-    folder, read = Folder(home, as_given=True), []
+    folder = Folder(home, as_given=True)
     folder.write("entry", b"")
     replaced_by_a_pipe(home / "grpo_fast.entry.nbc")
-    reading = threading.Thread(target=lambda: read.append(folder.read("entry")), daemon=True)
-    reading.start()
-    reading.join(60)
-    assert read == [None]
+    assert at_once(folder.read, "entry") == [None]
 
 
 # --- how much ---------------------------------------------------------------------------------------------------------
@@ -302,6 +307,16 @@ def test_a_full_folder_is_not_emptied_before_it_has_to(folder, monkeypatch):
     assert files(folder) == ["grpo_fast.b.nbc", "grpo_fast.c.nbc", "grpo_fast.d.nbc"]
 
 
+@needs_posix
+def test_a_link_takes_no_more_room_than_a_link(folder, monkeypatch):
+    monkeypatch.setattr(cache_folder, "LIMIT", 2000)
+    with_entry(folder, "entry", 1000, age=10)
+    (folder.path.parent / "large").write_bytes(bytes(5000))
+    (folder.path / "grpo_fast.link.nbc").symlink_to(folder.path.parent / "large")
+    folder.write("new", b"")
+    assert files(folder) == ["grpo_fast.entry.nbc", "grpo_fast.link.nbc", "grpo_fast.new.nbc"]
+
+
 def test_what_was_just_written_stays(folder, monkeypatch):
     monkeypatch.setattr(cache_folder, "LIMIT", 5)
     with_entry(folder, "of a clock that is ahead", 3, age=-1000)
@@ -309,9 +324,10 @@ def test_what_was_just_written_stays(folder, monkeypatch):
     assert files(folder) == ["grpo_fast.large.nbc"]
 
 
-def test_stale_temporary_files_go(folder):
+def test_temporary_files_go_after_a_day(folder):
     folder.write("entry", b"")
-    for name, age in {"grpo_fast.1.tmp": STALE + 60, "grpo_fast.2.tmp": STALE - 60, "mine.tmp": STALE + 60}.items():
+    day = 86400
+    for name, age in {"grpo_fast.1.tmp": day + 60, "grpo_fast.2.tmp": day - 60, "mine.tmp": day + 60}.items():
         (folder.path / name).write_bytes(b"half")
         os.utime(folder.path / name, (time.time() - age,) * 2)
     folder.write("another", b"")
@@ -331,6 +347,21 @@ def test_many_that_make_room_at_once_do_not_fail(any_folder, monkeypatch):
     any_folder.write("last", b"0123456789")
     assert "grpo_fast.last.nbc" in files(any_folder)
     assert len(files(any_folder)) <= 20
+
+
+def test_no_file_stays_open(any_folder):
+    def lowest_free():
+        descriptor = os.open(os.devnull, os.O_RDONLY)
+        os.close(descriptor)
+        return descriptor
+
+    free = lowest_free()
+    any_folder.write("entry", b"machine code")
+    (any_folder.path / "grpo_fast.folder.nbc").mkdir()
+    with pytest.raises(OSError, match=r"grpo_fast\.folder\.nbc"):
+        any_folder.write("folder", b"")
+    assert [any_folder.read(name) for name in ("entry", "folder", "nothing")] == [b"machine code", None, None]
+    assert lowest_free() == free
 
 
 def test_use_that_cannot_be_noted_is_use(folder, monkeypatch):

@@ -31,7 +31,10 @@ _CHECKSUM_BYTES = hashlib.sha256().digest_size
 
 
 def use_disk_cache(dispatcher: Any) -> None:
-    """Make a dispatcher of Numba's, of a kernel, save on disk what it compiles, and look there before it compiles."""
+    """Make a dispatcher of Numba's save on disk what it compiles, and look there before it compiles.
+
+    It must be that of a function at the top of a module in this folder: closures, for one, are in no entry's name.
+    """
     function = dispatcher.py_func
     name = f"{function.__module__.rpartition('.')[2]}.{function.__qualname__}"
     try:

@@ -22,7 +22,7 @@ import numba
 #: Bytes that the entries may take: more than a thousand of them.
 LIMIT = 256 << 20
 #: Seconds after which nobody will finish a temporary file any more.
-STALE = 24 * 3600
+_STALE = 24 * 3600
 
 # The names of files that are ours, also in a folder with others.
 _PREFIX, _ENTRY, _TEMPORARY = "grpo_fast.", ".nbc", ".tmp"
@@ -132,7 +132,7 @@ def _refuse_others(status: os.stat_result) -> None:
     if status.st_uid != os.geteuid():
         raise PermissionError(f"it belongs to user {status.st_uid}, and this process to user {os.geteuid()}")
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(f"others may write to it: its mode is {stat.S_IMODE(status.st_mode):o}")
+        raise PermissionError(f"others may write to it: its mode is {stat.S_IMODE(status.st_mode):o}, not 700")
 
 
 def _make_room(folder: "_OpenFolder", written: str) -> None:
@@ -144,7 +144,7 @@ def _make_room(folder: "_OpenFolder", written: str) -> None:
     for name, status in folder.files():
         if name.endswith(_ENTRY):
             entries.append((status.st_mtime, status.st_size, name))
-        elif name.endswith(_TEMPORARY) and status.st_mtime < time.time() - STALE:
+        elif name.endswith(_TEMPORARY) and status.st_mtime < time.time() - _STALE:
             folder.remove(name)
     surplus = sum(size for _, size, _ in entries) - LIMIT
     for _, size, name in sorted(entries):
