@@ -18,7 +18,7 @@ import recorded
 from conftest import python
 
 import grpo_fast
-from grpo_fast._kernels import cache, cache_folder
+from grpo_fast._kernels import cache, cache_folder, notices
 from grpo_fast._kernels.blocks import RUN, scratch_like
 from grpo_fast._kernels.cache_folder import Folder
 from grpo_fast._kernels.compiling import compiled
@@ -73,7 +73,7 @@ def test_machine_code_is_named_after_all_kernels_and_the_options(clone):
 # --- one small kernel, of which there is a new dispatcher in every process --------------------------------------------
 @pytest.fixture(autouse=True)
 def not_warned_yet(monkeypatch):
-    monkeypatch.setattr(cache, "_warned", False)
+    monkeypatch.setattr(notices, "_told", set())
 
 
 @pytest.fixture
@@ -275,7 +275,7 @@ def test_an_upgrade_runs_the_new_code_and_the_old_one_is_kept(what, tmp_path, cl
     old, new, beta = UPGRADES[what]
     script, cache = ONE_CALL.format(package=str(clone), beta=beta), str(tmp_path / "cache")
     before, kept = python(script, NUMBA_CACHE_DIR=cache), entries(tmp_path)
-    texts = {path: path.read_text() for path in (clone / "grpo_fast" / "_kernels").glob("*.py")}
+    texts = {path: path.read_text("utf-8") for path in (clone / "grpo_fast" / "_kernels").glob("*.py")}
     assert any(old in text for text in texts.values())
     for path, text in texts.items():
         path.write_text(text.replace(old, new), "utf-8")
@@ -284,7 +284,7 @@ def test_an_upgrade_runs_the_new_code_and_the_old_one_is_kept(what, tmp_path, cl
     assert len(both) == 2 * len(kept)
     assert set(both) > set(kept)
     for path, text in texts.items():
-        path.write_text(text)
+        path.write_text(text, "utf-8")
     assert python(script, NUMBA_CACHE_DIR=cache) == before
     assert entries(tmp_path) == both
 

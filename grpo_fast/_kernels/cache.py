@@ -11,7 +11,6 @@ import hashlib
 import pickle
 import pkgutil
 import sys
-import warnings
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.util import find_spec
@@ -26,6 +25,7 @@ from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
 
 from .cache_folder import Folder, kernel_folder
+from .notices import warn_once
 
 _CHECKSUM_BYTES = hashlib.sha256().digest_size
 
@@ -65,7 +65,7 @@ class _KernelCache(NullCache):  # type: ignore[misc]  # numba has no types
         try:
             self._entries.save((sig, data.codegen.magic_tuple()), data._reduce())
         except OSError as error:
-            _warn_once(
+            _warn(
                 f"they cannot be kept in {self.cache_path}: {error}. Mend or remove that folder, which is made again, "
                 "or name another one in NUMBA_CACHE_DIR"
             )
@@ -78,20 +78,11 @@ class _Uncached(NullCache):  # type: ignore[misc]
         self._reason = reason
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        _warn_once(str(self._reason))
+        _warn(str(self._reason))
 
 
-_warned = False
-
-
-def _warn_once(reason: str) -> None:
-    """Warn that nothing is kept, unless this process was warned already."""
-    global _warned
-    if not _warned:
-        _warned = True
-        warnings.warn(
-            f"grpo_fast compiles its kernels again in every process, since {reason}", RuntimeWarning, stacklevel=1
-        )
+def _warn(reason: str) -> None:
+    warn_once("cache", f"grpo_fast compiles its kernels again in every process, since {reason}")
 
 
 class Entries:

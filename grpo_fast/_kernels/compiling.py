@@ -110,8 +110,9 @@ def _with_threads_as_they_are(work: Callable[..., Any]) -> Callable[..., Any]:
             if "NUMBA_NUM_THREADS" not in str(error):
                 raise
         warn_once(
+            "number of threads",
             "NUMBA_NUM_THREADS was changed after Numba had started its threads, and no longer has an effect on "
-            f"grpo_fast: there are {config.NUMBA_NUM_THREADS}"
+            f"grpo_fast: there are {config.NUMBA_NUM_THREADS}",
         )
         settings = config._env_reloader
         with global_compiler_lock:

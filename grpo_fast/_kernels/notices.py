@@ -1,10 +1,12 @@
-"""What the user is told of the machine: each thing once in a process."""
+"""What the user is told of the machine: of each subject once in a process."""
 
 import warnings
-from functools import cache
+
+_told: set[str] = set()
 
 
-@cache
-def warn_once(message: str) -> None:
-    """Give a RuntimeWarning, unless it was given before."""
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
+def warn_once(subject: str, message: str) -> None:
+    """Give a RuntimeWarning, unless one was given on the subject."""
+    if subject not in _told:
+        _told.add(subject)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)

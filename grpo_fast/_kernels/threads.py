@@ -106,7 +106,7 @@ def _start_threads() -> None:
         global _without_threads
         _without_threads = True
         reason = " ".join(str(problems[0]).split())
-        warn_once(f"grpo_fast computes on one thread, as Numba cannot start more: {reason}")
+        warn_once("threads", f"grpo_fast computes on one thread, as Numba cannot start more: {reason}")
 
 
 @contextmanager
