@@ -54,6 +54,12 @@ def _add_options(parser: argparse.ArgumentParser, *, of_sweep: bool) -> None:
         parser.add_argument("--epsilon-high", type=float, help="(as --epsilon)*")
         parser.add_argument("--delta", type=float, help="hard bound of the ratio*")
         parser.add_argument("--importance-sampling-level", choices=LEVELS, help="(token)*")
+    parser.add_argument(
+        "--no-importance-weighted",
+        dest="importance_weighted",
+        action="store_false",
+        help="leave the ratio out of the KL term, as DeepSeekMath does",
+    )
     parser.epilog = "Options with * are those of log-probability columns."
     parser.add_argument("--kl", choices=tuple(_KL_TERMS), help="estimator of the KL term (k3)*")
     parser.add_argument("--aggregation", choices=AGGREGATIONS, help="(seq-mean-token-mean)*")
@@ -176,10 +182,10 @@ def _evaluate(arguments: argparse.Namespace) -> str:
     options: dict[str, Any]
     if _files_hold_log_probabilities(arguments, given):
         clip = Clip(arguments.epsilon, given.pop("epsilon_high", None), given.pop("delta", None))
-        kl = _KL_TERMS[given.pop("kl", "k3")](arguments.beta) if arguments.beta else None
+        kl = _KL_TERMS[given.pop("kl", "k3")](arguments.beta, arguments.importance_weighted) if arguments.beta else None
         options = given | {"surrogate": clip, "kl": kl}
     else:
-        options = {"epsilon": arguments.epsilon, "beta": arguments.beta}
+        options = {name: getattr(arguments, name) for name in ("epsilon", "beta", "importance_weighted")}
     with _executor(arguments.workers) as executor:
         stats: Stats = evaluate(arguments.files, executor=executor, **_common(arguments), **options)
     return _as_json(stats.as_dict()) if arguments.json else str(stats)
@@ -190,8 +196,11 @@ def _sweep(arguments: argparse.Namespace) -> str:
     options = _given(arguments, ("kl", "aggregation", "normalizer"))
     if arguments.plot and os.path.splitext(arguments.plot)[1] not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--plot must end in .png, .svg or .pdf, got {arguments.plot}")
-    if _files_hold_log_probabilities(arguments, options) and "kl" in options:
-        options["kl"] = _KL_TERMS[options["kl"]]
+    if _files_hold_log_probabilities(arguments, options):
+        term = _KL_TERMS[options.get("kl", "k3")]
+        options["kl"] = partial(term, importance_weighted=arguments.importance_weighted)
+    else:
+        options["importance_weighted"] = arguments.importance_weighted
     grid = {"epsilons": arguments.epsilon, "betas": arguments.beta}
     with _executor(arguments.workers) as executor:
         result = sweep(arguments.files, executor=executor, **grid, **_common(arguments), **options)

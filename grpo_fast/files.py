@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import _workers
-from ._checks import Array, not_negative
+from ._checks import Array, flag
 from ._kernels.blocks import BLOCK
 from ._kernels.threads import serially
 from .loss import grpo_loss
@@ -65,10 +65,10 @@ def evaluate(
     progress : bool
         Whether to show a bar on stderr (needs tqdm).
     **options
-        Of probabilities ``epsilon`` and ``beta``; with ``beta=0`` their last two columns are not read. Of
-        log-probabilities ``surrogate``, ``kl``, ``importance_sampling_level``, ``aggregation`` and ``normalizer``;
-        without a ``kl``, ``ref_logps`` is not read. Flat ones have no sequences: token level, ``"token-mean"`` or
-        ``"token-sum"``.
+        Of probabilities ``epsilon``, ``beta`` and ``importance_weighted``; with ``beta=0`` their last two columns are
+        not read. Of log-probabilities ``surrogate``, ``kl``, ``importance_sampling_level``, ``aggregation`` and
+        ``normalizer``; without a ``kl``, ``ref_logps`` is not read. Flat ones have no sequences: token level,
+        ``"token-mean"`` or ``"token-sum"``.
 
     Returns
     -------
@@ -114,8 +114,9 @@ def sweep(
     epsilons, betas : (E,), (B,) array-like, or a single number
         As in `grpo_sweep`.
     **options
-        Of log-probabilities, which are clipped at token level: ``kl``, a KL term without its β (K1, K2 or K3, the
-        default; ``functools.partial(K3, importance_weighted=False)``), ``aggregation`` and ``normalizer``.
+        Of probabilities ``importance_weighted``. Of log-probabilities, which are clipped at token level: ``kl``, a KL
+        term without its β (K1, K2 or K3, the default; ``functools.partial(K3, importance_weighted=False)``),
+        ``aggregation`` and ``normalizer``.
 
     Returns
     -------
@@ -151,10 +152,10 @@ def _evaluation(form: "Form", *, options: dict[str, Any]) -> _Work:
     from ._rollouts import Form
 
     if form is Form.PROBABILITIES:
-        _refuse_others(options, "probability", ("epsilon", "beta"))
-        epsilon = Clip(options.get("epsilon", EPSILON)).epsilon
-        beta = not_negative("beta", options.get("beta", BETA))
-        return _Work(partial(_stats_of_samples, epsilon=epsilon, beta=beta), set() if beta else _PI, None)
+        _refuse_others(options, "probability", ("epsilon", "beta", "importance_weighted"))
+        clip = Clip(options.get("epsilon", EPSILON))
+        k3 = K3(options.get("beta", BETA), options.get("importance_weighted", True))
+        return _Work(partial(_stats_of_samples, epsilon=clip.epsilon, k3=k3), set() if k3.beta else _PI, None)
     _refuse_others(options, "log-probability", Options._fields)
     checked = Options(**options)
     return _Work(partial(_stats_of_tokens, options=checked), set() if checked.kl else _REF, checked)
@@ -166,8 +167,10 @@ def _sweeping(form: "Form", *, grid: tuple[tuple[float, ...], ...], options: dic
 
     with_kl = any(grid[1])
     if form is Form.PROBABILITIES:
-        _refuse_others(options, "probability", ())
-        return _Work(partial(_sweep_of_samples, grid=grid), set() if with_kl else _PI, None)
+        _refuse_others(options, "probability", ("importance_weighted",))
+        weighted = flag("importance_weighted", options.get("importance_weighted", True))
+        job = partial(_sweep_of_samples, grid=grid, importance_weighted=weighted)
+        return _Work(job, set() if with_kl else _PI, None)
     _refuse_others(options, "log-probability", ("kl", "aggregation", "normalizer"))
     term: Callable[[float], KL] = options.get("kl", K3)
     if not callable(term):
@@ -180,17 +183,19 @@ def _refuse_others(options: Mapping[str, Any], kind: str, allowed: tuple[str, ..
     """Raise the TypeError for the first option that is not allowed, if any."""
     for name in options:
         if name not in allowed:
-            raise TypeError(f"options of {kind} columns are {', '.join(allowed) or 'none'}; got {name}")
+            raise TypeError(f"options of {kind} columns are {', '.join(allowed)}; got {name}")
 
 
-def _stats_of_samples(arrays: dict[str, Array], *, epsilon: float, beta: float) -> Stats | None:
+def _stats_of_samples(arrays: dict[str, Array], *, epsilon: float, k3: K3) -> Stats | None:
     samples = _samples_of(arrays)
-    return grpo_stats(*samples, epsilon, beta) if samples[0].size else None
+    return grpo_stats(*samples, epsilon, **k3._asdict()) if samples[0].size else None
 
 
-def _sweep_of_samples(arrays: dict[str, Array], *, grid: tuple[tuple[float, ...], ...]) -> Sweep | None:
+def _sweep_of_samples(
+    arrays: dict[str, Array], *, grid: tuple[tuple[float, ...], ...], importance_weighted: bool
+) -> Sweep | None:
     samples = _samples_of(arrays)
-    return grpo_sweep(*samples, *grid) if samples[0].size else None
+    return grpo_sweep(*samples, *grid, importance_weighted=importance_weighted) if samples[0].size else None
 
 
 def _samples_of(arrays: dict[str, Array]) -> tuple[Array, Array, Any, Any]:

@@ -1,8 +1,9 @@
 """The objective from probabilities: `grpo_objective`, every diagnostic with it, and the grid over ε and β."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,6 +24,8 @@ def grpo_objective(
     pi_theta_ref: ArrayLike,
     epsilon: float = EPSILON,
     beta: float = BETA,
+    *,
+    importance_weighted: bool = True,
 ) -> float:
     """The GRPO objective over N samples, in one pass over memory.
 
@@ -30,6 +33,8 @@ def grpo_objective(
 
         π_θ = ρ·π_old,   r = π_ref/π_θ
         L   = mean( min(ρA, clip(ρ, 1−ε, 1+ε)·A)  −  β·ρ·(r − log r − 1) )
+
+    with the KL term of DeepSeek-V3.2; with ``importance_weighted=False`` that of DeepSeekMath, −β·(r − log r − 1).
 
     Parameters
     ----------
@@ -44,6 +49,8 @@ def grpo_objective(
         ε, how far ρ may leave 1 before a sample stops counting.
     beta : float, in [0, inf)
         β, the weight of the KL term.
+    importance_weighted : bool
+        Whether ρ multiplies the KL term, as in `K3`.
 
     Returns
     -------
@@ -62,9 +69,9 @@ def grpo_objective(
     float64 and float32 are computed natively; other dtypes are promoted by NumPy's rules, and mixed ones to the wider.
     C-contiguous float64 or float32 arrays, `numpy.memmap` among them, are not copied.
 
-    The KL term is the importance-weighted k3 estimator, unbiased in value and gradient (DeepSeek-V3.2,
-    arXiv:2512.02556, Eq. 7; TRL's ``use_bias_correction_kl``), computed without cancellation. The rest is DeepSeekMath,
-    arXiv:2402.03300, Eq. 3 and 4, with one sample for each token.
+    The KL term is the k3 estimator, computed without cancellation; with ρ, it is unbiased in value and gradient under
+    samples from π_old (DeepSeek-V3.2, arXiv:2512.02556, Eq. 7; TRL's ``use_bias_correction_kl``). Without ρ, L is that
+    of DeepSeekMath, arXiv:2402.03300, Eq. 3 and 4, with one sample for each token. The domain is the same for both.
 
     Examples
     --------
@@ -72,15 +79,14 @@ def grpo_objective(
     >>> round(grpo_objective([1.2, 0.8, 1.1], [1.0, 1.0, 1.0], [0.9, 1.1, 1.0], [1.0, 0.5, 1.5]), 5)
     1.03277
     """
-    terms = _terms(epsilon, beta)
-    _, k3, low, high = terms
-    arrays, shape = _arrays((rhos, A, pi_theta_old, pi_theta_ref), k3.beta != 0.0)
+    terms = _terms(epsilon, beta, importance_weighted)
+    arrays, shape = _arrays((rhos, A, pi_theta_old, pi_theta_ref), terms.beta != 0.0)
     n = arrays[0].size
     if n <= BLOCK:
-        surrogate, kl, illegal = sample_blocks.objective_block(*arrays, low, high)
+        surrogate, kl, illegal = terms.drivers.objective_block(*arrays, terms.low, terms.high)
     elif n < threads.WORTH_SHARING:
         surrogates, kls = np.empty((2, blocks_in(n)))
-        illegal = sample_blocks.objective_blocks(*arrays, low, high, surrogates, kls)
+        illegal = terms.drivers.objective_blocks(*arrays, terms.low, terms.high, surrogates, kls)
         surrogate, kl = rounded_sum(surrogates.tolist()), rounded_sum(kls.tolist())
     else:
         totals = _totals(arrays, terms, None)
@@ -88,7 +94,7 @@ def grpo_objective(
         surrogate, kl, illegal = float(sums.surrogate), float(sums.kl), totals.suspect > 0
     if illegal:
         _refuse(arrays, shape)
-    return objective_of(surrogate / n, kl / n, k3.beta)
+    return objective_of(surrogate / n, kl / n, terms.beta)
 
 
 def grpo_stats(
@@ -98,6 +104,8 @@ def grpo_stats(
     pi_theta_ref: ArrayLike,
     epsilon: float = EPSILON,
     beta: float = BETA,
+    *,
+    importance_weighted: bool = True,
 ) -> Stats:
     """The objective and every diagnostic, in the same pass.
 
@@ -110,8 +118,8 @@ def grpo_stats(
         Its ``objective`` is that of `grpo_objective`, to the bit. The results of shards add to that of the whole
         exactly if the shards are cut at multiples of ``grpo_fast.BLOCK`` samples, and to rounding otherwise.
     """
-    terms = _terms(epsilon, beta)
-    with_kl = terms.k3.beta != 0.0 or pi_theta_old is not None or pi_theta_ref is not None
+    terms = _terms(epsilon, beta, importance_weighted)
+    with_kl = terms.beta != 0.0 or pi_theta_old is not None or pi_theta_ref is not None
     arrays, shape = _arrays((rhos, A, pi_theta_old, pi_theta_ref), with_kl)
     totals = _totals(arrays, terms, True)
     if totals.suspect:
@@ -127,6 +135,8 @@ def grpo_sweep(
     pi_theta_ref: ArrayLike,
     epsilons: ArrayLike,
     betas: ArrayLike,
+    *,
+    importance_weighted: bool = True,
 ) -> Sweep:
     """The objective for every pair of ε and β from one read of the data.
 
@@ -136,6 +146,8 @@ def grpo_sweep(
         As in `grpo_objective`; the last two are neither read nor checked if all β are 0.
     epsilons, betas : (E,), (B,) array-like, or a single number
         Only the ε cost anything; β is algebra on two sums.
+    importance_weighted : bool
+        As in `grpo_objective`.
 
     Returns
     -------
@@ -148,13 +160,15 @@ def grpo_sweep(
         As `grpo_objective`.
     """
     grid = grid_of(epsilons, betas)
+    k3 = K3(1.0, importance_weighted)
+    drivers = sweep_blocks.WEIGHTED if k3.importance_weighted else sweep_blocks.UNWEIGHTED
     with_kl = any(grid[1])
     arrays, shape = _arrays((rhos, A, pi_theta_old, pi_theta_ref), with_kl)
     steps = np.array(grid[0])
     n = arrays[0].size
     with threads.tasks(n) as tasks:
         pairs, shared = sweep_blocks.sweep_accumulators(tasks, steps.size)
-        driver = sweep_blocks.sweep_parallel if tasks > 1 else sweep_blocks.sweep
+        driver = drivers.sweep_parallel if tasks > 1 else drivers.sweep
         driver(*arrays, np.maximum(1.0 - steps, 0.0), 1.0 + steps, pairs, shared)
     sweep_blocks.merge_sweep(pairs, shared)
     if shared["suspect"][0]:
@@ -162,7 +176,7 @@ def grpo_sweep(
     (kl_sum,) = Exact.of_limbs(shared["kl"][:1])
     return Sweep(
         grid=grid,
-        options=Options(Clip(grid[0][0]), K3(1.0) if with_kl else None, aggregation="token-mean"),
+        options=Options(Clip(grid[0][0]), k3 if with_kl else None, aggregation="token-mean"),
         tokens=n,
         sequence_count=None,
         surrogate_numerators=tuple(Exact.of_limbs(pairs["surrogate"][0])),
@@ -192,29 +206,35 @@ def _axis(name: str, values: ArrayLike) -> list[float]:
     return list(array.tolist())
 
 
-class _Terms(NamedTuple):
-    """Both terms, and the bounds of ρ."""
+@dataclass(frozen=True, slots=True)
+class _Terms:
+    """Both terms, and what is made of them: β, the bounds of ρ, and the kernels for such a KL term."""
 
     clip: Clip
     k3: K3
+    beta: float
     low: float
     high: float
+    drivers: sample_blocks.Drivers
 
 
-def _make_terms(epsilon: float, beta: float) -> _Terms:
-    clip = Clip(epsilon)
-    return _Terms(clip, K3(beta), 1.0 - clip.epsilon, 1.0 + clip.epsilon_high)
+def _make_terms(epsilon: float, beta: float, importance_weighted: bool = True) -> _Terms:
+    clip, k3 = Clip(epsilon), K3(beta, importance_weighted)
+    drivers = sample_blocks.WEIGHTED if k3.importance_weighted else sample_blocks.UNWEIGHTED
+    return _Terms(clip, k3, k3.beta, 1.0 - clip.epsilon, 1.0 + clip.epsilon_high, drivers)
 
 
 _cached_terms = lru_cache(maxsize=256, typed=True)(_make_terms)
 
 
-def _terms(epsilon: float, beta: float) -> _Terms:
+def _terms(epsilon: float, beta: float, importance_weighted: bool) -> _Terms:
     """Both terms, checked; from a cache, since making them would be a third of a small call."""
     try:
-        return _cached_terms(epsilon, beta)
-    except TypeError:  # not hashable, hence not a number, or just not a number
-        return _make_terms(epsilon, beta)
+        if importance_weighted is True:  # as nearly always; a longer key takes longer to look up
+            return _cached_terms(epsilon, beta)
+        return _cached_terms(epsilon, beta, importance_weighted)
+    except TypeError:  # not hashable, hence neither a number nor a bool, or just none
+        return _make_terms(epsilon, beta, importance_weighted)
 
 
 _NAMES = ("rhos", "A", "pi_theta_old", "pi_theta_ref")
@@ -232,7 +252,7 @@ def _totals(arrays: tuple[Any, ...], terms: _Terms, diagnostics: bool | None) ->
     """The totals of all samples; without ``diagnostics`` (None) only surrogate, kl and suspect are right."""
     with threads.tasks(arrays[0].size) as tasks:
         accumulators = empty_accumulators(tasks)
-        driver = sample_blocks.totals_parallel if tasks > 1 else sample_blocks.totals
+        driver = terms.drivers.totals_parallel if tasks > 1 else terms.drivers.totals
         driver(*arrays, terms.low, terms.high, diagnostics, accumulators)
     return merged(accumulators)
 

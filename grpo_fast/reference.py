@@ -55,15 +55,20 @@ def grpo_objective(
     pi_theta_ref: ArrayLike,
     epsilon: float = EPSILON,
     beta: float = BETA,
+    *,
+    importance_weighted: bool = True,
 ) -> float:
     """mean( min(ρA, clip(ρ, 1−ε, 1+ε)·A) − β·ρ·(r − log r − 1) ), r = π_ref/(ρ·π_old); nothing is checked.
 
-    DeepSeekMath, arXiv:2402.03300, Eq. 3 and 4; the KL term weighted as in DeepSeek-V3.2, arXiv:2512.02556, Eq. 7.
+    This is DeepSeekMath, arXiv:2402.03300, Eq. 3, with the KL term of DeepSeek-V3.2, arXiv:2512.02556, Eq. 7. With
+    ``importance_weighted=False`` the KL term is DeepSeekMath's own, Eq. 4, which has no ρ.
     """
     ρ, A, π_old, π_ref = (np.asarray(x) for x in (rhos, A, pi_theta_old, pi_theta_ref))
     r = π_ref / (ρ * π_old)
     surrogate = np.minimum(ρ * A, np.clip(ρ, 1 - epsilon, 1 + epsilon) * A)
-    kl = ρ * (r - np.log(r) - 1)
+    kl = r - np.log(r) - 1
+    if importance_weighted:
+        kl = ρ * kl
     return float(np.mean(surrogate - beta * kl))
 
 

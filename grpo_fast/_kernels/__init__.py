@@ -31,5 +31,5 @@ A new surrogate of `grpo_loss`: a class and its place in `Surrogate`, in `terms`
 its diagnostics); a branch in each function of `formulas` that asks for the class, which are the formula, the gradient
 and what is clipped; its diagnostic in `stats`; its name in `torch._OPTIONS` and in the package; rows in
 tests/combinations.py, which are then recorded. At sequence level it must be linear in A on either side of 0. (Clip and
-the weighted k3 also stand in `samples` and `sweep_blocks`, for probabilities.)
+k3, times ρ or not, also stand in `samples` and `sweep_blocks`, for probabilities.)
 """

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .blocks import load_row, overflowed, prefetch_ahead, prefetch_if_given, store_row, vectors_in_run
-from .compiling import inlined
+from .compiling import inlined, inlined_by_type
 from .elementary import (
     NEAR,
     ReducedRatio,
@@ -51,12 +51,21 @@ RHO, ADVANTAGE, _POWER, F, S, PRESENT, ROWS = range(7)
 
 
 class Samples(NamedTuple):
-    """The arrays of N samples, of one dtype. Without probabilities (None) there is no KL term: another kernel."""
+    """The arrays of N samples, of one dtype; their KL term is ρ·k3, importance-weighted.
+
+    Without probabilities (None) there is no KL term: another kernel.
+    """
 
     rhos: Any
     advantages: Any
     pi_old: Any
     pi_ref: Any
+
+
+class UnweightedSamples(Samples):
+    """The same, with k3 alone as their KL term: another kernel, too."""
+
+    __slots__ = ()
 
 
 # --- memory → scratch -------------------------------------------------------------------------------------------------
@@ -186,9 +195,18 @@ def surrogate_sum(scratch, vectors, low, high, advantages, run_start):
     return in_float64
 
 
+@inlined_by_type
+def _kl_weight(samples, scratch, v):
+    """What k3 = r − 1 − log r is multiplied by: ρ, or 1; of a missing sample k3 is 0, too."""
+    if samples.instance_class is UnweightedSamples:
+        return lambda samples, scratch, v: full(scratch, 1.0)
+    assert samples.instance_class is Samples
+    return lambda samples, scratch, v: load_row(scratch, RHO, v)
+
+
 @inlined
 def _kl_sum(scratch, vectors, samples, run_start, near):
-    """Σ ρ·(r − 1 − log r) of a run, in float64 lanes, and whether all r are near 1, as they must be if reduced so."""
+    """Σ of the KL terms of a run, in float64 lanes, and whether all r are near 1, as they must be if reduced so."""
     total = full(scratch, 0.0)
     farthest = total
     for v in range(vectors):
@@ -200,12 +218,12 @@ def _kl_sum(scratch, vectors, samples, run_start, near):
         else:
             k = k3(ReducedRatio(load_row(scratch, _POWER, v), load_row(scratch, F, v), load_row(scratch, S, v)))
             store_row(scratch, F, v, k)
-        total = fma(load_row(scratch, RHO, v), k, total)
+        total = fma(_kl_weight(samples, scratch, v), k, total)
     in_float64 = wide(total)
     if not near and overflowed(scratch, in_float64):
         in_float64 = wide(full(scratch, 0.0))
         for v in range(vectors):
-            in_float64 += wide(load_row(scratch, RHO, v) * load_row(scratch, F, v))
+            in_float64 += wide(_kl_weight(samples, scratch, v) * load_row(scratch, F, v))
     return in_float64, lane_max(farthest) <= NEAR
 
 
