@@ -32,12 +32,16 @@ def hot_loops(kernel: Any, arguments: tuple[Any, ...]) -> list[list[str]]:
 
 
 def kernels(dtype: str) -> dict[str, list[list[str]]]:
-    """The hot loops of grpo_objective, and of grpo_loss at token level with Clip, K3 and the gradient."""
+    """The hot loops of grpo_objective with and without ρ in its KL term, and of grpo_loss with its gradient.
+
+    The loss is that at token level, with Clip and K3.
+    """
     x = np.ones(4096, dtype)
     batch = Batch(x, x, x[:1], x, None, None, x.copy(), np.array([0, x.size]), False, False)
     terms = LossTerms(Clip(), K3(0.04, importance_weighted=False), 1.0, True)
     return {
         "objective": hot_loops(sample_blocks.objective_block, (x, x, x, x, 0.8, 1.2)),
+        "objective, unweighted": hot_loops(sample_blocks.unweighted_block, (x, x, x, x, 0.8, 1.2)),
         "loss": hot_loops(token_level.token_block, (batch, terms, 1.0, 0, 0, x.size, x.copy())),
     }
 

@@ -40,15 +40,17 @@ def inputs(kind):
 
 
 # --- the cases --------------------------------------------------------------------------------------------------------
-def of_samples(function, kind, dtype, n, each):
+def of_samples(function, kind, dtype, n, weighted, each):
     """What one of the three functions of probabilities finds in n samples."""
     data = inputs(f"{kind} {dtype}" if kind == "extreme" else kind)
     arrays = [each(np.resize(data[name], n).astype(dtype)) for name in PROBABILITIES]
+    option = {"importance_weighted": weighted}
     if function == "objective":
-        return {f"beta={beta}": grpo_objective(*arrays, beta=beta).hex() for beta in (0.01, 0)}
+        betas = (0.01, 0) if weighted else (0.01,)  # without a KL term there is no difference
+        return {f"beta={beta}": grpo_objective(*arrays, beta=beta, **option).hex() for beta in betas}
     if function == "stats":
-        return spelled(grpo_stats(*arrays))
-    sweep = grpo_sweep(*arrays, [0.05, 0.2, 0.3], [0, 0.04])
+        return spelled(grpo_stats(*arrays, **option))
+    sweep = grpo_sweep(*arrays, [0.05, 0.2, 0.3], [0, 0.04], **option)
     objective = {f"objective {i}": x.hex() for i, x in enumerate(sweep.objective.ravel().tolist())}
     return objective | {"exact sums": digest(sums(sweep).encode())}
 
@@ -128,9 +130,13 @@ def digest(data):
 
 CASES = {
     **{
-        f"{function} {kind} {dtype} {n}": (of_samples, function, kind, dtype, n)
-        for function, kind, dtype, n in itertools.product(
-            ("objective", "stats", "sweep"), ("near", "far", "extreme"), ("f8", "f4"), (5, 127, MANY)
+        f"{function} {kind} {dtype} {n}{how}": (of_samples, function, kind, dtype, n, not how)
+        for how, function, kind, dtype, n in itertools.product(
+            ("", " unweighted"),
+            ("objective", "stats", "sweep"),
+            ("near", "far", "extreme"),
+            ("f8", "f4"),
+            (5, 127, MANY),
         )
     },
     **{

@@ -6,7 +6,7 @@ import pickle
 import re
 from dataclasses import fields, replace
 from fractions import Fraction
-from functools import reduce
+from functools import partial, reduce
 
 import numba
 import numpy as np
@@ -24,8 +24,8 @@ from grpo_fast.terms import K2
 N = 5 * BLOCK + 77
 
 
-def small_sweep(*arrays):
-    return grpo_sweep(*arrays, [0.1, 0.3], [0, 0.04])
+def small_sweep(*arrays, **option):
+    return grpo_sweep(*arrays, [0.1, 0.3], [0, 0.04], **option)
 
 
 def same(a, b):
@@ -89,6 +89,26 @@ def test_different_options_do_not_add():
         stats + replace(stats, options=stats.options._replace(kl=K2(0.01)))
     with pytest.raises(ValueError, match="Sweep of different grid"):
         grpo_sweep(*arrays, [0.1], [0.1]) + grpo_sweep(*arrays, [0.2], [0.1])
+
+
+@pytest.mark.parametrize("call", [grpo_stats, small_sweep])
+def test_weighted_and_unweighted_do_not_add(call):
+    found = [call(*samples(10), importance_weighted=weighted) for weighted in (True, False)]
+    assert found[0].kl != found[1].kl
+    for a, b in itertools.permutations(found):
+        message = rf"{type(a).__name__} of different kl cannot be added: {re.escape(str(a.options.kl))} and "
+        with pytest.raises(ValueError, match=message + re.escape(str(b.options.kl))):
+            a + b
+    assert "importance_weighted=False" in str(found[1].options.kl)
+    assert (found[1] + found[1]).kl == found[1].kl
+
+
+def test_without_a_kl_term_all_add():
+    rho, a, *_ = samples(10)
+    for call in (partial(grpo_stats, beta=0), partial(grpo_sweep, epsilons=[0.1, 0.3], betas=0)):
+        found = [call(rho, a, None, None, importance_weighted=weighted) for weighted in (True, False)]
+        assert same(*found)
+        assert found[0] + found[1] == found[0] + found[0]
 
 
 @pytest.mark.parametrize("other", [1, 1.5, None, "stats", [0]])

@@ -1,6 +1,7 @@
 """What is outside the domain is refused: with the argument's name, what is allowed, what came, and the first index."""
 
 import re
+from functools import partial, update_wrapper
 
 import numpy as np
 import pytest
@@ -14,11 +15,12 @@ from grpo_fast._kernels.threads import WORTH_SHARING
 NAMES = ["rhos", "A", "pi_theta_old", "pi_theta_ref"]
 
 
-def sweep(*arrays, epsilon=0.2, beta=0.01):
-    return grpo_sweep(*arrays, [0.1, epsilon], [0, beta])
+def sweep(*arrays, epsilon=0.2, beta=0.01, **option):
+    return grpo_sweep(*arrays, [0.1, epsilon], [0, beta], **option)
 
 
 FUNCTIONS = [grpo_objective, grpo_stats, sweep]
+FUNCTIONS += [update_wrapper(partial(function, importance_weighted=False), function) for function in FUNCTIONS]
 
 
 def refuses(message, function=grpo_objective, *args, error=ValueError, **options):
@@ -131,6 +133,21 @@ def test_the_domain_ends_where_it_says(function, dtype, case):
 def test_options(option, error, message):
     for function in (grpo_objective, grpo_stats):
         refuses(message, function, *samples(3), error=error, **option)
+
+
+@pytest.mark.parametrize("bad", [0, 1, 1.0, None, "no", [True], np.array([True])], ids=repr)
+@pytest.mark.parametrize("beta", [0, 0.1])
+def test_what_is_no_boolean(bad, beta):
+    message = f"importance_weighted must be True or False, got {bad!r}"
+    for function in (grpo_objective, grpo_stats, sweep):
+        refuses(message, function, *samples(3), error=TypeError, beta=beta, importance_weighted=bad)
+
+
+def test_booleans_of_numpy():
+    for function in (grpo_objective, grpo_stats, lambda *arrays, **option: sweep(*arrays, **option).kl):
+        found = [function(*samples(3), importance_weighted=value) for value in (True, False, np.True_, np.False_)]
+        assert found[:2] == found[2:]
+        assert found[0] != found[1]
 
 
 @pytest.mark.parametrize("bad", [[], [[0.1]], "0.1", None, ["a"], [0.1, [0.2]], [True]], ids=repr)

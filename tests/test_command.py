@@ -12,7 +12,7 @@ import pytest
 from conftest import python, samples
 
 import grpo_fast.__main__
-from grpo_fast import K3, Clip, grpo_loss, grpo_stats
+from grpo_fast import K2, K3, Clip, grpo_loss, grpo_stats
 from grpo_fast.__main__ import main, synthetic_samples
 
 pa = pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[data]'")
@@ -79,6 +79,29 @@ def test_the_defaults_are_those_of_the_functions(probabilities, capsys):
     path, arrays = probabilities
     assert main(["evaluate", path, "--no-progress"]) == 0
     assert capsys.readouterr().out == f"{grpo_stats(**arrays)}\n"
+
+
+@pytest.mark.parametrize("form", ["probabilities", "tokens"])
+def test_the_kl_term_without_the_ratio(form, rollouts, arrays, probabilities, capsys):
+    path = rollouts
+    expected = grpo_loss(**arrays, kl=K3(0.04, importance_weighted=False)).stats
+    if form == "probabilities":
+        path, arrays = probabilities
+        expected = grpo_stats(**arrays, beta=0.04, importance_weighted=False)
+    option = ["--no-importance-weighted", "--no-progress", "--json"]
+    assert main(["evaluate", path, "--beta", "0.04", *option]) == 0
+    assert json.loads(capsys.readouterr().out)["objective"] == expected.objective
+    assert main(["sweep", path, "--epsilon", "0.2", "--beta", "0.04", *option]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["objective"], found["kl"]) == ([[expected.objective]], expected.kl)
+
+
+def test_another_kl_term_without_the_ratio(rollouts, arrays, capsys):
+    option = ["--kl", "k2", "--no-importance-weighted", "--beta", "0.04", "--no-progress", "--json"]
+    expected = grpo_loss(**arrays, kl=K2(0.04, importance_weighted=False)).stats
+    for subcommand in (["evaluate", rollouts], ["sweep", rollouts, "--epsilon", "0.2"]):
+        assert main([*subcommand, *option]) == 0
+        assert json.loads(capsys.readouterr().out)["kl"] == expected.kl
 
 
 def test_options_of_tokens(rollouts, arrays, capsys):

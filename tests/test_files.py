@@ -32,6 +32,16 @@ def test_samples_in_any_batches(batch_size, dtype, tmp_path):
     assert swept == grpo_sweep(**arrays, **GRID)
 
 
+def test_samples_without_importance_weights(tmp_path):
+    arrays = probabilities(3 * BLOCK + 77)
+    whole = table(arrays)
+    path = write(tmp_path / "rollouts.parquet", whole.slice(0, BLOCK), whole.slice(BLOCK))
+    option = {"importance_weighted": False}
+    assert evaluate(path, **option) == grpo_stats(**arrays, **option)
+    assert sweep(path, **GRID, **option) == grpo_sweep(**arrays, **GRID, **option)
+    assert evaluate(path, **option).kl != evaluate(path).kl
+
+
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_samples_in_shuffled_shards(suffix, tmp_path):
     arrays = probabilities(7 * BLOCK + 77)

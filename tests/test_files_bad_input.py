@@ -94,13 +94,18 @@ def test_arguments_that_do_not_fit(tmp_path):
     for batch_size in (0, 1.5, True):
         refused("batch_size must be an int of at least 1", path, batch_size=batch_size)
     refused("executor must be", path, executor=2, error=TypeError)
-    refused("options of probability columns are epsilon, beta; got kl", path, kl=K3(0.1), error=TypeError)
+    allowed = "options of probability columns are epsilon, beta, importance_weighted; got kl"
+    refused(allowed, path, kl=K3(0.1), error=TypeError)
+    refused("importance_weighted must be True or False, got 0", path, importance_weighted=0, error=TypeError)
+    refused("columns are .*; got importance_weighted", other, importance_weighted=False, error=TypeError)
     refused("options of log-probability columns are surrogate, .*; got epsilon", other, epsilon=0.1, error=TypeError)
     refused("epsilon must be", path, epsilon=-1)
     refused("beta must be", path, beta=-1)
     refused("^aggregation must be one of", other, aggregation="mean")
     refused("^epsilon must be", path, call=sweep, epsilons=-2, betas=0)
-    refused("columns are none; got epsilon", path, call=sweep, epsilon=0.1, **GRID, error=TypeError)
+    refused("columns are importance_weighted; got epsilon", path, call=sweep, epsilon=0.1, **GRID, error=TypeError)
+    message = "^importance_weighted must be True or False, got None"
+    refused(message, path, call=sweep, importance_weighted=None, **GRID, error=TypeError)
     refused("columns are kl, aggregation, normalizer; got sur", other, call=sweep, surrogate=1, **GRID, error=TypeError)
     refused("kl must be K1, K2, K3 or a function", other, call=sweep, kl=K3(0.1), **GRID, error=TypeError)
 

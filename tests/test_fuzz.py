@@ -137,13 +137,14 @@ EPSILON, BETA = 0.2, 0.5
 
 @np.errstate(all="ignore")
 def look_at_probabilities(call):
-    arguments, with_kl = call
+    arguments, with_kl, weighted = call
     beta = BETA if with_kl else 0
+    option = {"importance_weighted": weighted} if with_kl else {}
     values = list(arguments.values()) if with_kl else [arguments["rhos"], arguments["A"], None, None]
     functions = [
-        lambda: grpo_objective(*values, EPSILON, beta),
-        lambda: grpo_stats(*values, EPSILON, beta).objective,
-        lambda: grpo_sweep(*values, [0.1, EPSILON], beta).objective[1, 0],
+        lambda: grpo_objective(*values, EPSILON, beta, **option),
+        lambda: grpo_stats(*values, EPSILON, beta, **option).objective,
+        lambda: grpo_sweep(*values, [0.1, EPSILON], beta, **option).objective[1, 0],
     ]
     try:
         arrays = judge_probabilities(arguments, with_kl)
@@ -160,7 +161,7 @@ def look_at_probabilities(call):
     assert found[0] == found[1] == found[2] or np.isnan(found).all(), found
     rho, a, *rest = arrays
     old, ref = rest or (np.ones_like(rho), rho)
-    terms = [exact_terms(*sample, EPSILON) for sample in zip(rho, a, old, ref, strict=True)]
+    terms = [exact_terms(*sample, EPSILON, weighted) for sample in zip(rho, a, old, ref, strict=True)]
     size, kl = (float(mpmath.fsum(abs(term[i]) for term in terms)) for i in (0, 1))
     if size + kl < np.finfo(rho.dtype).max / 4:  # no term overflows
         exact = float(mpmath.fsum(s - beta * k for s, k in terms) / rho.size)
@@ -170,7 +171,7 @@ def look_at_probabilities(call):
 
 
 def fuzz_probabilities(examples):
-    return tried(st.tuples(probability_calls(), st.booleans()), look_at_probabilities, examples)
+    return tried(st.tuples(probability_calls(), st.booleans(), st.booleans()), look_at_probabilities, examples)
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
@@ -282,8 +283,8 @@ ends = st.lists(st.booleans(), min_size=20, max_size=20)
 calls = st.tuples(fuzzing.loss_calls([COMBINATIONS[i] for i in {rows}]), ends)
 print(test_fuzz.tried(calls, lambda call: test_fuzz.look_at_a_loss(fenced(*call)), {examples}))
 if len({rows}) > 1:
-    calls = st.tuples(st.tuples(fuzzing.probability_calls(), ends), st.booleans())
-    look = lambda call: test_fuzz.look_at_probabilities((fenced(*call[0]), call[1]))
+    calls = st.tuples(st.tuples(fuzzing.probability_calls(), ends), st.booleans(), st.booleans())
+    look = lambda call: test_fuzz.look_at_probabilities((fenced(*call[0]), *call[1:]))
     print(test_fuzz.tried(calls, look, {examples}))
 """
 ALL = range(len(COMBINATIONS))

@@ -13,8 +13,13 @@ MANY = WORTH_SHARING + 5 * BLOCK + 13
 
 def results(*arrays):
     """All that there is, for comparison with ==."""
-    stats, sweep = grpo_stats(*arrays), grpo_sweep(*arrays, [0.1, 0.2], [0, 0.1])
-    return grpo_objective(*arrays), grpo_objective(*arrays, beta=0), stats, sweep
+
+    def found(**option):
+        yield grpo_objective(*arrays, **option)
+        yield grpo_stats(*arrays, **option)
+        yield grpo_sweep(*arrays, [0.1, 0.2], [0, 0.1], **option)
+
+    return [*found(), *found(importance_weighted=False), grpo_objective(*arrays, beta=0)]
 
 
 # --- threads and drivers ----------------------------------------------------------------------------------------------
