@@ -96,7 +96,7 @@ compare() { # The recorded bits.
 
 run_tests() { # The files, one by one, since all of them take hours.
     local sources passed file name status failed=()
-    sources=$(cat grpo_fast/*.py grpo_fast/_kernels/*.py tests/*.py tests/*.json pyproject.toml | sha256sum | cut -c 1-16)
+    sources=$(cat grpo_fast/*.py grpo_fast/_kernels/*.py tests/*.py tests/helpers/*.py tests/*.json pyproject.toml | sha256sum | cut -c 1-16)
     passed=$folder/done/tests-$sources-${QEMU_CPU:-default}-${NUMBA_CPU_NAME:-default}
     mkdir -p "$passed"
     for file; do

@@ -10,10 +10,14 @@ import argparse
 import hashlib
 import itertools
 import json
+import sys
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+
+sys.path.append(str(Path(__file__).with_name("helpers")))  # where pytest does not do it
+
 from combinations import COMBINATIONS, TOKEN
 
 from grpo_fast import K3, Sweep, grpo_loss, grpo_objective, grpo_stats, grpo_sweep

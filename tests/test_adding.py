@@ -11,9 +11,9 @@ from functools import partial, reduce
 import numba
 import numpy as np
 import pytest
-from conftest import DTYPES, samples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from samples import DTYPES, samples
 
 from grpo_fast import BLOCK, grpo_objective, grpo_stats, grpo_sweep, reference
 from grpo_fast._kernels import exact

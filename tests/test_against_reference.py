@@ -7,9 +7,9 @@ import sys
 import mpmath
 import numpy as np
 import pytest
-from conftest import DTYPES, LANES, LENGTHS, samples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from samples import DTYPES, LANES, LENGTHS, samples
 
 from grpo_fast import BLOCK, grpo_objective, grpo_stats, grpo_sweep, reference
 from grpo_fast._kernels.blocks import RUN

@@ -4,9 +4,9 @@ from array import array
 
 import numpy as np
 import pytest
-from conftest import BLOCK, DTYPES, samples
+from samples import DTYPES, samples
 
-from grpo_fast import grpo_objective, grpo_stats, grpo_sweep
+from grpo_fast import BLOCK, grpo_objective, grpo_stats, grpo_sweep
 from grpo_fast._checks import flat, same_shape
 
 N = 360

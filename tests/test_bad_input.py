@@ -5,7 +5,7 @@ from functools import partial, update_wrapper
 
 import numpy as np
 import pytest
-from conftest import DTYPES, samples
+from samples import DTYPES, samples
 
 from grpo_fast import BLOCK, grpo_objective, grpo_stats, grpo_sweep
 from grpo_fast._checks import same_shape

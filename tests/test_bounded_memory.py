@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import python
+from interpreter import python
 
 pa = pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[data]'")
 from pyarrow import parquet  # noqa: E402

@@ -15,7 +15,7 @@ import numba
 import numpy as np
 import pytest
 import recorded
-from conftest import python
+from interpreter import python
 
 import grpo_fast
 from grpo_fast._kernels import cache, cache_folder, notices

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import python, samples
+from interpreter import python
+from samples import samples
 
 import grpo_fast.__main__
 from grpo_fast import K2, K3, Clip, grpo_loss, grpo_stats

@@ -5,9 +5,9 @@ must notice. Arrow IPC has no checksums: there a flip may change a number, and a
 """
 
 import pytest
-from conftest import samples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from samples import samples
 
 from grpo_fast import evaluate
 

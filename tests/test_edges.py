@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import DTYPES
+from samples import DTYPES
 
 from grpo_fast import CISPO, K3, SAPO, Clip, group_advantages, grpo_loss, reference
 from grpo_fast._kernels import sequence_level, token_level

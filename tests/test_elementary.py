@@ -11,7 +11,7 @@ import numba
 import numpy as np
 import pytest
 from accuracy import EACH_KERNEL, FUNCTIONS, SLACK, Kernel, errors, every_float, exact_error, hard_floats, worst
-from conftest import DTYPES
+from samples import DTYPES
 
 from grpo_fast._kernels import elementary, samples
 from grpo_fast._kernels.elementary import NEAR, k3_near, reduce_near_ratio

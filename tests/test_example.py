@@ -4,7 +4,7 @@ import inspect
 
 import numpy as np
 import pytest
-from conftest import DTYPES, LANES, samples
+from samples import DTYPES, LANES, samples
 
 from grpo_fast import BLOCK, K3, Clip, grpo_loss, grpo_objective, grpo_stats, grpo_sweep, reference
 

@@ -6,9 +6,8 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from conftest import BLOCK
 
-from grpo_fast import K3, Clip, evaluate, grpo_loss, grpo_stats, grpo_sweep
+from grpo_fast import BLOCK, K3, Clip, evaluate, grpo_loss, grpo_stats, grpo_sweep
 from grpo_fast.files import sweep
 
 pa = pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[data]'")

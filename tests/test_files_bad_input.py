@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from conftest import BLOCK, python
+from interpreter import python
 
-from grpo_fast import K3
+from grpo_fast import BLOCK, K3
 from grpo_fast.files import sweep
 
 pa = pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[data]'")

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from combinations import ARRAYS, COMBINATIONS
 from comparison import compare
-from conftest import python
 from fuzzing import (
     NAMES,
     PROBABILITIES,
@@ -29,6 +28,7 @@ from fuzzing import (
 from hosts import HOSTS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from interpreter import python
 from test_against_reference import exact_terms, tolerance
 
 from grpo_fast import CISPO, K1, K2, K3, SAPO, Clip, group_advantages, grpo_loss, grpo_objective, grpo_stats, grpo_sweep

@@ -7,9 +7,10 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from conftest import BLOCK, python, samples
+from interpreter import python
+from samples import samples
 
-from grpo_fast import K3, group_advantages, grpo_loss, grpo_objective, grpo_stats, grpo_sweep, reference
+from grpo_fast import BLOCK, K3, group_advantages, grpo_loss, grpo_objective, grpo_stats, grpo_sweep, reference
 from grpo_fast._kernels.threads import WORTH_SHARING
 
 MANY = WORTH_SHARING + 5 * BLOCK

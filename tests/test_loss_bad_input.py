@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import DTYPES
+from samples import DTYPES
 
 from grpo_fast import CISPO, K1, K2, K3, SAPO, Clip, grpo_loss
 

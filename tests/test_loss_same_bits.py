@@ -7,9 +7,10 @@ from functools import cache
 import numba
 import numpy as np
 import pytest
-from conftest import DTYPES, someone_else_computes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import someone_else_computes
+from samples import DTYPES
 
 from grpo_fast import CISPO, K2, K3, SAPO, Clip, grpo_loss
 from grpo_fast._kernels.tokens import Batch

@@ -9,7 +9,7 @@ import platform
 from pathlib import Path
 
 import pytest
-from conftest import python
+from interpreter import python
 
 BENCH = Path(__file__).parent.parent / "bench"
 SCRIPT = f"""

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import recorded
-from conftest import python
+from interpreter import python
 from test_threads_and_processes import LAYERS, skip_without
 
 EVERYTHING = list(recorded.CASES)

@@ -3,7 +3,8 @@
 import numba
 import numpy as np
 import pytest
-from conftest import DTYPES, samples, someone_else_computes
+from interpreter import someone_else_computes
+from samples import DTYPES, samples
 
 from grpo_fast import BLOCK, grpo_objective, grpo_stats, grpo_sweep
 from grpo_fast._kernels.threads import WORTH_SHARING

@@ -8,8 +8,9 @@ from fractions import Fraction
 import numba
 import numpy as np
 import pytest
-from conftest import DTYPES, LANES, python
+from interpreter import python
 from numba.core import types
+from samples import DTYPES, LANES
 
 from grpo_fast import BLOCK
 from grpo_fast._kernels import sample_blocks, simd

@@ -17,7 +17,7 @@ from importlib import import_module
 import numba
 import pytest
 import recorded
-from conftest import python
+from interpreter import python
 
 from grpo_fast._kernels import threads
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from combinations import ARRAYS, COMBINATIONS, F8, SEQ_MEAN, TOKEN, Row, batch, textbook
-from conftest import python
+from interpreter import python
 from numpy.testing import assert_allclose, assert_array_equal
 
 import grpo_fast

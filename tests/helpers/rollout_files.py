@@ -3,8 +3,8 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import samples
 from pyarrow import parquet
+from samples import samples
 
 from grpo_fast import K3, Clip, evaluate
 

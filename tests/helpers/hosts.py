@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import numba
 import numpy as np
-from conftest import someone_else_computes
+from interpreter import someone_else_computes
 
 from grpo_fast._kernels.float_mode import read_float_mode, write_float_mode
 
