@@ -10,6 +10,7 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numba
 import numpy as np
@@ -365,6 +366,20 @@ def test_compiled_once_however_and_wherever_it_is_installed(install, tmp_path):
     assert printed == ["\n", "1\n"]
     assert len(entries(tmp_path / "cache")) == 1
     assert not entries(tmp_path / "here")  # nor beside the sources
+
+
+def test_code_tells_versions_apart_where_there_is_no_text(monkeypatch):
+    def digest(text, path="here.py"):
+        code = compile(text, path, "exec")
+        loader = SimpleNamespace(get_source=lambda module: None, get_code=lambda module: code)
+        monkeypatch.setattr(cache, "find_spec", lambda module: SimpleNamespace(loader=loader))
+        return cache.source.__wrapped__()
+
+    text = "def kernel(x):\n    y = 2\n    return x + log(y) * 1.5\n"
+    changes = {"+": "-", "1.5": "2.5", "log": "exp", "(x)": "(x, y)", "(x": "(x=1", "kernel": "another"}
+    others = [text.replace(*change) for change in changes.items()]
+    assert len({digest(each) for each in (text, *others)}) == 1 + len(others)
+    assert digest("# moved and renamed\n\n" + text, "there.py") == digest(text)
 
 
 def test_where_neither_text_nor_code_is_known(folder, monkeypatch):

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import numba
@@ -362,6 +363,23 @@ def test_no_file_stays_open(any_folder):
         any_folder.write("folder", b"")
     assert [any_folder.read(name) for name in ("entry", "folder", "nothing")] == [b"machine code", None, None]
     assert lowest_free() == free
+
+
+def test_what_another_process_removes_meanwhile_does_not_stop_it(folder, monkeypatch):
+    scandir = os.scandir
+
+    def racing(path):
+        with scandir(path) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+        os.unlink(folder.path / entries[0].name)
+        return nullcontext(entries)
+
+    for age, name in enumerate("cba"):
+        with_entry(folder, name, 10, age)
+    monkeypatch.setattr(cache_folder, "LIMIT", 20)
+    monkeypatch.setattr(os, "scandir", racing)
+    folder.write("d", b"0123456789")  # while a goes
+    assert files(folder) == ["grpo_fast.c.nbc", "grpo_fast.d.nbc"]
 
 
 def test_use_that_cannot_be_noted_is_use(folder, monkeypatch):
