@@ -1,9 +1,9 @@
 """How far the elementary functions of the kernels are from the exact values: all float32, float64 where it is hardest.
 
-``python bench/accuracy.py`` (ten minutes) tries every float32 and 200 million float64, and writes the README's table;
-``--worst`` tries as many for each kernel alone, and prints the lines that stand in the docstrings of elementary.py: the
-largest error and its argument. With ``--quick`` both try few numbers, and print. tests/test_elementary.py holds the
-errors to what is promised, and to these lines.
+``python bench/accuracy.py`` (ten minutes) tries every float32 and 200 million float64, and writes the table of
+tests/README.md; ``--worst`` (as long) tries as many for each kernel alone, and prints the lines that stand in the
+docstrings of elementary.py: the largest error and its argument. With ``--quick`` (a minute) both try few numbers, and
+print. tests/test_elementary.py holds the errors to what is promised, and to these lines.
 
 Most values are compared with those of the reference or NumPy in a wider format: float64 for float32, long double (of 64
 bits) for float64. The largest error found is then measured by mpmath. Errors are in ulp of the exact value, with their
@@ -21,7 +21,7 @@ import mpmath
 import numba
 import numpy as np
 from numpy.typing import NDArray
-from readme import table, write_between
+from pages import TESTS, table, write_between
 
 from grpo_fast import reference
 from grpo_fast._kernels import elementary
@@ -384,7 +384,7 @@ def tries(step: int, millions: float) -> Numbers:
 
 
 def rows(numbers: Numbers, each: Any) -> Iterator[list[str]]:
-    """One for each function, for the README."""
+    """One for each function, for the page; printed as they come."""
     for function in FUNCTIONS:
         cells = [function.name, f"{function.promised} ulp"]
         for dtype in DTYPES:
@@ -433,7 +433,7 @@ def main() -> None:
     if arguments.quick:
         print("\n".join(lines))
     else:
-        write_between("accuracy", lines)
+        write_between(TESTS, "accuracy", lines)
 
 
 if __name__ == "__main__":

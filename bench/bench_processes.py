@@ -1,6 +1,6 @@
 """Import, first call, compiling and memory, in fresh processes.
 
-``pytest bench/bench_processes.py --benchmark-enable``
+``pytest bench/bench_processes.py``: two minutes, of which compiling takes most.
 """
 
 import sys

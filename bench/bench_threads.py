@@ -1,6 +1,6 @@
-"""How the large cases scale over threads, beside the roofs: ``pytest bench/bench_threads.py --benchmark-enable``.
+"""How the large cases scale over threads, beside the roofs: ``pytest bench/bench_threads.py``.
 
-One thread up to all that there are, in interleaved rounds.
+One thread up to all that there are, in interleaved rounds; a minute.
 """
 
 import itertools
@@ -43,7 +43,7 @@ def case(request, quick):
     }
     before = numba.get_num_threads()
     calls = {(name, n): on(n, functions[name]) for name, n in itertools.product(WORKS, THREADS)}
-    times = measure(calls, request.config)
+    times = measure(calls, request.config, steady=[(name, 1) for name in WORKS])
     numba.set_num_threads(before)
     return dtype, times
 

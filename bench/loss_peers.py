@@ -313,7 +313,7 @@ PEERS: dict[str, Callable[[], Bind]] = {
     "torch.compile": _torch_compile,
     "Liger-Kernel": _liger,
     "JAX": _jax,
-    "Numba, fastmath": _numba,
+    "Numba loop": _numba,
     "TRL": _trl,
     "torch eager": _torch_eager,
     "numexpr": _numexpr,

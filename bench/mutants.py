@@ -1,30 +1,35 @@
 """Does a test notice? Every operator, bound and number of the package changed, one at a time, and the tests run.
 
 ``python bench/mutants.py [FILE…]`` works through the files of the package, in copies of the repository, prints the
-mutants that no test killed, and counts all in the README (hours; what was tried is kept in ``--log`` and not tried
-again; ``--list`` only counts).
+mutants that no test killed, and counts all in tests/README.md. A mutant takes from some seconds to some minutes, all of
+them take days: ``--sample N --seed S`` tries N, always the same ones, of each file in proportion to how many it has.
+What was tried is kept in ``--log`` and not tried again, so that it may be stopped at any time; ``--list`` only counts.
 Each is given to the tests of its file, fast ones first: the recorded bits, then those that `KILLERS` names.
 """
 
 import argparse
 import ast
+import itertools
 import json
 import os
+import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from queue import Queue
 from typing import Any, NamedTuple
 
-from readme import table, write_between
+from pages import TESTS, table, write_section
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "grpo_fast"
@@ -36,13 +41,14 @@ class Mutant(NamedTuple):
 
     file: str
     line: int
+    column: int
     start: int
     stop: int
     before: str
     after: str
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.before} → {self.after}"
+        return f"{self.file}:{self.line}:{self.column}: {self.before} → {self.after}"
 
 
 # --- what is changed --------------------------------------------------------------------------------------------------
@@ -91,7 +97,8 @@ def mutants(file: str) -> Iterator[Mutant]:
 
     def change(node: Any, after: str, where: tuple[int, int] | None = None) -> Mutant:
         start, stop = where or span(node)
-        return Mutant(file, node.lineno, start, stop, source(start, stop), after)
+        line = bisect_right(lines, start)
+        return Mutant(file, line, start - lines[line - 1], start, stop, source(start, stop), after)
 
     def between(left: Any, right: Any) -> tuple[int, int]:
         """Where the operator stands, parentheses left out."""
@@ -233,7 +240,7 @@ def commands(file: str) -> Iterator[tuple[str, list[str]]]:
     """What is run for a file, by name, in this order."""
     cases, tests = KILLERS[file]
     if cases:
-        yield "recorded bits", ["tests/recorded.py", *cases]
+        yield "recorded bits", ["tests/recorded.py", "--first", *cases]
     options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
     for test in tests.split():
         yield test, ["-m", "pytest", *options, f"tests/{test}.py"]
@@ -278,13 +285,32 @@ class Worker:
             path.write_bytes(text)
 
 
-# --- all of them ------------------------------------------------------------------------------------------------------
+# --- which of them ----------------------------------------------------------------------------------------------------
+def sample(by_file: Mapping[str, list[Mutant]], size: int, seed: int) -> list[Mutant]:
+    """So many mutants, of each file in proportion to how many it has; the same ones for the same seed.
+
+    The proportions are rounded so that they add up, by largest remainders. Of each file it is the beginning of one
+    order drawn at random, by the seed and its name: what is drawn of it does not depend on the other files.
+    """
+    total = sum(map(len, by_file.values()))
+    size = min(size, total)
+    exact = {file: size * len(found) / total for file, found in by_file.items()}
+    counts = {file: int(share) for file, share in exact.items()}
+    by_remainder = sorted(exact, key=lambda file: (counts[file] - exact[file], file))
+    for file in by_remainder[: size - sum(counts.values())]:
+        counts[file] += 1
+    drawn = {file: random.Random(f"{seed} {file}").sample(found, len(found)) for file, found in by_file.items()}
+    return [mutant for file, count in counts.items() for mutant in sorted(drawn[file][:count])]
+
+
+# --- trying them ------------------------------------------------------------------------------------------------------
 def try_all(chosen: list[Mutant], jobs: int, log: Path) -> None:
-    """Try mutants, if all is well without them, and log who killed each."""
+    """Try mutants, if all is well without them; log, and print, who killed each."""
     with tempfile.TemporaryDirectory() as temporary, log.open("a", encoding="utf-8") as out:
         free: Queue[Worker] = Queue()
         for k in range(jobs):
             free.put(Worker(Path(temporary) / str(k)))
+        done = itertools.count(1)
 
         def work(mutant: Mutant) -> None:
             worker = free.get()
@@ -293,7 +319,9 @@ def try_all(chosen: list[Mutant], jobs: int, log: Path) -> None:
             finally:
                 free.put(worker)
             print(json.dumps((str(mutant), killer)), file=out, flush=True)
+            print(f"{next(done)}/{len(chosen)} {mutant}: {killer or 'SURVIVED'}", flush=True)
 
+        print("all tests of these files, without a mutant", flush=True)
         first = free.get()
         if failing := first.killer(dict(pair for m in chosen for pair in commands(m.file)).items()):
             raise SystemExit(f"{failing} fails without a mutant")
@@ -307,16 +335,44 @@ def logged(log: Path) -> dict[str, str | None]:
     return dict(json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()) if log.exists() else {}
 
 
+# --- what came of it --------------------------------------------------------------------------------------------------
+def survivors(chosen: Iterable[Mutant], tried: Mapping[str, str | None]) -> list[Mutant]:
+    """Those that no test killed, though they make something wrong."""
+    return [m for m in chosen if str(m) in tried and tried[str(m)] is None and not harmless(m)]
+
+
+def counts(by_file: Mapping[str, list[Mutant]], tried: Mapping[str, str | None]) -> Iterator[str]:
+    """The table: of each file, and of all, how many there are, were tried, killed, are harmless, and survived."""
+    rows = []
+    for file, every in by_file.items():
+        known = [m for m in every if str(m) in tried]
+        killed = sum(tried[str(m)] is not None for m in known)
+        survived = len(survivors(known, tried))
+        rows.append([f"`{file}`", len(every), len(known), killed, len(known) - killed - survived, survived])
+    rows.append(["all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])])
+    yield from table(["file", "mutants", "tried", "killed", "harmless", "survived"], (map(str, row) for row in rows))
+
+
 def main() -> None:
-    """Try all mutants of some files that were not tried before."""
+    """Try mutants of some files that were not tried before; print the survivors, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", help=f"of grpo_fast; all of {', '.join(KILLERS)} unless given")
+    parser.add_argument("files", nargs="*", metavar="FILE", help=f"of grpo_fast; all of {', '.join(KILLERS)} if none")
+    parser.add_argument("--sample", type=int, metavar="N", help="try N of them (all)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="which sample that is (%(default)s)")
     parser.add_argument("--list", action="store_true", help="count the mutants of each file, and try none")
-    parser.add_argument("--every", type=int, default=1, help="try one in so many")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="copies to work in")
+    parser.add_argument("--print", action="store_true", help="print the table instead of writing it")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="copies to work in (%(default)s)")
     parser.add_argument("--log", type=Path, default=Path("mutants.jsonl"), help="what was tried, and who killed it")
     arguments = parser.parse_args()
-    chosen = [m for file in arguments.files or KILLERS for m in list(mutants(file))[:: arguments.every]]
+    if unknown := [file for file in arguments.files if file not in KILLERS]:
+        parser.error(f"no tests are named for {', '.join(unknown)}")
+    if arguments.sample is not None and arguments.sample < 1:
+        parser.error(f"--sample must be at least 1, got {arguments.sample}")
+    by_file = {file: list(mutants(file)) for file in KILLERS}
+    of_files = {file: by_file[file] for file in arguments.files or KILLERS}
+    chosen = [mutant for found in of_files.values() for mutant in found]
+    if arguments.sample:
+        chosen = sample(of_files, arguments.sample, arguments.seed)
     if arguments.list:
         print(*(f"{count:5} {file}" for file, count in Counter(m.file for m in chosen).items()), sep="\n")
         return
@@ -324,17 +380,14 @@ def main() -> None:
     if todo := [m for m in chosen if str(m) not in tried]:
         try_all(todo, arguments.jobs, arguments.log)
     tried = logged(arguments.log)
-    rows = []
-    for file in KILLERS:
-        every = list(mutants(file))
-        alive = [m for m in every if str(m) in tried and tried[str(m)] is None]
-        survived = [m for m in alive if not harmless(m)]
-        print(*survived, sep="\n", end="\n" if survived else "")
-        count = sum(str(m) in tried for m in every)
-        rows.append([f"`{file}`", len(every), count, count - len(alive), len(alive) - len(survived), len(survived)])
-    rows.append(["all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])])
-    head = ["file", "mutants", "tried", "killed", "harmless", "survived"]
-    write_between("mutants", table(head, (map(str, row) for row in rows)))
+    print("survived:", *survivors(chosen, tried), sep="\n")
+    if arguments.sample:
+        tried = {str(mutant): tried[str(mutant)] for mutant in chosen}
+    lines = [f"`{shlex.join(['python', 'bench/mutants.py', *sys.argv[1:]])}`", "", *counts(by_file, tried)]
+    if arguments.print:
+        print(*lines, sep="\n")
+    else:
+        write_section(TESTS, "mutants", "Mutants", lines)
 
 
 if __name__ == "__main__":

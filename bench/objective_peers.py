@@ -109,7 +109,7 @@ def _jax() -> Bind:
 
 PEERS: dict[str, Callable[[], Bind]] = {
     "grpo_fast": _fast,
-    "Numba, fastmath": _numba,
+    "Numba loop": _numba,
     "JAX": _jax,
     "torch.compile": _torch_compile,
     "torch eager": _torch_eager,

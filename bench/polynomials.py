@@ -13,6 +13,7 @@ The ends of the intervals were not written down when the coefficients were first
 coefficients, which determine them to 14 digits.
 """
 
+import argparse
 from collections.abc import Callable, Sequence
 from functools import cache, reduce
 from itertools import groupby
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 
 import mpmath
 import numpy as np
-from readme import table
+from pages import table
 
 from grpo_fast._kernels import elementary
 from grpo_fast._kernels.elementary import LN2
@@ -132,6 +133,8 @@ def largest_error(fit: Fit, coefficients: Sequence[Any]) -> float:
 # --- the tables -------------------------------------------------------------------------------------------------------
 def main() -> None:
     """Make and print them."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=formatter).parse_args()
     summary = []
     for fit in FITS:
         best, least = minimax(fit)

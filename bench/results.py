@@ -1,17 +1,19 @@
 """What pytest-benchmark saved, how to ask it, and how it is spelled."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, NamedTuple
+
+NOISY = 0.2  # a time with a larger spread, as it is printed, is no result
 
 
 class Results:
     """What pytest-benchmark saved, found by the facts that the suites keep with it."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        saved = [json.loads(path.read_text()) for path in paths]
+        saved = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
         self.machine: dict[str, Any] = saved[0]["machine_info"]["grpo_fast"]
         benchmarks = [benchmark for part in saved for benchmark in part["benchmarks"]]
         self.rows: list[dict[str, Any]] = [b["extra_info"] | {"times": b["stats"]["data"]} for b in benchmarks]
@@ -28,27 +30,59 @@ class Results:
         """Seconds in each round; none if that was not measured."""
         return next((row["times"] for row in self.all(**facts)), [])
 
+    def ratios(self, a: str, b: str, **facts: Any) -> list[float]:
+        """The time of one peer over another's in each round; none if either was not measured."""
+        return [x / y for x, y in zip(self.times(peer=a, **facts), self.times(peer=b, **facts), strict=False)]
+
     def ratio(self, a: str, b: str, **facts: Any) -> float | None:
-        """The median over the rounds of the time of one peer over another's."""
-        pairs = zip(self.times(peer=a, **facts), self.times(peer=b, **facts), strict=False)
-        ratios = [x / y for x, y in pairs]
+        """The median of `ratios`; None if there are none."""
+        ratios = self.ratios(a, b, **facts)
         return median(ratios) if ratios else None
 
 
-def spelled(seconds: Iterable[float]) -> str:
-    """The median, in a unit that suits it, and half of the distance between the quartiles in percent of it."""
-    data = list(seconds)
-    if not data:
-        return "–"
-    middle = median(data)
-    lower, _, upper = quantiles(data, n=4) if len(data) > 1 else (middle, middle, middle)
-    unit, factor = next(x for x in (("s", 1), ("ms", 1e3), ("µs", 1e6)) if middle * x[1] >= 1 or x[0] == "µs")
-    return f"{middle * factor:.3g} {unit} ± {(upper - lower) / 2 / middle:.0%}"
+def spread(seconds: Sequence[float]) -> float:
+    """Half of the distance between the quartiles over the median."""
+    if len(seconds) < 2:
+        return 0.0
+    lower, middle, upper = quantiles(seconds, n=4)
+    return (upper - lower) / 2 / middle
 
 
-def times_slower(ratio: float | None) -> str:
-    """A ratio for a cell; bold where the peer is ahead."""
-    if ratio is None:
-        return "–"
-    cell = f"{ratio:.3g}" if ratio < 100 else f"{ratio:.0f}"
-    return f"**{cell}**" if ratio < 1 else cell
+def noisy(seconds: Sequence[float]) -> bool:
+    """Whether times spread by more than `NOISY`, in whole percent."""
+    return round(spread(seconds), 2) > NOISY
+
+
+def duration(seconds: float) -> str:
+    """Seconds in a unit that suits them."""
+    unit, factor = next(x for x in (("s", 1), ("ms", 1e3), ("µs", 1e6)) if seconds * x[1] >= 1 or x[0] == "µs")
+    return f"{seconds * factor:.3g} {unit}"
+
+
+def times_longer(ratio: float) -> str:
+    """A ratio, in three digits."""
+    return f"{ratio:.3g}" if ratio < 100 else f"{ratio:.0f}"
+
+
+class Cell(NamedTuple):
+    """What stands in a cell, and the number by which it competes with others of its row for the least, if it does."""
+
+    text: str
+    number: float | None = None
+
+
+def time_cell(seconds: Sequence[float], ratio: float = 1.0) -> Cell:
+    """The median and the spread of a time, which competes by its ratio to our own; a dash if it was not measured."""
+    return Cell(f"{duration(median(seconds))} ± {spread(seconds):.0%}", ratio) if seconds else Cell("–")
+
+
+def ratio_cell(ratio: float | None) -> Cell:
+    """A ratio to our own time; a dash if it was not measured."""
+    return Cell("–") if ratio is None else Cell(times_longer(ratio), ratio)
+
+
+def row_of(cells: Iterable[Cell]) -> list[str]:
+    """The texts of a row's cells, of which those with the least number, if any compete, are bold."""
+    cells = list(cells)
+    least = min((cell.number for cell in cells if cell.number is not None), default=None)
+    return [f"**{cell.text}**" if cell.number is not None and cell.number == least else cell.text for cell in cells]

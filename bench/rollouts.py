@@ -1,7 +1,8 @@
 """Write a realistic rollout log as Parquet: groups of completions, heavy-tailed lengths, a policy that drifts.
 
 ``python bench/rollouts.py OUT.parquet [--rows 8192] [--tokens 400] [--seed 0]``. A row is a completion; its per-token
-columns are lists. Row groups are made and written one after the other, so that any size fits into memory.
+columns are lists. Row groups are made and written one after the other, so that any size fits into memory. It takes
+a second for every two million tokens or so.
 """
 
 import argparse
@@ -64,7 +65,7 @@ def write(path: str | Path, rows: int = 8192, tokens: int = 400, seed: int = 0) 
 
 def main() -> None:
     """Write the log that the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", metavar="OUT.parquet")
     parser.add_argument("--rows", type=int, default=8192, help="completions (%(default)s)")
     parser.add_argument("--tokens", type=int, default=400, help="median length of a completion (%(default)s)")

@@ -2,7 +2,7 @@
 
 ``python bench/soak.py [--minutes 10]`` calls functions at random, with arguments that are right and some that are not,
 from several threads and forked children, and compares the last fifth of the time with the first; what it finds goes
-into the README, unless ``--quick`` (half a minute). Linux: memory is read from /proc.
+into tests/README.md, unless ``--quick`` (half a minute). Linux: memory is read from /proc.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from readme import table, write_between
+from pages import TESTS, table, write_between
 
 from grpo_fast import CISPO, K2, K3, SAPO, Clip, evaluate, group_advantages, grpo_loss, grpo_objective, grpo_stats
 from grpo_fast import grpo_sweep as sweep
@@ -124,16 +124,19 @@ def memory() -> float:
 
 
 def soak(found: dict[str, Work], seconds: float) -> tuple[Array, Array]:
-    """The calls (which, when, how long) and the memory (when, how much); when is 0 … 1."""
+    """The calls (which, when, how long) and the memory (when, how much); when is 0 … 1. Prints how far it is."""
     rng, names = random.Random(0), list(found)
     first = [work() for work in found.values()]
     # Written to before it begins, so that it is not our own notes that grow; faster than this we do not call.
     calls = np.full((int(2000 * seconds), 3), np.nan)
     sizes = np.full((600, 2), np.nan)
-    begin = time.perf_counter()
+    begin, tenths = time.perf_counter(), 0
     for n, call in enumerate(calls):
         start = time.perf_counter()
-        if (when := (start - begin) / seconds) >= 1:
+        if (when := (start - begin) / seconds) >= (tenths + 1) / 10:
+            tenths += 1
+            print(f"{tenths}/10 of the time: {n:,} calls, all with the bits of the first", flush=True)
+        if when >= 1:
             return calls[:n], sizes[~np.isnan(sizes[:, 0])]
         which = rng.randrange(len(names))
         result = found[names[which]]()
@@ -150,7 +153,7 @@ def fifths(values: Array) -> tuple[float, float]:
 
 
 def lines(names: list[str], calls: Array, sizes: Array) -> Iterator[str]:
-    """What the README says."""
+    """What the page says."""
     before, after = fifths(sizes)
     yield f"{len(calls):,} calls. Memory: {before:.1f} MiB in the first fifth of the time, {after:.1f} in the last.\n"
 
@@ -177,7 +180,7 @@ def main() -> None:
     if arguments.quick:
         print("\n".join(lines(list(found), calls, sizes)))
     else:
-        write_between("soak", lines(list(found), calls, sizes))
+        write_between(TESTS, "soak", lines(list(found), calls, sizes))
 
 
 if __name__ == "__main__":

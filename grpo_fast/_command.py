@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from ._pictures import draw_sweep
 from .files import evaluate, sweep
 from .stats import Stats, Sweep
 from .terms import AGGREGATIONS, BETA, EPSILON, K1, K2, K3, LEVELS, Clip
@@ -120,42 +121,12 @@ def _sweep_as_table(result: Sweep) -> str:
     return f"{table}\n\nobjective by epsilon and beta; mean KL {result.kl:.6g}, {result.tokens:,} tokens"
 
 
-def _draw(result: Sweep, path: str) -> None:
-    """Draw objective and clip fractions over ε into a file at ``path``, in the format of its suffix.
-
-    If that fails there is no new file, and what was at ``path`` before stays.
-    """
+def _draw(result: Sweep, path: str, files: list[str]) -> None:
+    """Draw a sweep over files into a file at ``path``, or raise an ImportError that says what to install."""
     try:
-        from matplotlib.figure import Figure
+        draw_sweep(result, path, files)
     except ImportError as error:
         raise ImportError("--plot needs matplotlib: pip install 'grpo_fast[plot]'") from error
-
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for beta, objective in zip(result.betas, result.objective.T, strict=True):
-        left.plot(result.epsilons, objective, marker="o", label=f"β = {beta:g}")
-    right.plot(result.epsilons, result.clip_ratio_low, marker="o", label="ρ < 1 − ε, A < 0")
-    right.plot(result.epsilons, result.clip_ratio_high, marker="o", label="ρ > 1 + ε, A > 0")
-    for axes, title in ((left, "objective"), (right, "fraction of tokens clipped")):
-        axes.set_title(title)
-        axes.set_xlabel("ε")
-        axes.grid(alpha=0.3)
-        axes.legend()
-    with _replaced_when_complete(path) as temporary:
-        figure.savefig(temporary, metadata={"Date": None} if path.endswith(".svg") else None)
-
-
-@contextmanager
-def _replaced_when_complete(path: str) -> Iterator[str]:
-    """The name of a file beside ``path`` to write to; afterwards it is moved there, or removed on an exception."""
-    stem, suffix = os.path.splitext(path)
-    temporary = f"{stem}.{os.getpid()}{suffix}"
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
 
 
 # --- what is run ------------------------------------------------------------------------------------------------------
@@ -205,7 +176,7 @@ def _sweep(arguments: argparse.Namespace) -> str:
     with _executor(arguments.workers) as executor:
         result = sweep(arguments.files, executor=executor, **grid, **_common(arguments), **options)
     if arguments.plot:
-        _draw(result, arguments.plot)
+        _draw(result, arguments.plot, arguments.files)
     return _as_json(_sweep_as_dict(result)) if arguments.json else _sweep_as_table(result)
 
 

@@ -2,8 +2,11 @@
 
 A case is named after what is called, on which data, in which dtype, on how many samples. ``different`` computes cases
 and tells what is not as recorded. The inputs are float64 numbers in hex, which larger cases repeat: their number is
-prime, so that each comes to stand in each lane. ``python tests/recorded.py`` compares until something differs; with
-``--write`` it records the results anew, and whoever does that changes what was promised.
+prime, so that each comes to stand in each lane.
+
+``python tests/recorded.py`` compares all cases, says so as it goes, and fails if anything differs. It takes two minutes
+or more where the kernels must be compiled, else some seconds. With ``--write`` it records the results anew, and whoever
+does that changes what was promised.
 """
 
 import argparse
@@ -11,6 +14,7 @@ import hashlib
 import itertools
 import json
 import sys
+import time
 from functools import cache
 from pathlib import Path
 
@@ -29,11 +33,12 @@ LENGTHS = [0, 1, 7, 8, 9, 16, 17, 31, 33, 129]
 LONG = [*LENGTHS, MANY]  # of which one is shared out among the threads
 SHORT = LENGTHS * 300  # enough to be dealt to them
 IN_PARALLEL = [19, 21, 27]  # combinations that are, too; padded and packed
+SHOWN = 20  # of the differences
 
 
 @cache
 def recording():
-    return json.loads(PATH.read_text())
+    return json.loads(PATH.read_text(encoding="utf-8"))
 
 
 @cache
@@ -171,16 +176,62 @@ def different(cases=CASES, each=np.asarray):
                 yield f"{case}: {name} is {found.get(name)}, recorded is {expected.get(name)}"
 
 
+def groups(cases):
+    """The cases by what is called, on which kind of data; in their order."""
+    for name, group in itertools.groupby(cases, key=lambda case: " ".join(case.split()[:2])):
+        yield name, list(group)
+
+
+def compare(cases, until_first=False):
+    """Compare cases and return all that is different, or the first of it.
+
+    Prints a line for each group of cases, on it a dot for each case.
+    """
+    found = []
+    for name, group in groups(cases):
+        print(f"{name}, {len(group)} cases ", end="", flush=True)
+        begin, before = time.perf_counter(), len(found)
+        for case in group:
+            found += different([case])
+            print(".", end="", flush=True)
+            if found and until_first:
+                break
+        count = len(found) - before
+        print(f" {f'{count} DIFFERENT' if count else 'the same'}, {time.perf_counter() - begin:.1f} s")
+        if found and until_first:
+            return found[:1]
+    return found
+
+
+def record():
+    """Record what this process computes."""
+    results = {}
+    for name, group in groups(CASES):
+        print(f"{name}, {len(group)} cases", flush=True)
+        results |= {case: computed(case) for case in group}
+    PATH.write_text(json.dumps(recording() | {"results": results}, indent=1) + "\n", encoding="utf-8")
+    print(f"recorded {len(results)} cases in {PATH}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="compare only cases whose names begin with one of these")
+    parser.add_argument("--first", action="store_true", help="stop where something differs first")
     parser.add_argument("--write", action="store_true", help="record what this process computes")
     arguments = parser.parse_args()
     if arguments.write:
-        whole = recording() | {"results": {case: computed(case) for case in CASES}}
-        PATH.write_text(json.dumps(whole, indent=1) + "\n")
-    elif first := next(different(case for case in CASES if case.startswith(tuple(arguments.words) or "")), None):
-        raise SystemExit(first)
+        record()
+        return
+    cases = [case for case in CASES if case.startswith(tuple(arguments.words) or "")]
+    if not cases:
+        parser.error(f"no case begins with {' or '.join(arguments.words)}")
+    begin = time.perf_counter()
+    found = compare(cases, arguments.first)
+    if not found:
+        print(f"all the same: {len(cases)} cases in {time.perf_counter() - begin:.0f} s")
+        return
+    print(*found[:SHOWN], *([f"… and {len(found) - SHOWN} more"] if len(found) > SHOWN else []), sep="\n")
+    raise SystemExit(f"NOT the same: {len(found)} results differ from what was recorded")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,132 @@
+"""Pictures for light and for dark pages: their one style, how they are saved, and the picture of a sweep.
+
+They need matplotlib (``pip install 'grpo_fast[plot]'``). The background is transparent, and every colour has a contrast
+of at least 3 to both white and GitHub's dark page (#0d1117), text of at least 4. Text in SVG files is text.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from .stats import Sweep
+
+TEXT = "#777e86"
+OTHERS = "#8b9098"  # what ours stands beside
+ACCENT = "#1f7ae0"  # ours
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": TEXT,
+    "axes.facecolor": "none",
+    "axes.formatter.useoffset": False,
+    "axes.grid": True,
+    "axes.labelcolor": TEXT,
+    "axes.prop_cycle": f"cycler('color', {[ACCENT, '#c4701a', '#2a9d62', '#9a6dd7', '#d1524f', OTHERS, '#c2559d']})",
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": "medium",
+    "figure.constrained_layout.h_pad": 0.08,
+    "figure.constrained_layout.w_pad": 0.12,
+    "figure.facecolor": "none",
+    "figure.titlesize": "medium",
+    "grid.alpha": 0.25,
+    "grid.color": TEXT,
+    "legend.frameon": False,
+    "savefig.facecolor": "none",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "grpo_fast",  # the same bytes again
+    "text.color": TEXT,
+    "xtick.color": TEXT,
+    "ytick.color": TEXT,
+}
+
+
+@contextmanager
+def picture(path: str, width: float, height: float) -> Iterator[Any]:
+    """A matplotlib figure of so many inches to draw on; afterwards it is saved at ``path``, as its suffix says.
+
+    On an exception there is no new file, and what was at ``path`` before stays. What the host has set of matplotlib
+    neither matters nor changes.
+    """
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    with style.context(["default", STYLE]), _replaced_when_complete(path) as temporary:
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        figure.savefig(temporary, metadata={"Date": None} if path.endswith(".svg") else None)
+
+
+@contextmanager
+def _replaced_when_complete(path: str) -> Iterator[str]:
+    """The name of a file beside ``path`` to write to; afterwards it is moved there, or removed on an exception."""
+    stem, suffix = os.path.splitext(path)
+    temporary = f"{stem}.{os.getpid()}{suffix}"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def draw_sweep(result: Sweep, path: str, files: Sequence[str]) -> None:
+    """Draw objective and clip fractions over ε into a file at ``path``; ``files`` are those it was made of."""
+    from matplotlib.ticker import PercentFormatter
+
+    with picture(path, 9, 3.9) as figure:
+        title = f"{_name_of(files)}: {_size_of(result)}"
+        figure.suptitle(title, x=0.01, ha="left", parse_math=False)  # a $ in the name of a file is one
+        left, right = figure.subplots(1, 2)
+        for beta, objective in zip(result.betas, result.objective.T, strict=True):
+            left.plot(result.epsilons, objective, marker="o", label=f"β = {beta:g}")
+        right.plot(result.epsilons, result.clip_ratio_low, marker="o", label="ρ < 1 − ε, A < 0")
+        right.plot(result.epsilons, result.clip_ratio_high, marker="o", label="ρ > 1 + ε, A > 0")
+        of_one = [0.0] * (len(result.epsilons) == 1)  # what a single ε gives is large or small beside 0 alone
+        left.set(title="objective", ylim=_limits(np.append(result.objective, of_one)))
+        clipped = np.append(result.clip_ratio_low, result.clip_ratio_high)
+        right.set(title=f"clipped {_unit_of(result)}", ylim=_from_zero(clipped))
+        right.yaxis.set_major_formatter(PercentFormatter(1.0))
+        for axes in (left, right):
+            axes.set(xlabel="ε", xlim=_from_zero(result.epsilons))
+            axes.locator_params("x", nbins=6)
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
+
+
+def _name_of(files: Sequence[str]) -> str:
+    """What to call the files: the name of the first, and how many more there are."""
+    name = "".join(c if c.isprintable() else "?" for c in os.path.basename(files[0]))  # as XML, and a font, can have it
+    name = name if len(name) <= 60 else f"{name[:30]}…{name[-29:]}"
+    return name if len(files) == 1 else f"{name} and {len(files) - 1} more"
+
+
+def _unit_of(result: Sweep) -> str:
+    """What is counted: only tokens have sequences."""
+    return "samples" if result.sequence_count is None else "tokens"
+
+
+def _size_of(result: Sweep) -> str:
+    """How many tokens of how many completions it is over, or how many samples."""
+    completions = "" if result.sequence_count is None else f" in {result.sequence_count:,} completions"
+    return f"{result.tokens:,} {_unit_of(result)}{completions}"
+
+
+def _from_zero(values: Any) -> tuple[float, float]:
+    """The ends of an axis from 0 that shows all values, none of them negative."""
+    return 0.0, 1.08 * float(np.max(values, where=np.isfinite(values), initial=0.0)) or 1.0
+
+
+def _limits(values: Any) -> tuple[float, float]:
+    """The ends of an axis that shows all values: never less than a twentieth of the largest from end to end.
+
+    Fitted to its values alone, it would make a mountain of what differs in the fifth digit.
+    """
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return -1.0, 1.0
+    low, high = float(finite.min()), float(finite.max())
+    half = max(0.54 * (high - low), 0.025 * max(abs(low), abs(high))) or 1.0
+    return (low + high) / 2 - half, (low + high) / 2 + half

@@ -1,0 +1,105 @@
+"""Pictures are for light and dark pages, say what they are of, and do not enlarge what is next to nothing."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import samples
+
+from grpo_fast import grpo_sweep
+from grpo_fast._pictures import ACCENT, OTHERS, STYLE, TEXT, _from_zero, _limits, draw_sweep, picture
+
+matplotlib = pytest.importorskip("matplotlib", reason="pictures need pip install 'grpo_fast[plot]'")
+
+BENCH = Path(__file__).parent.parent / "bench"
+
+
+def luminance(color):
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in matplotlib.colors.to_rgb(color)]
+    return np.dot(linear, [0.2126, 0.7152, 0.0722])
+
+
+def contrast(a, b):
+    """As in the Web Content Accessibility Guidelines, 1 … 21."""
+    light, dark = sorted([luminance(a), luminance(b)], reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def drawn(tmp_path, result, *files):
+    draw_sweep(result, str(tmp_path / "sweep.svg"), files)
+    return (tmp_path / "sweep.svg").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", ["#ffffff", "#0d1117"])
+def test_colors_are_seen_on_light_and_dark(page):
+    cycle = re.findall("#[0-9a-f]{6}", STYLE["axes.prop_cycle"])
+    assert len(cycle) >= 6
+    assert all(contrast(color, page) >= 3 for color in [ACCENT, OTHERS, *cycle])
+    assert contrast(TEXT, page) >= 4
+
+
+@pytest.mark.parametrize("name", ["speed", "sizes", "training", "sweep"])
+def test_committed_pictures_are_transparent_and_hold_text(name):
+    text = (BENCH / f"{name}.svg").read_text(encoding="utf-8")
+    assert "fill: #ffffff" not in text
+    assert "<text " in text
+    assert "<dc:date>" not in text
+
+
+def test_a_picture_of_a_sweep_says_what_it_is_of(tmp_path):
+    result = grpo_sweep(*samples(1000), [0.1, 0.2], [0.0, 0.04])
+    text = drawn(tmp_path, result, "runs/samples.parquet", "more/*.parquet")
+    assert "samples.parquet and 1 more: 1,000 samples" in text
+    assert all(label in text for label in ("clipped samples", "β = 0.04", "ρ &gt; 1 + ε, A &gt; 0", "0.0%"))
+    assert drawn(tmp_path, result, "runs/samples.parquet", "more/*.parquet") == text  # the same bytes again
+
+
+@pytest.mark.parametrize("name", ["$x_{$.parquet", "a\ud800b\n\x01.parquet", "<&>.parquet", f"{'x' * 300}.parquet"])
+def test_names_of_files_are_only_text(name, tmp_path):
+    text = drawn(tmp_path, grpo_sweep(*samples(100), [0.1, 0.2], [0.0]), name)
+    assert ".parquet: 100 samples" in text
+    assert "\x01" not in text
+
+
+@pytest.mark.parametrize("epsilons", [[0.2], [0.0], [np.inf], [0.2, np.inf]])
+def test_any_grid_can_be_drawn(epsilons, tmp_path):
+    assert "ε" in drawn(tmp_path, grpo_sweep(*samples(100), epsilons, [0.0, 0.04]), "samples.parquet")
+
+
+def test_the_axes_of_a_single_epsilon_begin_at_zero(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: (figures.append(self), Path(path).touch()))
+    result = grpo_sweep(*samples(1000), [0.2], [0.0, 1e-9])
+    draw_sweep(result, str(tmp_path / "sweep.svg"), ["samples.parquet"])
+    for axes in figures[0].axes:
+        (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+        assert left == 0 < 0.2 < right < 0.25
+        assert low <= 0 <= high
+        assert axes.get_legend().get_bbox_to_anchor().y1 < axes.bbox.y0  # below the axes, off the curves
+
+
+def test_limits():
+    assert _limits(np.array([1.0, 3.0])) == pytest.approx((0.92, 3.08))
+    assert _limits(np.array([1.0, 1.00001])) == pytest.approx((0.975, 1.025), abs=1e-4)
+    assert _limits(np.array([-2.0, np.nan])) == pytest.approx((-2.05, -1.95))
+    assert _limits(np.array([0.0])) == (-1, 1) == _limits(np.array([np.nan]))
+    assert _from_zero(np.array([0.5, np.inf, np.nan])) == (0, 0.54)
+    assert _from_zero(np.array([np.nan])) == (0, 1) == _from_zero(np.array([0.0]))
+
+
+def test_what_the_host_has_set_neither_matters_nor_changes(tmp_path):
+    result = grpo_sweep(*samples(100), [0.1, 0.2], [0.0])
+    text = drawn(tmp_path, result, "samples.parquet")
+    with matplotlib.rc_context({"figure.facecolor": "red", "lines.linewidth": 7, "svg.fonttype": "path"}):
+        before = dict(matplotlib.rcParams)
+        assert drawn(tmp_path, result, "samples.parquet") == text
+        assert dict(matplotlib.rcParams) == before
+
+
+def test_nothing_is_left_of_a_picture_that_fails(tmp_path):
+    with pytest.raises(ZeroDivisionError), picture(str(tmp_path / "a.svg"), 3, 2):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
