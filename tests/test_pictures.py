@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import samples
+from samples import samples
 
 from grpo_fast import grpo_sweep
 from grpo_fast._pictures import ACCENT, OTHERS, STYLE, TEXT, _from_zero, _limits, draw_sweep, picture
