@@ -1,4 +1,4 @@
-"""The README's code runs, and its commands are the ones that CI runs."""
+"""The code of README and guide runs, as do their commands, which are the ones that CI runs; no page has grown too long."""
 
 import importlib
 import re
@@ -11,15 +11,20 @@ import pytest
 from grpo_fast.__main__ import main
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-COMMANDS = re.findall(r"^grpo-fast (.*)", README, re.MULTILINE)
+README, GUIDE = ((ROOT / path).read_text(encoding="utf-8") for path in ("README.md", "grpo_fast/README.md"))
 EXTRAS = ("torch", "trl")  # what a block may import beside the package
-OF_FILES = [block for block in BLOCKS if "rollouts.parquet" in block]  # these need other extras
+
+
+def blocks(page):
+    return re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
 
 
 def needs(block):
-    return [name for name in EXTRAS if re.search(rf"^(from|import) {name}\b", block, re.MULTILINE)]
+    return [name for name in EXTRAS if re.search(rf"^from (grpo_fast\.)?{name}\b|^import {name}\b", block, re.M)]
+
+
+def is_of_files(block):
+    return "rollouts.parquet" in block
 
 
 def skip_without(*packages):
@@ -28,45 +33,63 @@ def skip_without(*packages):
         pytest.skip(f"{missing[0]} is not installed")
 
 
-def run(*extras):
-    """Run the blocks that need no more than these extras; what is defined then."""
-    names: dict[str, object] = {}  # one session from top to bottom, as a reader would type it
-    for block in BLOCKS:
-        if set(needs(block)) <= set(extras) and block not in OF_FILES:
+def run(page, *extras):
+    """Run the blocks that need no more than these extras, as a reader would type them: in one session."""
+    names: dict[str, object] = {}
+    for block in blocks(page):
+        if set(needs(block)) <= set(extras) and not is_of_files(block):
             exec(compile(block, "README.md", "exec"), names)
-    return names
 
 
 @pytest.mark.filterwarnings("default")  # a package's own about its imports are not ours
 @pytest.mark.parametrize("extras", [(), ("torch",), ("torch", "trl")], ids=lambda extras: ", ".join(extras) or "none")
 def test_examples(capsys, extras):
     skip_without(*extras)
-    assert extras == () or any(extras[-1] in needs(block) for block in BLOCKS)
-    run(*extras)
-    assert capsys.readouterr().out.startswith("1.0327696985")
+    assert extras == () or any(extras[-1] in needs(block) for block in blocks(README))
+    run(README, *extras)
+    printed = capsys.readouterr().out
+    assert "\n1.0327696985" in printed
+    shown = [text for language, text in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S) if not language]
+    assert shown
+    for output in shown:  # to the last digit
+        assert output in printed
 
 
-def test_examples_with_files(tmp_path, monkeypatch, capsys):
+def test_examples_of_the_guide():
+    run(GUIDE)
+
+
+@pytest.mark.parametrize("page", [README, GUIDE], ids=["README", "guide"])
+def test_examples_with_files(page, tmp_path, monkeypatch, capsys):
     skip_without("pyarrow", "tqdm", "matplotlib")
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
     monkeypatch.chdir(tmp_path)
     importlib.import_module("rollouts").write("rollouts.parquet", rows=100)
-    for command in COMMANDS:
+    for command in re.findall(r"^grpo-fast (.*)", page, re.M):
         assert main(shlex.split(command)) == 0
-    for block in OF_FILES:
+    of_files = [block for block in blocks(page) if is_of_files(block)]
+    assert of_files
+    for block in of_files:
         exec(compile("from grpo_fast import *\n" + block, "README.md", "exec"), {})
-    assert "clip_ratio/low_mean" in capsys.readouterr().out
-    assert Path("sweep.svg").exists()
+    if page is README:
+        assert "clip_ratio/low_mean" in capsys.readouterr().out
+        assert Path("sweep.svg").exists()
 
 
-def test_there_are_examples():
-    assert len(BLOCKS) >= 2
-    assert OF_FILES
-    assert len(COMMANDS) >= 2
-
-
-@pytest.mark.parametrize("command", ["-m grpo_fast", "-m pytest"])
+@pytest.mark.parametrize("command", ["python -m grpo_fast", "python -m pytest"])
 def test_commands_need_only_python3(command):
     lines = [line for line in README.splitlines() if line.startswith("python3 ") and line.endswith(command)]
     assert len(lines) == 1
-    assert lines[0].startswith("python3 -m venv .venv && .venv/bin/pip install ")
+    assert lines[0].startswith("python3 -m venv .venv && . .venv/bin/activate && pip install ")
+
+
+def test_it_can_be_read_in_one_sitting():
+    lines = README.splitlines()
+    assert len(lines) <= 250
+    assert max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize("page", ["README.md", "grpo_fast/README.md", "bench/README.md", "tests/README.md"])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert ((ROOT / page).parent / target).exists(), target
