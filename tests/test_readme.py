@@ -1,4 +1,4 @@
-"""The code of README and guide runs, as do their commands, which are the ones that CI runs; no page has grown too long."""
+"""The code of README and guide runs, as do their commands, which are those that CI runs; no page is too long."""
 
 import importlib
 import re
