@@ -5,6 +5,7 @@ Values are looked at here only after a kernel has found that a sum is not finite
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,6 +45,9 @@ class Inputs(NamedTuple):
         weights_per_token, weights = True, None
         if rollout_is_weights is not None:
             weights_per_token, weights = expected.per_token_or_sequence("rollout_is_weights", rollout_is_weights)
+        place = _place_for(grad, array.shape, dtype)
+        if grad is place is not None:
+            _refuse_overlap(grad, (array, old_logps, advantages, ref_logps, mask, rollout_is_weights, cu_seqlens))
         batch = Batch(
             logps=expected.per_token("logps", array),
             old_logps=None if old_logps is None else expected.per_token("old_logps", old_logps),
@@ -51,25 +55,11 @@ class Inputs(NamedTuple):
             ref_logps=None if ref_logps is None else expected.per_token("ref_logps", ref_logps),
             mask=None if mask is None else _mask(array.shape, mask),
             weights=weights,
-            grad=None,
+            grad=None if place is None else _flat_gradient(place),
             bounds=bounds,
             advantages_per_token=advantages_per_token,
             weights_per_token=weights_per_token,
         )
-        place = _place_for(grad, array.shape, dtype)
-        if place is not None:
-            batch = batch._replace(grad=_flat_gradient(place))
-        if isinstance(grad, np.ndarray):
-            _refuse_overlap(
-                grad,
-                logps=array,
-                old_logps=old_logps,
-                advantages=advantages,
-                ref_logps=ref_logps,
-                mask=mask,
-                rollout_is_weights=rollout_is_weights,
-                cu_seqlens=cu_seqlens,
-            )
         return cls(batch, array.shape, place)
 
     def deliver_gradient(self) -> None:
@@ -121,8 +111,7 @@ def _bounds(shape: tuple[int, ...], cu_seqlens: ArrayLike | None) -> Array:
     """Where sequences begin and end in the flat arrays, int64 (S + 1,)."""
     size = math.prod(shape)
     if cu_seqlens is None:
-        # NumPy's own choice of integers has 32 bits on Windows before NumPy 2.
-        return np.arange(shape[0] + 1, dtype=np.int64) * shape[1] if len(shape) == 2 else np.array([0, size], np.int64)
+        return _bounds_of_rows(*shape) if len(shape) == 2 else _bounds_of_rows(1, size)
     bounds = real("cu_seqlens", cu_seqlens)
     if len(shape) != 1 or bounds.ndim != 1 or bounds.size < 1 or bounds.dtype.kind not in "iu":
         raise ValueError(
@@ -139,6 +128,13 @@ def _bounds(shape: tuple[int, ...], cu_seqlens: ArrayLike | None) -> Array:
         i = int(falling.argmax()) + 1
         raise ValueError(f"cu_seqlens must not fall, got cu_seqlens[{i}] = {bounds[i]} after {bounds[i - 1]}")
     return flat(bounds, np.dtype(np.int64))
+
+
+@lru_cache(maxsize=16)
+def _bounds_of_rows(rows: int, width: int) -> Array:
+    """Those of so many sequences of the same width; from a cache, as they are mostly those of the call before."""
+    # NumPy's own choice of integers has 32 bits on Windows before NumPy 2.
+    return np.arange(rows + 1, dtype=np.int64) * width
 
 
 def _mask(shape: tuple[int, ...], mask: ArrayLike) -> Array:
@@ -174,9 +170,12 @@ def _flat_gradient(place: Array) -> Array:
     return gradient.reshape(-1)
 
 
-def _refuse_overlap(grad: Array, **arguments: Any) -> None:
-    """Raise the ValueError for the first of the arguments that shares memory with ``grad``, if any."""
-    for name, values in arguments.items():
+_NAMES = "logps", "old_logps", "advantages", "ref_logps", "mask", "rollout_is_weights", "cu_seqlens"
+
+
+def _refuse_overlap(grad: Array, arguments: tuple[Any, ...]) -> None:
+    """Raise the ValueError for the first of the arguments, as in `_NAMES`, that shares memory with ``grad``, if any."""
+    for name, values in zip(_NAMES, arguments, strict=True):
         if values is None or isinstance(values, (list, tuple)):
             continue
         array = as_array(name, values)

@@ -1,6 +1,7 @@
 """The loss from log-probabilities: `grpo_loss`, with its gradient and every diagnostic."""
 
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -151,7 +152,7 @@ def _compute(inputs: Inputs, options: Options) -> Stats:
     with threads.tasks(2 * batch.logps.size) as tasks:  # a token costs what two samples of probabilities do
         accumulators = empty_accumulators(tasks)
         compute(batch, terms, accumulators)
-    totals = merged(accumulators)
+    totals = merged(accumulators, options.mean_within)
     if totals.suspect:
         refuse_if_not_finite(inputs)
     inputs.deliver_gradient()
@@ -206,7 +207,12 @@ def _at_sequence_level(batch: Batch, terms: LossTerms, accumulators: Array) -> N
 
 def _all_sequences(batch: Batch) -> Array:
     """The one range of sequences for the one task that does all."""
-    return np.array([[0, len(batch.bounds) - 1]], np.int64)
+    return _one_range(len(batch.bounds) - 1)
+
+
+@lru_cache(maxsize=256)
+def _one_range(sequences: int) -> Array:
+    return np.array([[0, sequences]], np.int64)
 
 
 def _ranges(batch: Batch, tasks: int) -> tuple[Array, int, list[int]]:

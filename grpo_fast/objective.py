@@ -12,7 +12,7 @@ from ._checks import first_problem, same_shape
 from ._kernels import sample_blocks, sweep_blocks, threads
 from ._kernels.blocks import BLOCK, blocks_in
 from ._kernels.exact import Exact, rounded_sum
-from ._kernels.sums import Sums, Totals, empty_accumulators, merged
+from ._kernels.sums import Totals, empty_accumulators, merged
 from .stats import Stats, Sweep, objective_of
 from .terms import BETA, EPSILON, K3, Clip, Options
 
@@ -90,8 +90,7 @@ def grpo_objective(
         surrogate, kl = rounded_sum(surrogates.tolist()), rounded_sum(kls.tolist())
     else:
         totals = _totals(arrays, terms, None)
-        sums = Sums(*Exact.of_limbs(totals.sums))
-        surrogate, kl, illegal = float(sums.surrogate), float(sums.kl), totals.suspect > 0
+        surrogate, kl, illegal = totals.surrogate, totals.kl, totals.suspect > 0
     if illegal:
         _refuse(arrays, shape)
     return objective_of(surrogate / n, kl / n, terms.beta)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .compiling import inlined
-from .simd import bits
+from .simd import bits, from_bits
 
 #: Limbs of 32 bits in use: 2098 bits for the largest float64 in units of the least one, 64 for carries and sign; then
 #: one for what no integer can hold.
@@ -59,6 +59,51 @@ def carry(row: Any) -> None:
         above += row[limb]
         row[limb] = above & 0xFFFFFFFF
         above >>= 32
+
+
+@inlined
+def rounded(row: Any) -> Any:
+    """The sum in the limbs of ``row``, after `carry`, rounded once, to the nearest float64: what `Exact` would say."""
+    if row[_SPECIAL]:
+        return np.inf if row[_SPECIAL] == 1 else (-np.inf if row[_SPECIAL] == 2 else np.nan)
+    lowest = 0
+    while lowest < LIMBS and row[lowest] == 0:
+        lowest += 1
+    negative = row[LIMBS - 1] >> 31 != 0
+    highest = LIMBS - 1
+    while highest > 0 and _digit(row, highest, lowest, negative) == 0:
+        highest -= 1
+    top = _digit(row, highest, lowest, negative)
+    length = 0  # of top, in bits
+    while top >> length:
+        length += 1
+    last = 32 * highest + length - 1  # the place of the leading bit, in units of 2⁻¹⁰⁷⁴
+    below = _digit(row, highest - 1, lowest, negative)
+    if last <= 52:  # exact, be it a subnormal number or not
+        pattern = top << 32 | below if highest == 1 else top
+    else:
+        # The leading 64 bits, of which 53 stay.
+        third = _digit(row, highest - 2, lowest, negative)
+        leading = np.uint64(top << 32 | below) << np.uint64(32 - length) | np.uint64(third >> length)
+        rest = np.int64(leading & np.uint64(0x7FF))
+        pattern = np.int64(leading >> np.uint64(11))
+        is_exact = third & ((1 << length) - 1) == 0 and lowest >= highest - 2
+        if rest > 0x400 or (rest == 0x400 and not (is_exact and pattern & 1 == 0)):
+            pattern += 1
+        pattern += (last - 52) << 52  # of which the leading bit is the last
+        if last > 2097 or pattern >= 0x7FF << 52:
+            return -np.inf if negative else np.inf
+    return from_bits(np.uint64(pattern | (np.int64(negative) << 63)))
+
+
+@inlined
+def _digit(row: Any, limb: Any, lowest: Any, negative: Any) -> Any:
+    """A limb of |the sum|, whose lowest that is not 0 is that number ``lowest``."""
+    if limb < lowest:
+        return np.int64(0)
+    if negative:
+        return (1 << 32) - row[limb] if limb == lowest else 0xFFFFFFFF - row[limb]
+    return row[limb]
 
 
 def rounded_sum(values: list[float]) -> float:

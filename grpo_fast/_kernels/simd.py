@@ -404,7 +404,11 @@ def bits(typingctx, floats):
 
 @intrinsic
 def from_bits(typingctx, integers):
-    """The floats with the given IEEE representations."""
+    """The floats with the given IEEE representations; of a scalar, a float64."""
+    if not isinstance(integers, Vector):
+        return types.float64(types.uint64), lambda context, builder, sig, args: builder.bitcast(
+            args[0], ir.DoubleType()
+        )
     floats = integers.of(types.float64 if integers.element.bitwidth == 64 else types.float32)
     return floats(integers), lambda context, builder, sig, args: builder.bitcast(args[0], floats.llvm)
 

@@ -62,6 +62,9 @@ class Totals(NamedTuple):
     tokens: int  # unmasked ones, or samples
     least_ratio: float
     largest_ratio: float
+    # Of the objective, rounded, in what `merged` returns: the numerator, or the sums where they are that.
+    surrogate: float
+    kl: float
 
 
 _LIMBS = {"sums": (len(Sums._fields), exact.ROW), "numerator": (len(Numerator._fields), exact.ROW)}
@@ -102,14 +105,17 @@ def accumulate_numerator(accumulator: Any, numerator: Any) -> None:
         exact.add(accumulator.numerator[i], numerator[i])
 
 
-def merged(accumulators: np.ndarray) -> Totals:
-    """The totals of all accumulators, of which the first is written to; limbs are in the form that `Exact` reads."""
-    _merge(accumulators)
+def merged(accumulators: np.ndarray, mean_within: bool = False) -> Totals:
+    """The totals of all accumulators, of which the first is written to; limbs are in the form that `Exact` reads.
+
+    With ``mean_within``, there is a numerator.
+    """
+    _merge(accumulators, mean_within)
     return Totals(*accumulators[0].item())
 
 
 @compiled
-def _merge(accumulators: Any) -> None:
+def _merge(accumulators: Any, mean_within: bool) -> None:
     total = accumulators[0]
     for t in range(1, len(accumulators)):
         other = accumulators[t]
@@ -128,3 +134,5 @@ def _merge(accumulators: Any) -> None:
         exact.carry(total.sums[i])
     for i in range(len(total.numerator)):
         exact.carry(total.numerator[i])
+    total.surrogate = exact.rounded(total.numerator[0] if mean_within else total.sums[0])
+    total.kl = exact.rounded(total.numerator[1] if mean_within else total.sums[1])
