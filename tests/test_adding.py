@@ -146,8 +146,9 @@ def test_sweeps_of_other_terms_do_not_add():
             sweep + other
 
 
+@pytest.mark.parametrize("mean_within", [False, True])
 @pytest.mark.parametrize("tasks", [1, 2, 5])
-def test_every_field_of_an_accumulator_is_merged(tasks):
+def test_every_field_of_an_accumulator_is_merged(tasks, mean_within):
     rng = np.random.default_rng(tasks)
     accumulators = empty_accumulators(tasks)
     expected = {}
@@ -157,11 +158,12 @@ def test_every_field_of_an_accumulator_is_merged(tasks):
             for task, i in np.ndindex(numbers.shape):
                 add_up(numbers[task, i : i + 1], accumulators[name][task, i])
             expected[name] = [sum(map(Exact.of_float, column), Exact()) for column in numbers.T.tolist()]
-        else:
+        elif name not in ("surrogate", "kl"):  # which are made of those
             accumulators[name] = rng.integers(1, 1000, tasks)
             how = {"least_ratio": min, "largest_ratio": max}.get(name, sum)
             expected[name] = how(accumulators[name].tolist())
-    totals = merged(accumulators)._asdict()
+    expected["surrogate"], expected["kl"] = map(float, expected["numerator" if mean_within else "sums"][:2])
+    totals = merged(accumulators, mean_within)._asdict()
     totals |= {name: Exact.of_limbs(totals[name]) for name in ("sums", "numerator")}
     assert totals == expected
 
