@@ -11,6 +11,8 @@ pa = pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[da
 from pyarrow import parquet  # noqa: E402
 from rollout_files import PROBABILITIES, lists  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 # RLIMIT_DATA counts memory that a process may write to, unlike RLIMIT_AS, in which libraries and reserved addresses
 # would drown a file. The first call compiles, so that only reading and computing is under the limit.
 SCRIPT = """

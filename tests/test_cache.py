@@ -271,6 +271,7 @@ UPGRADES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", UPGRADES)
 def test_an_upgrade_runs_the_new_code_and_the_old_one_is_kept(what, tmp_path, clone):
     old, new, beta = UPGRADES[what]
@@ -354,6 +355,7 @@ def frozen(clone):
     return clone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("install", [as_files, without_sources, in_an_archive, in_an_archive_without_sources, frozen])
 def test_compiled_once_however_and_wherever_it_is_installed(install, tmp_path):
     printed = []
@@ -407,6 +409,7 @@ with warnings.catch_warnings(record=True) as told:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="limits of POSIX")
 def test_a_full_disk_is_told_and_nothing_worse(tmp_path):
     assert python(FULL, NUMBA_CACHE_DIR=str(tmp_path)) == "3.0\n1\n"

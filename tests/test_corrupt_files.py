@@ -14,6 +14,8 @@ from grpo_fast import evaluate
 pa = pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[data]'")
 from rollout_files import PROBABILITIES, table, tokens, write  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 NAMES = ["samples.parquet", "tokens.parquet", "samples.arrow", "tokens.arrow"]
 settings.register_profile("files", settings(derandomize=True, suppress_health_check=[HealthCheck.too_slow]))
 

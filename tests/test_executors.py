@@ -14,6 +14,8 @@ from grpo_fast.files import sweep
 pa = pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[data]'")
 from rollout_files import table, tokens, write  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = {"surrogate": Clip(0.2), "kl": K3(0.04)}
 GRID = {"epsilons": [0.1, 0.2], "betas": [0, 0.04]}
 

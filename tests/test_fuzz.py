@@ -294,7 +294,7 @@ ALL = range(len(COMBINATIONS))
 @pytest.mark.parametrize(
     ("cpu", "rows", "examples"),
     [
-        ("native", [21], 200),
+        pytest.param("native", [21], 200, marks=pytest.mark.slow),
         *(pytest.param(cpu, ALL, 10_000, marks=exhaustive) for cpu in ("native", "generic", "haswell")),
     ],
 )

@@ -16,6 +16,7 @@ from grpo_fast._kernels.threads import WORTH_SHARING
 MANY = WORTH_SHARING + 5 * BLOCK
 
 
+@pytest.mark.slow
 def test_importing_where_nothing_can_be_written(tmp_path):
     # Files stand where each folder for compiled code would be made, Python's and ours: that stops root as well.
     package = os.path.dirname(__import__("grpo_fast").__file__)
@@ -83,6 +84,7 @@ atexit.register(lambda: print(grpo_fast.grpo_objective(1.0, 3.0, None, None, bet
     assert python(script) == "3.0\n"
 
 
+@pytest.mark.slow
 def test_called_first_while_something_is_compiled(tmp_path):
     script = """
 import numba, numpy as np
@@ -229,6 +231,7 @@ assert read() & flags == flags, "the mode is not as the host had set it"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() not in FLUSH, reason="a processor whose modes are not known here")
 @pytest.mark.parametrize("mode", [FLUSH, UPWARD])
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -239,6 +242,7 @@ def test_floating_point_modes_of_others_do_not_matter(mode, when):
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_threads_with_small_stacks(tmp_path):
     script = """
 import threading

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from interpreter import python
 
+pytestmark = pytest.mark.slow
+
 BENCH = Path(__file__).parent.parent / "bench"
 SCRIPT = f"""
 import sys

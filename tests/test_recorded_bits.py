@@ -56,11 +56,13 @@ def strided(x):
     return np.repeat(x.reshape(-1)[::-1], 2)[::-2].reshape(x.shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [misaligned, between, strided])
 def test_wherever_the_arrays_lie(way):
     assert not list(recorded.different(each=way))
 
 
+@pytest.mark.slow
 def test_in_files(tmp_path):
     numbers = itertools.count()
 
@@ -109,6 +111,7 @@ def check(cpu, cases, threads, **environment):
 x86_64 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names of x86-64 CPUs")
 
 
+@pytest.mark.slow
 @x86_64
 @pytest.mark.parametrize("cpu", ALWAYS)
 def test_some_on_other_cpus(cpu, tmp_path):

@@ -27,7 +27,7 @@ MORE = ["loss usual 27 short", "loss usual 19 long", "stats extreme f8 70003", "
 
 LAYERS = ["omp", "workqueue", "tbb"]
 
-exhaustive = pytest.mark.exhaustive
+exhaustive, slow = pytest.mark.exhaustive, pytest.mark.slow
 every_layer = pytest.mark.parametrize(
     "layer", ["default", *(pytest.param(x, marks=[] if x == "workqueue" else exhaustive) for x in LAYERS)]
 )
@@ -96,7 +96,9 @@ print(numba.threading_layer())
 
 
 @every_layer
-@pytest.mark.parametrize(("threads", "rounds"), [(8, 6), pytest.param(16, 2000, marks=exhaustive)])
+@pytest.mark.parametrize(
+    ("threads", "rounds"), [pytest.param(8, 6, marks=slow), pytest.param(16, 2000, marks=exhaustive)]
+)
 def test_threads_at_once(threads, rounds, layer):
     # Numba's workqueue ends the process when two threads are inside parallel regions.
     script = THREADS.format(threads=threads, rounds=rounds, cases=LARGE + SMALL + (MORE if rounds > 100 else []))
@@ -180,6 +182,7 @@ assert computed and not any(computed)
 }
 
 
+@pytest.mark.slow
 @needs_fork
 @every_layer
 @pytest.mark.parametrize("when", FORKS)
@@ -223,6 +226,7 @@ print(numba.threading_layer())
 """
 
 
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize("forked", [True, False])
 def test_a_child_that_imports_what_its_parent_did_not(forked):
@@ -259,6 +263,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 assert child"""
 
 
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize("ctrl_c", [False, True])
 def test_a_fork_while_another_thread_compiles(ctrl_c, tmp_path):
@@ -273,6 +278,7 @@ def wrong(case):
     return list(recorded.different([case]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [pytest.param(m, marks=exhaustive if m == "forkserver" else ()) for m in multiprocessing.get_all_start_methods()],
@@ -352,7 +358,7 @@ print("done")
 
 @posix_signals
 @every_layer
-@pytest.mark.parametrize("times", [60, pytest.param(500, marks=exhaustive)])
+@pytest.mark.parametrize("times", [pytest.param(60, marks=slow), pytest.param(500, marks=exhaustive)])
 def test_ctrl_c(times, layer):
     assert run(CTRL_C.format(times=times, patience=0.05, cases=[*LARGE, "loss usual 27 long"]), layer) == "done\n"
 

@@ -210,6 +210,7 @@ backends = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("induct
 own_warnings = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of torch.compile about torch
 
 
+@pytest.mark.slow
 @backends
 @own_warnings
 def test_compiled_in_full(backend):
@@ -234,6 +235,7 @@ def test_compiled_in_full(backend):
         compiled(leaf, 0.1, **arguments | {"old_logps": bad})
 
 
+@pytest.mark.slow
 @own_warnings
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo looks
 def test_stats_break_the_graph():
@@ -317,6 +319,7 @@ print("same")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_in_workers_of_a_data_loader():
     assert python(WORKER) == "same\n"
@@ -351,6 +354,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 def test_ranks_add_up(tmp_path):
     script = tmp_path / "ranks.py"

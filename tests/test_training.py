@@ -8,6 +8,8 @@ from combinations import textbook
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
+pytestmark = pytest.mark.slow
+
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 import training  # noqa: E402 - where the script is
 
