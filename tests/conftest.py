@@ -7,7 +7,7 @@ settings.load_profile("grpo_fast")
 
 
 def pytest_collection_modifyitems(config, items):
-    """What is exhaustive runs if it is asked for by that name: ``-m slow`` does not mean it, though its file be slow."""
+    """What is exhaustive runs only if it is asked for by that name: ``-m slow`` leaves it out in slow files, too."""
     if config.option.markexpr and "exhaustive" not in config.option.markexpr:
         left_out = [item for item in items if item.get_closest_marker("exhaustive")]
         config.hook.pytest_deselected(items=left_out)
