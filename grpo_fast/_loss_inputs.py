@@ -208,5 +208,6 @@ def refuse_if_not_finite(inputs: Inputs) -> None:
         if array is None:
             continue
         for i in np.flatnonzero(~np.isfinite(array)).tolist():
-            if batch.mask is None or batch.mask[batch.bounds[i] : batch.bounds[i + 1]].any():
+            first, last = batch.bounds[i : i + 2].tolist()
+            if last > first if batch.mask is None else batch.mask[first:last].any():
                 raise ValueError(f"{name} must be finite where it is not masked, got {name}[{i}] = {array[i].item()!r}")

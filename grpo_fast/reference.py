@@ -199,7 +199,7 @@ def surrogate_term(surrogate: Surrogate, rho: Floats, A: Floats, logp: Floats) -
     match surrogate:
         case Clip(epsilon, epsilon_high, delta):
             unclipped = times(np.minimum(rho, delta), A)
-            clipped = np.clip(rho, 1 - epsilon, 1 + epsilon_high) * A
+            clipped = times(np.clip(rho, 1 - epsilon, 1 + epsilon_high), A)
             unbound = (unclipped <= clipped) & (rho <= delta)  # where min(ρ, δ) is ρ
             return np.minimum(unclipped, clipped), np.where(unbound, unclipped, 0), zero
         case CISPO(ratio_max, ratio_min):

@@ -154,3 +154,24 @@ def test_any_epsilon_is_allowed(clip, level):
     np.testing.assert_allclose(result.grad, expected.grad, rtol=1e-13)
     for name in ("clip_ratio_low", "clip_ratio_high"):
         assert getattr(result.stats, name) == expected.stats[name]
+
+
+# --- overflow ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("clip", [Clip(0.2, np.inf), Clip(np.inf), Clip(0.2, 1e308), Clip(0.2), CISPO(np.inf), SAPO()])
+@pytest.mark.parametrize("dtype", DTYPES)
+@LEVELS
+def test_an_infinite_ratio_without_an_advantage_is_nothing(level, dtype, clip):
+    logps, old = np.array([[800.0, -1.0], [-1.0, -1.0]], dtype), np.array([[-800.0, -1.0], [-1.0, -1.0]], dtype)
+    for loss in (grpo_loss, reference.grpo_loss):
+        a = np.array([[0.0, 0.0], [1.0, -2.0]], dtype)
+        assert np.isfinite(loss(logps, old, a, surrogate=clip, importance_sampling_level=level).loss)
+    found = grpo_loss(logps, old, a, surrogate=clip, importance_sampling_level=level, grad=True)
+    assert np.isfinite(found.grad).all()
+    assert found.stats.ratio_max == np.inf
+
+
+def test_what_belongs_to_an_empty_sequence_is_not_looked_at():
+    far = np.full(20, -1e308)  # whose log-ratios overflow, so that all is looked at
+    assert grpo_loss(far, -far, [np.nan, 1.0], cu_seqlens=[0, 0, 20]).loss == 0
+    with pytest.raises(ValueError, match=r"advantages must be finite .* got advantages\[1\] = nan"):
+        grpo_loss(far, -far, [1.0, np.nan], cu_seqlens=[0, 0, 20])

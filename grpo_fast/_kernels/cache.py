@@ -29,6 +29,9 @@ from .notices import warn_once
 
 _CHECKSUM_BYTES = hashlib.sha256().digest_size
 
+#: Settings of Numba's that change what code does, or how fast: what is compiled to find a fault is not for others.
+_SETTINGS = "BOUNDSCHECK", "OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "DEBUGINFO_DEFAULT", "ENABLE_PROFILING"
+
 
 def use_disk_cache(dispatcher: Any) -> None:
     """Make a dispatcher of Numba's save on disk what it compiles, and look there before it compiles.
@@ -118,11 +121,12 @@ class Entries:
     def _entry(self, key: Any) -> str:
         """The name for a key of Numba's: types, the CPU and its features.
 
-        That leaves out the one setting of Numba's that changes what code does, and what else reads a pickle and runs
-        machine code: Numba, LLVM, NumPy, and Python, whose binary interface extension modules name.
+        That leaves out settings of Numba's that change code, and what else reads a pickle and runs machine code: Numba,
+        LLVM, NumPy, and Python, whose binary interface extension modules name.
         """
         versions = numba.__version__, llvmlite.__version__, np.__version__, EXTENSION_SUFFIXES[0]
-        return f"{self._name}.{_digest(repr((key, versions, numba.config.BOUNDSCHECK)).encode())}"
+        settings = {name: getattr(numba.config, name, None) for name in _SETTINGS}
+        return f"{self._name}.{_digest(repr((key, versions, settings)).encode())}"
 
 
 def _checksum(entry: str, data: bytes) -> bytes:

@@ -100,8 +100,11 @@ def _start_threads() -> None:
             problems.append(error)
 
     starter = threading.Thread(target=start, name="grpo_fast-starter")
-    starter.start()
-    starter.join()
+    try:
+        starter.start()
+        starter.join()
+    except RuntimeError as error:  # there can be no more threads, or the interpreter ends
+        problems.append(error)
     if problems:
         global _without_threads
         _without_threads = True

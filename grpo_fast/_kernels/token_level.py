@@ -175,7 +175,10 @@ class _RatioSums(NamedTuple):
 
 @inlined
 def _add_ratios(sums, surrogate, run_start, stop, scratch, careful):
-    """The ``sums`` with those of a run."""
+    """The ``sums`` with those of a run; if ``careful``, leaves 1 for ρ where A = 0: nobody needs it further on.
+
+    For the policy term is 0 there whatever ρ is, but ∞·0 is not.
+    """
     clipped = sums.clipped
     ratio = full(scratch, 0.0)
     squared = ratio
@@ -190,7 +193,10 @@ def _add_ratios(sums, surrogate, run_start, stop, scratch, careful):
             wide_squared += wide_squares(present)
         else:
             squared = fma(present, present, squared)
-        clipped = count_clipped(surrogate, rho, load_row(scratch, _ADVANTAGE, v), clipped)
+        a = load_row(scratch, _ADVANTAGE, v)
+        clipped = count_clipped(surrogate, rho, a, clipped)
+        if careful:
+            store_row(scratch, _RATIO, v, where(a == 0.0, full_like(rho, 1.0), rho))
     return _RatioSums(sums.ratio + run_sum(ratio, wide_ratio, careful), wide_squared + wide(squared), clipped)
 
 
