@@ -46,23 +46,33 @@ print([warning.category.__name__ for warning in told])
 
 
 def test_importing_imports_nothing_optional():
-    optional = {"torch", "pyarrow", "pandas", "matplotlib", "tqdm", "dask", "jax", "scipy", "mpmath", "pytest"}
+    optional = {"torch", "trl", "pyarrow", "pandas", "matplotlib", "tqdm", "dask", "jax", "scipy", "mpmath", "pytest"}
     script = "import sys, numba; before = set(sys.modules); import grpo_fast; print(*set(sys.modules) - before)"
     new = {name.split(".")[0] for name in python(script).split()}
     assert "grpo_fast" in new
     assert not new & optional
 
 
-def test_without_torch_its_module_says_what_to_install():
-    script = """
+@pytest.mark.parametrize(
+    ("module", "missing", "message"),
+    [
+        ("torch", "torch", "grpo_fast.torch needs PyTorch: pip install 'grpo_fast[torch]'"),
+        ("trl", "torch", "grpo_fast.torch needs PyTorch: pip install 'grpo_fast[torch]'"),
+        ("trl", "trl", "grpo_fast.trl needs TRL: pip install 'grpo_fast[torch,trl]'"),
+    ],
+)
+def test_without_its_package_a_module_says_what_to_install(module, missing, message):
+    if missing == "trl":
+        pytest.importorskip("torch", reason="needs PyTorch")
+    script = f"""
 import sys
-sys.modules["torch"] = None  # as if it were not installed
+sys.modules[{missing!r}] = None  # as if it were not installed
 try:
-    import grpo_fast.torch
+    import grpo_fast.{module}
 except ImportError as error:
     print(error)
 """
-    assert python(script) == "grpo_fast.torch needs PyTorch: pip install 'grpo_fast[torch]'\n"
+    assert python(script) == message + "\n"
 
 
 def test_importing_compiles_nothing_and_starts_no_thread():
