@@ -26,7 +26,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ._checks import not_negative, one_of
+from ._checks import as_array, not_negative, one_of
 from .terms import (
     BETA,
     CISPO,
@@ -63,7 +63,8 @@ def grpo_objective(
     This is DeepSeekMath, arXiv:2402.03300, Eq. 3, with the KL term of DeepSeek-V3.2, arXiv:2512.02556, Eq. 7. With
     ``importance_weighted=False`` the KL term is DeepSeekMath's own, Eq. 4, which has no ρ.
     """
-    ρ, A, π_old, π_ref = (np.asarray(x) for x in (rhos, A, pi_theta_old, pi_theta_ref))
+    named = {"rhos": rhos, "A": A, "pi_theta_old": pi_theta_old, "pi_theta_ref": pi_theta_ref}
+    ρ, A, π_old, π_ref = (as_array(name, x) for name, x in named.items())
     r = π_ref / (ρ * π_old)
     surrogate = np.minimum(ρ * A, np.clip(ρ, 1 - epsilon, 1 + epsilon) * A)
     kl = r - np.log(r) - 1
@@ -137,7 +138,7 @@ def grpo_loss(
     ValueError, TypeError
         Shapes that do not fit, an unknown option. Values are not checked: an unmasked NaN gives NaN.
     """
-    logps = np.asarray(logps)
+    logps = as_array("logps", logps)
     logps = logps if logps.dtype == np.float32 else logps.astype(np.float64)
     tokens = _Tokens.of(logps, mask, cu_seqlens)
     level = one_of("importance_sampling_level", importance_sampling_level, LEVELS)
@@ -346,7 +347,7 @@ class _Tokens(NamedTuple):
         """``values`` of the unmasked tokens."""
         if values is None:
             raise ValueError(f"{name} must be given with these options, got None")
-        values = np.atleast_1d(values)
+        values = np.atleast_1d(as_array(name, values))
         per_token = values.shape == self.keep.shape
         per_sequence = False
         if or_one_per_sequence:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from grpo_fast import K3, Clip, group_advantages, grpo_loss, grpo_objective, grpo_stats
+from grpo_fast import K3, Clip, group_advantages, grpo_loss, grpo_objective, grpo_stats, reference
 
 rng = np.random.default_rng(0)
 LOGPS = -rng.exponential(size=(3, 7)).astype(np.float32)
@@ -37,12 +37,16 @@ def test_bfloat16_computes_in_float32(library):
     assert result.grad.dtype == np.float32
     assert (result.loss, result.stats) == (expected.loss, expected.stats)
     assert np.array_equal(result.grad, expected.grad)
+    by_reference = reference.grpo_loss(*given, kl=K3(0.1), grad=True)
+    assert by_reference.grad.dtype == np.float32
+    assert by_reference.loss == reference.grpo_loss(*map(to_float32, given), kl=K3(0.1)).loss
     place = np.empty_like(LOGPS)
     assert np.array_equal(grpo_loss(*given, kl=K3(0.1), grad=place).grad, expected.grad)
 
     given = [to_bfloat16(x) for x in PROBABILITIES]
     assert grpo_stats(*given) == grpo_stats(*map(to_float32, given))
     assert grpo_objective(*given) == grpo_objective(*map(to_float32, given))
+    assert reference.grpo_objective(*given) == reference.grpo_objective(*map(to_float32, given))
     advantages = group_advantages(to_bfloat16(REWARDS))
     assert advantages.dtype == np.float32
     assert np.array_equal(advantages, group_advantages(to_float32(to_bfloat16(REWARDS))))
