@@ -195,7 +195,7 @@ def summary(results: Results) -> Iterator[str]:
         "`grpo_loss`, 16.8 M, float32": loss | {"n": LARGE, "dtype": "float32"},
         "`grpo_loss`, 16.8 M, float64": loss | {"n": LARGE, "dtype": "float64"},
         "`grpo_loss`, 4096, float32": loss | {"n": 4096, "dtype": "float32"},
-        "torch operator, 16.8 M, float32": {"work": "torch", "n": LARGE},
+        "torch operator, 16.8 M, half masked, float32": {"work": "torch", "n": LARGE},
         "`evaluate`, Parquet, 10.5 M, float64": {"work": "files", "n": 10 << 20},
     }
 

@@ -212,6 +212,7 @@ def _all_sequences(batch: Batch) -> Array:
 
 @lru_cache(maxsize=256)
 def _one_range(sequences: int) -> Array:
+    """The range of so many sequences; an array that nobody may write to, as all calls share it."""
     return np.array([[0, sequences]], np.int64)
 
 

@@ -90,7 +90,7 @@ def grpo_objective(
         surrogate, kl = rounded_sum(surrogates.tolist()), rounded_sum(kls.tolist())
     else:
         totals = _totals(arrays, terms, None)
-        surrogate, kl, illegal = totals.surrogate, totals.kl, totals.suspect > 0
+        surrogate, kl, illegal = totals.surrogate_numerator, totals.kl_numerator, totals.suspect > 0
     if illegal:
         _refuse(arrays, shape)
     return objective_of(surrogate / n, kl / n, terms.beta)

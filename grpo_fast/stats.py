@@ -104,6 +104,7 @@ class Stats(_Additive):
         Number of sequences, those without an unmasked token included; NaN for probabilities, which know none.
     """
 
+    # `sums` and `numerator` must have no defaults: as attributes of the class these would hide `__getattr__`.
     options: Options = _added_by(_same)  # noqa: RUF009 - a dataclass field
     tokens: int
     sequence_count: int | None = _added_by(_if_known)
@@ -157,7 +158,7 @@ class Stats(_Additive):
     @property
     def objective(self) -> float:
         if totals := self.__dict__.get("_totals"):
-            surrogate, kl = totals.surrogate, totals.kl  # rounded already
+            surrogate, kl = totals.surrogate_numerator, totals.kl_numerator
         else:
             surrogate, kl = map(float, self.numerator)
         denominator = self.denominator

@@ -15,7 +15,7 @@ all that comes before the loss  ``scale_rewards``, ``num_iterations``, PEFT, ima
                                 with ``vllm_importance_sampling_correction=False``, …
 ==============================  ================================================================================
 
-Left to TRL, with one warning of the logger ``grpo_fast.trl`` that says why:
+Left to TRL, with a warning of the logger ``grpo_fast.trl`` that says why, each said once:
 
 - ``loss_type`` "cispo", "sapo", "vespo" or another;
 - ``use_vllm`` with ``vllm_importance_sampling_correction``, which is on unless changed;

@@ -74,7 +74,7 @@ def test_machine_code_is_named_after_all_kernels_and_the_options(clone):
 # --- one small kernel, of which there is a new dispatcher in every process --------------------------------------------
 @pytest.fixture(autouse=True)
 def not_warned_yet(monkeypatch):
-    monkeypatch.setattr(notices, "_told", set())
+    monkeypatch.setattr(notices, "_warned", set())
 
 
 @pytest.fixture

@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 from interpreter import python
 
-pytestmark = pytest.mark.slow
-
 BENCH = Path(__file__).parent.parent / "bench"
 SCRIPT = f"""
 import sys
@@ -32,7 +30,10 @@ COUNTED = {
     "loss, float32": 1211,
 }
 
-pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="code for x86-64 CPUs")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="code for x86-64 CPUs"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,9 @@ Each file imports only from lines below its own::
     sums  blocks                  what is added up, by name; a task's blocks, their runs, the scratch array
     exact  elementary             sums without rounding; exp, log and k3 of vectors
     simd  float_mode              a vector type; the processor's floating-point mode, set and given back
-    compiling  own_stack          how functions become machine code; on a stack that is large enough
-    cache  threads                keeping that on disk; on how many threads it runs
-    cache_folder                  where on disk: a folder of the user's, and of nobody else's
-    notices                       what the user is told of the machine, once
+    compiling                     how functions become machine code
+    own_stack  cache  threads     on a stack that is large enough; keeping that on disk; on how many threads it runs
+    cache_folder  notices         where on disk: a folder of the user's alone; warnings, each given once
 
 A lane is one number of a vector, a vector 64 bytes, a run 16 vectors, a block 4096 samples or tokens of one sequence.
 Sums are rounded within a block, always in the same order, and exact beyond it: hence the same bits for any number of
@@ -27,9 +26,6 @@ What is masked is 0 for all that follows (`tokens.zero_where`), whatever it was.
 looked for in the fast way: it makes a sum infinite or NaN, or leaves the range, the block is counted as suspect, and
 Python looks for the number and raises an error that names it.
 
-A new surrogate of `grpo_loss`: a class and its place in `Surrogate`, in `terms`; its mathematics in `reference` (also
-its diagnostics); a branch in each function of `formulas` that asks for the class, which are the formula, the gradient
-and what is clipped; its diagnostic in `stats`; its name in `torch._OPTIONS` and in the package; rows in
-tests/combinations.py, which are then recorded. At sequence level it must be linear in A on either side of 0. (Clip and
+How to add a surrogate, tests/README.md says. At sequence level it must be linear in A on either side of 0. (Clip and
 k3, times ρ or not, also stand in `samples` and `sweep_blocks`, for probabilities.)
 """

@@ -90,7 +90,7 @@ def rounded(row: Any) -> Any:
         is_exact = third & ((1 << length) - 1) == 0 and lowest >= highest - 2
         if rest > 0x400 or (rest == 0x400 and not (is_exact and pattern & 1 == 0)):
             pattern += 1
-        pattern += (last - 52) << 52  # of which the leading bit is the last
+        pattern += (last - 52) << 52  # the leading bit, at 2⁵², adds the 1 that the biased exponent lacks
         if last > 2097 or pattern >= 0x7FF << 52:
             return -np.inf if negative else np.inf
     return from_bits(np.uint64(pattern | (np.int64(negative) << 63)))

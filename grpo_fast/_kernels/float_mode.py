@@ -2,8 +2,9 @@
 
 Rounding, what becomes of subnormal numbers, and which exceptions end the process are settings of each thread, which
 other libraries change (a flush to zero, as `torch.set_flush_denormal` or a library built with -ffast-math sets it) and
-new threads inherit. With them, the same tiny numbers would give other sums on one thread than on many. So whatever is
-called from Python, and each task of a parallel loop, works between `begin_ordinary_floats` and `end_ordinary_floats`.
+new threads inherit. With them, the same tiny numbers would give other sums on one thread than on many. So every kernel
+that computes with floats, and each task of a parallel loop, does so between `begin_ordinary_floats` and
+`end_ordinary_floats`; those that only add integers do not need it.
 """
 
 from llvmlite import ir

@@ -10,6 +10,7 @@ import numpy as np
 
 from . import exact
 from .compiling import compiled, inlined
+from .float_mode import begin_ordinary_floats, end_ordinary_floats
 
 
 class Sums(NamedTuple):
@@ -62,10 +63,12 @@ class Totals(NamedTuple):
     tokens: int  # unmasked ones, or samples
     least_ratio: float
     largest_ratio: float
-    # Of the objective, rounded, in what `merged` returns: the numerator, or the sums where they are that.
-    surrogate: float
-    kl: float
+    surrogate_numerator: float  # of the objective, rounded once; set by `merged`, as is the next
+    kl_numerator: float
 
+
+_SURROGATE, _KL = map(Numerator._fields.index, ("surrogate", "kl"))
+assert Sums._fields[: len(Numerator._fields)] == Numerator._fields
 
 _LIMBS = {"sums": (len(Sums._fields), exact.ROW), "numerator": (len(Numerator._fields), exact.ROW)}
 
@@ -116,6 +119,7 @@ def merged(accumulators: np.ndarray, mean_within: bool = False) -> Totals:
 
 @compiled
 def _merge(accumulators: Any, mean_within: bool) -> None:
+    host_mode = begin_ordinary_floats()
     total = accumulators[0]
     for t in range(1, len(accumulators)):
         other = accumulators[t]
@@ -134,5 +138,7 @@ def _merge(accumulators: Any, mean_within: bool) -> None:
         exact.carry(total.sums[i])
     for i in range(len(total.numerator)):
         exact.carry(total.numerator[i])
-    total.surrogate = exact.rounded(total.numerator[0] if mean_within else total.sums[0])
-    total.kl = exact.rounded(total.numerator[1] if mean_within else total.sums[1])
+    numerators = total.numerator if mean_within else total.sums  # of which both begin with the same two
+    total.surrogate_numerator = exact.rounded(numerators[_SURROGATE])
+    total.kl_numerator = exact.rounded(numerators[_KL])
+    end_ordinary_floats(host_mode)

@@ -27,14 +27,14 @@ _inside: dict[object, None] = {}
 _thread = threading.local()
 
 
-def _are_running() -> bool:
-    """Whether Numba's threads are."""
+def _numba_threads_are_running() -> bool:
+    """Whether Numba has started its threads."""
     return getattr(sys.modules.get("numba.np.ufunc.parallel"), "_is_initialized", False)
 
 
 def _forked_before() -> bool:
     """Whether this process was forked from one that ran Numba's threads, before this package was imported."""
-    if not _are_running():
+    if not _numba_threads_are_running():
         return False
     try:
         begun = int(Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
@@ -125,7 +125,7 @@ def tasks(items: int) -> Iterator[int]:
     try:
         _inside[me] = None
         if [*_inside][0] is me:  # noqa: RUF015 - another thread could change it between iter(…) and next(…)
-            if not _are_running():
+            if not _numba_threads_are_running():
                 _start_threads()
             yield 1 if _without_threads else numba.get_num_threads()
         else:

@@ -18,25 +18,25 @@ UPWARD = {"x86_64": 0x4000, "AMD64": 0x4000, "aarch64": 1 << 22, "arm64": 1 << 2
 
 
 @numba.njit
-def _read():
+def read_mode():
     return read_float_mode()
 
 
 @numba.njit
-def _write(mode):
+def write_mode(mode):
     write_float_mode(np.uint64(mode))
 
 
 @contextmanager
 def float_mode(flags):
     """With flags set in the processor's floating-point mode of this thread."""
-    before = _read()
-    _write(before | flags)
+    before = read_mode()
+    write_mode(before | flags)
     try:
         yield
-        assert _read() & flags == flags
+        assert read_mode() & flags == flags
     finally:
-        _write(before)
+        write_mode(before)
 
 
 @contextmanager

@@ -13,8 +13,10 @@ def someone_else_computes():
     """As if another thread were in a parallel region."""
     other = object()
     threads._inside[other] = None
-    yield
-    del threads._inside[other]
+    try:
+        yield
+    finally:
+        del threads._inside[other]
 
 
 def python(script, timeout=300, inside=(), **environment):
