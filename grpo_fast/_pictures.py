@@ -35,7 +35,6 @@ STYLE = {
     "grid.alpha": 0.25,
     "grid.color": TEXT,
     "legend.frameon": False,
-    "savefig.facecolor": "none",
     "svg.fonttype": "none",
     "svg.hashsalt": "grpo_fast",  # the same bytes again
     "text.color": TEXT,

@@ -52,6 +52,7 @@ def test_a_picture_of_a_sweep_says_what_it_is_of(tmp_path):
     text = drawn(tmp_path, result, "runs/samples.parquet", "more/*.parquet")
     assert "samples.parquet and 1 more: 1,000 samples" in text
     assert all(label in text for label in ("clipped samples", "β = 0.04", "ρ &gt; 1 + ε, A &gt; 0", "0.0%"))
+    assert "fill: #ffffff" not in text  # the background is transparent
     assert drawn(tmp_path, result, "runs/samples.parquet", "more/*.parquet") == text  # the same bytes again
 
 

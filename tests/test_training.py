@@ -1,17 +1,24 @@
 """A policy learns through the loss, and step for step as it does through the textbook's."""
 
 import sys
-from pathlib import Path
 
 import pytest
 from combinations import textbook
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
+import training  # noqa: E402 - which imports torch
+
 pytestmark = pytest.mark.slow
 
-sys.path.append(str(Path(__file__).parents[1] / "bench"))
-import training  # noqa: E402 - where the script is
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """More are no faster for so small a policy, and twenty times as slow where other processes compute, too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def from_the_textbook(**arguments):
@@ -42,3 +49,55 @@ def test_float32_losses_are_the_textbooks_at_every_step():
         return loss, clipped
 
     assert len(training.train(both, batches=8)) == 8
+
+
+def test_the_loss_written_by_hand_is_the_same():
+    def both(**arguments):
+        (loss, clipped), (by_hand, held) = training.ours(**arguments), training.textbook(**arguments)
+        assert by_hand.item() == pytest.approx(loss.item(), rel=0, abs=2**-44)
+        assert held == pytest.approx(clipped, rel=1e-6)  # of float32, which .item() widens
+        clips.append(held)
+        return by_hand, held
+
+    clips = []
+    training.train(both, batches=3, dtype=torch.float64)
+    assert len(clips) == 12
+    assert max(clips) > 0
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Runs it on so few batches, and measures no longer than it must."""
+
+    def once(calls, _):
+        return {name: [call() or 1e-3] for name, call in calls.items()}
+
+    monkeypatch.setattr(training, "side_by_side", once)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["training.py", "--batches", "3", *arguments])
+        training.main()
+
+    return run
+
+
+def test_the_script_tells_how_far_it_is_and_the_share_of_the_loss(script, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    script()
+    printed = capsys.readouterr().out
+    lines = [line for line in printed.splitlines() if line.startswith("batch")]
+    assert [line.split(":")[0] for line in lines] == ["batch    1/3", "batch    2/3", "batch    3/3"]
+    assert "The loss is 33.3% of a step; written by hand in PyTorch it would be 33.3%." in printed
+    assert "its share is far smaller there" in printed
+
+
+def test_both_runs_are_drawn(script, capsys, tmp_path):
+    pytest.importorskip("matplotlib", reason="pictures need pip install 'grpo_fast[plot]'")
+    picture = tmp_path / "curve.svg"
+    script("--dtype", "float64", "--plot", str(picture))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("batch")]
+    assert len(lines) == 6
+    assert lines[:3] == lines[3:]  # in float64 they coincide
+    text = picture.read_text(encoding="utf-8")
+    assert "with the textbook's loss (dashes), float64" in text
+    assert "clipped tokens, the most in a step of the batch" in text
