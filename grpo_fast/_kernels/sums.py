@@ -138,7 +138,7 @@ def _merge(accumulators: Any, mean_within: bool) -> None:
         exact.carry(total.sums[i])
     for i in range(len(total.numerator)):
         exact.carry(total.numerator[i])
-    numerators = total.numerator if mean_within else total.sums  # of which both begin with the same two
-    total.surrogate_numerator = exact.rounded(numerators[_SURROGATE])
-    total.kl_numerator = exact.rounded(numerators[_KL])
+    # Both begin with the same two.
+    total.surrogate_numerator = exact.rounded(total.numerator[_SURROGATE] if mean_within else total.sums[_SURROGATE])
+    total.kl_numerator = exact.rounded(total.numerator[_KL] if mean_within else total.sums[_KL])
     end_ordinary_floats(host_mode)
