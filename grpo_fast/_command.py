@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -70,7 +70,8 @@ def _add_options(parser: argparse.ArgumentParser, *, of_sweep: bool) -> None:
         nargs="+",
         type=_argument_and_column,
         metavar="NAME=COLUMN",
-        help="which columns to take for which arguments",
+        help="which columns to take for which arguments; of several masks name each (they multiply), or one and mask= "
+        "for no other; mask= alone: none",
     )
 
 
@@ -196,19 +197,21 @@ def _files_hold_log_probabilities(arguments: argparse.Namespace, given: dict[str
     return form is _rollouts.Form.LOG_PROBABILITIES
 
 
-def _columns_of(pairs: Iterable[tuple[str, str | None]]) -> dict[str, Any]:
-    """The column of each argument; the list of them for a mask that is named more than once."""
+def _columns_of(pairs: Sequence[tuple[str, str | None]]) -> dict[str, Any]:
+    """The column of each argument; for a mask that is named more than once, the list of its columns.
+
+    A list names all masks that there are, as does one with ``mask=`` beside it.
+    """
     columns: dict[str, Any] = {}
+    masks = [column for argument, column in pairs if argument == "mask"]
     for argument, column in pairs:
-        if argument not in columns:
-            columns[argument] = column
-        elif argument == "mask" and column is not None and columns[argument] is not None:
-            columns[argument] = [
-                *([columns[argument]] if isinstance(columns[argument], str) else columns[argument]),
-                column,
-            ]
-        else:
+        if argument == "mask":
+            names = [name for name in masks if name is not None]
+            columns["mask"] = names if names and len(masks) > 1 else masks[0]
+        elif argument in columns:
             raise ValueError(f"--columns names two columns for {argument}, got {columns[argument]} and {column}")
+        else:
+            columns[argument] = column
     return columns
 
 

@@ -70,6 +70,11 @@ _ARGUMENTS = Form.PROBABILITIES.arguments + Form.LOG_PROBABILITIES.arguments
 _REQUIRED = ("rhos", "A", "logps", "advantages")
 #: Read where a file has such a column; a column for any other argument must be there.
 _OPTIONAL = ("mask", "rollout_is_weights")
+#: The end of an error about a mask beside probabilities.
+_NO_MASK = (
+    "files of probabilities take no mask: leave out what is masked when they are written; columns={'mask': None} "
+    "(--columns mask=) ignores it"
+)
 #: One number for each sequence, unless they are lists.
 _PER_SEQUENCE = ("advantages", "rollout_is_weights")
 
@@ -81,25 +86,31 @@ def form_of(path: str, columns: Columns | None) -> Form:
     ------
     TypeError, ValueError
         ``columns`` is not a mapping of arguments to names of columns, or both or neither of the forms are named or
-        there; or the file cannot be read.
+        there, or a mask is named beside probabilities; or the file cannot be read.
     FileNotFoundError, PermissionError
         As `open` raises them.
     """
     _check_mapping(columns)
-    if columns:
-        names = list(columns)
+    columns = columns or {}
+    named = [argument for argument in columns if argument != "mask"]  # which probabilities may have to ignore
+    if named:
+        names = named
         forms = [form for form in Form if not set(names).isdisjoint(form.arguments)]
     else:
         names = opened(path).schema.names
         # Only the ratio or the log-probability decides: other columns may happen to be called A or mask.
         forms = [form for form in Form if form.arguments[0] in names]
+        if len(forms) > 1 and columns:
+            forms = [Form.LOG_PROBABILITIES]
     if len(forms) != 1:
         which = "both" if forms else "neither"
-        advice = "name the columns of one of them" if columns else "choose with columns={'logps': 'logps'}, for example"
+        advice = "name the columns of one of them" if named else "choose with columns={'logps': 'logps'}, for example"
         raise ValueError(
-            f"{'columns' if columns else path} must have either rhos, A, … (probabilities) or logps, advantages, … "
+            f"{'columns' if named else path} must have either rhos, A, … (probabilities) or logps, advantages, … "
             f"(log-probabilities), got {which} in {', '.join(names) or 'nothing'}: {advice}"
         )
+    if forms == [Form.PROBABILITIES] and columns.get("mask") is not None:
+        raise ValueError(f"columns names a mask, {columns['mask']!r}, but {_NO_MASK}")
     return forms[0]
 
 
@@ -187,8 +198,8 @@ def plan(files: list[str], form: Form, unread: set[str], columns: Columns | None
         if not file.rows:  # its columns may be of any type, or null
             continue
         layout = _layout_of(path, file.schema, wanted, set(columns or {}))
-        if form is Form.LOG_PROBABILITIES and "mask" not in (columns or {}):
-            _refuse_unused_mask(path, file.schema, layout)
+        if isinstance(named.get("mask", ""), str):  # neither None nor a list, which say that there are no others
+            _refuse_unused_masks(path, file.schema, form, layout)
         first = first or layout
         if layout != first:
             raise ValueError(f"{path} differs from {files[0]} in its columns: {layout} beside {first}")
@@ -227,24 +238,35 @@ def _layout_of(path: str, schema: Any, wanted: Mapping[str, tuple[str, ...]], ex
     return ColumnLayout({argument: columns[argument] for argument, _ in pairs}, tuple(masks[1:]), rows_are_sequences)
 
 
-def _refuse_unused_mask(path: str, schema: Any, layout: ColumnLayout) -> None:
-    """Raise the ValueError for the first column that must be a mask, by its name and type, but is not read as one."""
-    for name in schema.names:
-        column_type = schema.field(name).type
-        listed = is_list(column_type)
-        value_type = column_type.value_type if listed else column_type
-        may_be = types.is_boolean(value_type) or types.is_integer(value_type) or types.is_floating(value_type)
-        if (
-            name.lower().endswith("mask")
-            and may_be
-            and listed == layout.rows_are_sequences
-            and name not in layout.names
-        ):
-            both = f", {{'mask': ['mask', {name!r}]}} both" if "mask" in layout.columns else ""
-            raise ValueError(
-                f"{path}: column {name!r} looks like a mask and is not used: columns={{'mask': {name!r}}} uses it{both}"
-                f" (several are multiplied), {{'mask': {layout.columns.get('mask')!r}}} ignores it"
-            )
+def _refuse_unused_masks(path: str, schema: Any, form: Form, layout: ColumnLayout) -> None:
+    """Raise the ValueError for columns that must be masks, by their names and types, but are not read, if any."""
+    unused = [
+        name
+        for name in schema.names
+        if name not in layout.names
+        and name.lower().endswith(("mask", "masks"))
+        and _may_be_mask(schema.field(name).type, layout.rows_are_sequences)
+    ]
+    if not unused:
+        return
+    which = f"{path}: column {unused[0]!r} looks like a mask"
+    if form is Form.PROBABILITIES:
+        raise ValueError(f"{which}, but {_NO_MASK}")
+    used = [layout.columns["mask"]] if "mask" in layout.columns else []
+    every = used + unused
+    uses = f"{every[0]!r}}} uses it" if len(every) == 1 else f"{every}}} uses {'both' if len(every) == 2 else 'all'}"
+    ignored = "it" if len(unused) == 1 else ", ".join(map(repr, unused))
+    raise ValueError(
+        f"{which} and is not used: columns={{'mask': {uses} (several are multiplied), "
+        f"{{'mask': {used or None}}} ignores {ignored}"
+    )
+
+
+def _may_be_mask(column_type: Any, listed: bool) -> bool:
+    """Whether a column of that type holds numbers or bools, in lists or not."""
+    value_type = column_type.value_type if is_list(column_type) else column_type
+    may_be = types.is_boolean(value_type) or types.is_integer(value_type) or types.is_floating(value_type)
+    return bool(may_be and is_list(column_type) == listed)
 
 
 def _has_column(path: str, schema: Any, argument: str, column: str, *, may_be_missing: bool) -> bool:

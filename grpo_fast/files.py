@@ -54,8 +54,9 @@ def evaluate(
         advantages, ref_logps`` and, if there are such columns, ``mask, rollout_is_weights``); where they hold both,
         those named here are taken. Beside lists, ``advantages`` and ``rollout_is_weights`` are lists, too, or one
         number for each sequence. A mask may be a list of columns, which are multiplied. A column that must be a mask by
-        its name (it ends in "mask") and type, and is not named here, is an error, not ignored. Nulls where masked are
-        never looked at.
+        its name (it ends in "mask" or "masks") and type, and is not used, is an error, not ignored, unless a list here
+        (``{"mask": ["completion_mask"]}``: only this one) or None says that there is no other. Files of probabilities
+        take no mask. Nulls where masked are never looked at.
     batch_size : int, or None
         Rows of a Parquet file to read at a time; None for at most about 16 MiB of numbers. Three batches are alive at a
         time. Of flat columns it is rounded to a multiple of ``grpo_fast.BLOCK``. Arrow's record batches are read whole.

@@ -123,6 +123,13 @@ def test_several_masks(tmp_path, capsys):
     both = ["--columns", "mask=completion_mask", "mask=tool_mask"]
     assert main(["evaluate", path, "--no-progress", "--json", *both]) == 0
     assert json.loads(capsys.readouterr().out)["tokens"] == arrays["mask"].sum()
+    only = [*both[:2], "mask="]
+    assert main(["evaluate", path, "--beta", "0.04", "--no-progress", "--json", *only]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == arrays["mask"].sum()
+    assert main(["evaluate", path, "--no-progress", *both[:2]]) == 2
+    assert "column 'tool_mask' looks like a mask and is not used" in capsys.readouterr().err
+    assert main(["evaluate", path, "--beta", "0.04", "--no-progress", "--json", "--columns", "mask="]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == arrays["mask"].size
     assert main(["evaluate", path, "--no-progress", "--columns", "logps=logps", "logps=old_logps"]) == 2
     assert "--columns names two columns for logps, got logps and old_logps" in capsys.readouterr().err
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 pa = pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[data]'")
-from rollout_files import FORMATS, GRID, OPTIONS, PROBABILITIES, refused, table, tokens, write  # noqa: E402
+from rollout_files import FORMATS, GRID, OPTIONS, PROBABILITIES, lists, refused, table, tokens, write  # noqa: E402
 
 from grpo_fast import _formats, evaluate, grpo_loss  # noqa: E402
 from grpo_fast.files import sweep  # noqa: E402
@@ -90,13 +90,15 @@ def test_masks_multiply(suffix, tmp_path):
         stats = evaluate(path, columns={"logps": "logps", **columns}, **OPTIONS)
         product = masks["completion_mask"] & masks["tool_mask"]
         assert stats == grpo_loss(**arrays, mask=product, **OPTIONS).stats
-    one = evaluate(path, columns={"mask": "tool_mask"}, **OPTIONS)
+    one = evaluate(path, columns={"mask": ["tool_mask"]}, **OPTIONS)
     assert one == grpo_loss(**arrays, mask=masks["tool_mask"], **OPTIONS).stats
     assert evaluate(path, columns={"mask": None}, **OPTIONS) == grpo_loss(**arrays, **OPTIONS).stats
 
 
 @formats
-@pytest.mark.parametrize("name", ["completion_mask", "response_mask", "loss_mask", "attention_Mask", "MASK"])
+@pytest.mark.parametrize(
+    "name", ["completion_mask", "response_mask", "loss_mask", "attention_Mask", "MASK", "loss_masks"]
+)
 def test_a_mask_by_another_name_is_not_ignored(name, suffix, tmp_path):
     _, _, rows = masked([name])
     path = write(tmp_path / f"a.{suffix}", rows)
@@ -104,13 +106,55 @@ def test_a_mask_by_another_name_is_not_ignored(name, suffix, tmp_path):
     refused(message, path, **OPTIONS)
     refused(message, path, call=sweep, **GRID)
     _, _, rows = masked(["mask", name])
-    refused(rf"{{'mask': \['mask', '{name}'\]}} both .* {{'mask': 'mask'}} ignores it", write(path, rows), **OPTIONS)
+    refused(
+        rf"{{'mask': \['mask', '{name}'\]}} uses both .* {{'mask': \['mask'\]}} ignores it",
+        write(path, rows),
+        **OPTIONS,
+    )
+
+
+def test_to_name_one_mask_does_not_silence_the_others(tmp_path):
+    arrays, masks, rows = masked(["completion_mask", "tool_mask", "x_mask"])
+    path = write(tmp_path / "a.parquet", rows.drop_columns(["x_mask"]))
+    both = r"{'mask': \['completion_mask', 'tool_mask'\]} uses both .*, {'mask': \['completion_mask'\]} ignores it"
+    refused(f"'tool_mask' looks like a mask .*{both}", path, columns={"mask": "completion_mask"}, **OPTIONS)
+    every = r"\['completion_mask', 'tool_mask', 'x_mask'\]} uses all .* ignores 'tool_mask', 'x_mask'"
+    refused(every, write(path, rows), columns={"mask": "completion_mask"}, **OPTIONS)
+    only = evaluate(path, columns={"mask": ["completion_mask"]}, **OPTIONS)
+    assert only == grpo_loss(**arrays, mask=masks["completion_mask"], **OPTIONS).stats
+
+
+@formats
+@pytest.mark.parametrize("of_lists", [True, False])
+@pytest.mark.parametrize("name", ["mask", "completion_mask"])
+def test_probabilities_take_no_mask(name, of_lists, suffix, tmp_path):
+    rows = pa.table({name: np.full(6, 0.5) for name in PROBABILITIES} | {name: np.arange(6) < 3})
+    if of_lists:
+        rows = pa.table({name: lists(rows[name].to_numpy(), [0, 2, 6]) for name in rows.column_names})
+    path = write(tmp_path / f"a.{suffix}", rows)
+    advice = r"files of probabilities take no mask: .*columns={'mask': None} \(--columns mask=\) ignores it"
+    for columns in (None, {"rhos": "rhos"}):
+        refused(f"a.{suffix}: column '{name}' looks like a mask, but {advice}", path, columns=columns)
+    refused(f"column '{name}' looks like a mask, but {advice}", path, call=sweep, **GRID)
+    for columns in ({"rhos": "rhos", "mask": name}, {"mask": name}, {"rhos": "rhos", "mask": [name]}):
+        refused(rf"columns names a mask, .*'{name}'.*, but {advice}", path, columns=columns)
+    expected = evaluate(write(tmp_path / f"b.{suffix}", rows.drop_columns([name])))
+    for columns in ({"mask": None}, {"mask": None, "rhos": "rhos"}):
+        assert evaluate(path, columns=columns) == expected
+
+
+def test_a_mask_decides_where_files_hold_both_forms(tmp_path):
+    arrays, masks, rows = masked(["completion_mask"])
+    path = write(tmp_path / "a.parquet", rows.append_column("rhos", rows["logps"]))
+    stats = evaluate(path, columns={"mask": "completion_mask"}, **OPTIONS)
+    assert stats == grpo_loss(**arrays, mask=masks["completion_mask"], **OPTIONS).stats
+    assert evaluate(path, columns={"mask": None}, **OPTIONS) == grpo_loss(**arrays, **OPTIONS).stats
 
 
 def test_what_only_sounds_like_a_mask_is_left_alone(tmp_path):
     arrays = tokens(20)
     rows = table(arrays)
-    for name, column in {"mask": ["a"] * 20, "no_mask": [1] * 20, "masks": [[1]] * 20}.items():
+    for name, column in {"mask": ["a"] * 20, "no_mask": [1] * 20, "masked": [[1]] * 20}.items():
         if name != "mask":
             rows = rows.append_column(name, [column])
     assert evaluate(write(tmp_path / "a.parquet", rows), **OPTIONS) == grpo_loss(**arrays, **OPTIONS).stats
