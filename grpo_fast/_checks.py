@@ -158,6 +158,16 @@ def real(name: str, value: ArrayLike | None) -> Array:
     return array
 
 
+def refuse_unless_mask(array: Array, shape: tuple[int, ...], where: str = "") -> None:
+    """Raise the ValueError for the first element that is neither 0 nor 1, if any; ``where`` ends its message."""
+    if array.dtype == np.bool_:
+        return
+    message = "mask must hold bools or 0/1, got mask[{i}] = {values[0]!r}"
+    problem = first_problem(lambda mask: {message: (mask != 0) & (mask != 1)}, [array.reshape(-1)], shape)
+    if problem:
+        raise ValueError(problem + where)
+
+
 def flat(array: Array, dtype: np.dtype[Any]) -> Array:
     """A one-dimensional array for a kernel; the same memory if that is C-contiguous, aligned and of that dtype."""
     if type(array) is np.ndarray and array.dtype is dtype and array.flags.carray:

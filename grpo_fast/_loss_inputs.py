@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ._checks import FLOAT32, FLOAT64, Array, as_array, first_problem, flat, real
+from ._checks import FLOAT32, FLOAT64, Array, as_array, first_problem, flat, real, refuse_unless_mask
 from ._kernels.tokens import Batch
 
 
@@ -145,11 +145,7 @@ def _mask(shape: tuple[int, ...], mask: ArrayLike) -> Array:
     array = real("mask", mask)
     if array.shape != shape:
         raise ValueError(f"mask must have shape {shape} as logps, got {array.shape}")
-    if array.dtype != np.bool_:
-        message = "mask must hold bools or 0/1, got mask[{i}] = {values[0]!r}"
-        problem = first_problem(lambda m: {message: (m != 0) & (m != 1)}, [array.reshape(-1)], shape)
-        if problem:
-            raise ValueError(problem)
+    refuse_unless_mask(array, shape)
     return flat(array, np.dtype(np.bool_)).view(np.uint8)
 
 

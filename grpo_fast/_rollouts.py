@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from ._checks import Array
+from ._checks import Array, refuse_unless_mask
 from ._formats import UNREADABLE, File, is_list, opened, types
 
 Paths: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
@@ -148,7 +148,10 @@ class ColumnLayout(NamedTuple):
     @property
     def renamed(self) -> str:
         """For the end of error messages: which arguments have another name as columns; empty if none have."""
-        names = [f"{argument} is column {column!r}" for argument, column in self.columns.items() if argument != column]
+        columns = {argument: column for argument, column in self.columns.items() if argument != column}
+        if self.more_masks:  # an error of one of them names its column
+            columns.pop("mask", None)
+        names = [f"{argument} is column {column!r}" for argument, column in columns.items()]
         return f" ({', '.join(names)})" if names else ""
 
     def __str__(self) -> str:
@@ -348,17 +351,18 @@ def arrays_of(records: Any, layout: ColumnLayout) -> dict[str, Array]:
     """The arguments by name: the numbers of each column as a flat array; of lists, ``cu_seqlens``, too.
 
     The arrays are on pyarrow's memory, but for masks of bools and numbers of which some are null. A null is NaN where
-    it is masked.
+    it is masked, or of a sequence without tokens.
 
     Raises
     ------
     ValueError
-        There is a null that is not masked, or lists in one row differ in length.
+        There is another null, lists in one row differ in length, or one of several masks holds other than 0 and 1.
     """
     arguments: dict[str, Array] = {}
     in_lists: dict[str, bool] = {}
     nulls: dict[str, Array] = {}  # where they are, for arguments that have some
-    bounds, reference_column = None, ""
+    first, reference_column = next(iter(layout.columns.items()))  # which has one number for each token
+    bounds = None
     for argument, column in [*layout.columns.items(), *(("mask", column) for column in layout.more_masks)]:
         values = records.column(column)
         in_lists[argument] = is_list(values.type)
@@ -367,25 +371,29 @@ def arrays_of(records: Any, layout: ColumnLayout) -> dict[str, Array]:
                 raise ValueError(f"column {column!r} has a null")
             values, own_bounds = _values_and_bounds(values)
             if bounds is None:
-                bounds, reference_column = own_bounds, column
+                bounds = own_bounds
             elif not np.array_equal(own_bounds, bounds):
                 raise _unequal_lengths(column, own_bounds, reference_column, bounds)
         if values.null_count:
-            if argument == "mask" or "mask" not in layout.columns:
+            if argument == "mask":
                 raise ValueError(f"column {column!r} has a null{' in a list' if in_lists[argument] else ''}")
             nulls[argument] = values.is_null().to_numpy(zero_copy_only=False)
         copied = values.null_count or types.is_boolean(values.type) or types.is_null(values.type)
         array = values.to_numpy(zero_copy_only=not copied)
         if array.dtype == object:  # of pyarrow's type null: there are none, or all are masked
             array = np.full(array.shape, np.nan)
-        arguments[argument] = array * arguments["mask"] if argument == "mask" and argument in arguments else array
+        if argument == "mask" and layout.more_masks:  # their product is one of bools
+            refuse_unless_mask(array, array.shape, f" in column {column!r}")
+            array = array.astype(np.bool_) & arguments.get("mask", np.True_)
+        arguments[argument] = array
     for argument, is_null in nulls.items():
-        keep = arguments["mask"] != 0
-        if bounds is not None and not in_lists[argument]:  # one for each sequence
+        keep = arguments["mask"] != 0 if "mask" in arguments else np.ones(arguments[first].size, np.bool_)
+        if bounds is not None and not in_lists[argument]:  # one for each sequence, of which some have no tokens
             keep = np.diff(np.append(0, np.cumsum(keep, dtype=np.int64))[bounds]) > 0
         if (is_null & keep).any():
             within = " in a list" if in_lists[argument] else ""
-            raise ValueError(f"column {layout.columns[argument]!r} has a null{within}, which is not masked")
+            masked = ", which is not masked" if "mask" in arguments else ""
+            raise ValueError(f"column {layout.columns[argument]!r} has a null{within}{masked}")
     if bounds is not None:
         arguments["cu_seqlens"] = bounds
         for argument in arguments.keys() & _PER_SEQUENCE:  # in shapes of which grpo_loss knows what they are

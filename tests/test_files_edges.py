@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 pa = pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[data]'")
-from rollout_files import FORMATS, GRID, OPTIONS, PROBABILITIES, lists, refused, table, tokens, write  # noqa: E402
+from rollout_files import FORMATS, GRID, OPTIONS, PER_TOKEN, PROBABILITIES, lists, refused, table, tokens, write  # noqa: E402
 
 from grpo_fast import _formats, evaluate, grpo_loss  # noqa: E402
 from grpo_fast.files import sweep  # noqa: E402
@@ -124,6 +124,31 @@ def test_to_name_one_mask_does_not_silence_the_others(tmp_path):
     assert only == grpo_loss(**arrays, mask=masks["completion_mask"], **OPTIONS).stats
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.array([[-1, 1], [-1, 1]], np.int8),
+        np.array([[2, 1], [0, 1]]),
+        np.array([[16, 1], [16, 1]], np.int8),
+        np.array([[2, 1], [0.5, 1]]),
+        np.array([[0, 1], [np.nan, 1]]),
+    ],
+)
+def test_each_of_several_masks_is_a_mask(values, tmp_path):
+    rows = table(tokens(1, longest=1) | {name: np.zeros(2) for name in PER_TOKEN[:3]} | {"cu_seqlens": [0, 2]})
+    for name, mask in zip(("m1", "m2"), values, strict=True):
+        rows = rows.append_column(name, [[mask]])
+    path = write(tmp_path / "a.parquet", rows)
+    one_by_one = {"m1": values[0], "m2": values[1]}
+    name, bad = next((n, x[0]) for n, x in one_by_one.items() if x[0] not in (0, 1))
+    message = rf"row 0: mask must hold bools or 0/1, got mask\[0\] = {bad}"
+    refused(rf"{message} \(mask is column '{name}'\)$", path, columns={"mask": name}, **OPTIONS)
+    for order in (["m1", "m2"], ["m2", "m1"]):
+        worse = next(n for n in order if one_by_one[n][0] not in (0, 1))
+        message = rf"row 0: mask must hold bools or 0/1, got mask\[0\] = {one_by_one[worse][0]} in column '{worse}'$"
+        refused(message, path, columns={"mask": order}, **OPTIONS)
+
+
 @formats
 @pytest.mark.parametrize("of_lists", [True, False])
 @pytest.mark.parametrize("name", ["mask", "completion_mask"])
@@ -202,3 +227,21 @@ def test_nor_one_for_a_sequence_that_is_masked(tmp_path):
     where[10] = True
     path = write(tmp_path / "a.parquet", with_nulls(rows, "advantages", where))
     refused("row 10: column 'advantages' has a null, which is not masked", path)
+
+
+@formats
+def test_nor_one_for_a_sequence_without_tokens(suffix, tmp_path):
+    arrays = tokens(20)
+    lengths = np.diff(arrays["cu_seqlens"])
+    lengths = np.insert(lengths, [3, 20], 0)
+    arrays |= {
+        "cu_seqlens": np.append(0, np.cumsum(lengths)),
+        "advantages": np.insert(arrays["advantages"], [3, 20], 0),
+    }
+    expected, empty = grpo_loss(**arrays, **OPTIONS).stats, lengths == 0
+    path = write(tmp_path / f"a.{suffix}", with_nulls(table(arrays), "advantages", empty))
+    assert evaluate(path, **OPTIONS) == expected
+    assert evaluate(path, columns={"old_logps": "old_logps"}, batch_size=1, **OPTIONS) == expected
+    empty[5] = True
+    path = write(tmp_path / f"a.{suffix}", with_nulls(table(arrays), "advantages", empty))
+    refused("row 5: column 'advantages' has a null$", path, **OPTIONS)
