@@ -25,8 +25,14 @@ UNREADABLE = (pa.ArrowException, OSError)
 
 
 def is_list(column_type: Any) -> bool:
-    """Whether ``column_type``, of pyarrow, is one of its three types of lists."""
-    return bool(types.is_list(column_type) or types.is_large_list(column_type) or types.is_fixed_size_list(column_type))
+    """Whether ``column_type``, of pyarrow, is one of its types of lists."""
+    in_order = types.is_list(column_type) or types.is_large_list(column_type) or types.is_fixed_size_list(column_type)
+    return bool(in_order or is_list_view(column_type))
+
+
+def is_list_view(column_type: Any) -> bool:
+    """Whether ``column_type``, of pyarrow, is one of lists that may lie in any order, or overlap."""
+    return bool(types.is_list_view(column_type) or types.is_large_list_view(column_type))
 
 
 def _joined(batches: Iterator[Any]) -> Iterator[Any]:

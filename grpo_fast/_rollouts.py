@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from ._checks import Array, refuse_unless_mask
-from ._formats import UNREADABLE, File, is_list, opened, types
+from ._formats import UNREADABLE, File, is_list, is_list_view, opened, types
 
 Paths: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 #: Which column each argument is; a mask may be the product of several.
@@ -350,8 +350,8 @@ def _unreadable_column(file: File, number: int, columns: list[str]) -> str | Non
 def arrays_of(records: Any, layout: ColumnLayout) -> dict[str, Array]:
     """The arguments by name: the numbers of each column as a flat array; of lists, ``cu_seqlens``, too.
 
-    The arrays are on pyarrow's memory, but for masks of bools and numbers of which some are null. A null is NaN where
-    it is masked, or of a sequence without tokens.
+    The arrays are on pyarrow's memory, but for list views, masks of bools and numbers of which some are null. A null
+    is NaN where it is masked, or of a sequence without tokens.
 
     Raises
     ------
@@ -412,6 +412,8 @@ def _unequal_lengths(column: str, bounds: Array, reference_column: str, referenc
 
 def _values_and_bounds(lists: Any) -> tuple[Any, Array]:
     """The numbers in an array of lists, and where each list of them begins and ends, from 0."""
+    if is_list_view(lists.type):
+        return lists.flatten(), np.append(0, np.cumsum(lists.sizes.to_numpy(), dtype=np.int64))
     if types.is_fixed_size_list(lists.type):
         size = lists.type.list_size
         first, bounds = lists.offset * size, np.arange(len(lists) + 1, dtype=np.int64) * size

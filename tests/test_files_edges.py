@@ -192,6 +192,35 @@ def test_a_mask_is_one_name_or_several(wrong, tmp_path):
     refused("columns\\['logps'\\] must be", path, columns={"logps": ["a", "b"]}, error=TypeError)
 
 
+@pytest.mark.parametrize("view", ["ListViewArray", "LargeListViewArray"])
+@pytest.mark.parametrize("name", ["mask", "completion_mask"])
+def test_list_views_are_lists(name, view, tmp_path):
+    arrays, masks, rows = masked([name])
+    make, kind = getattr(pa, view), pa.int32() if view == "ListViewArray" else pa.int64()
+    for column in ("logps", name):
+        values, bounds = arrays.get(column, masks[name]), arrays["cu_seqlens"]
+        backwards = np.concatenate([values[a:b] for a, b in zip(bounds[-2::-1], bounds[:0:-1], strict=True)])
+        offsets, sizes = pa.array(bounds[-1] - bounds[1:], kind), pa.array(np.diff(bounds), kind)
+        views = make.from_arrays(offsets, sizes, pa.array(backwards))
+        rows = rows.set_column(rows.schema.names.index(column), column, views)
+    path = write(tmp_path / "a.arrow", rows)
+    if name != "mask":
+        refused(f"column '{name}' looks like a mask and is not used", path, **OPTIONS)
+    columns = {"mask": name}
+    assert evaluate(path, columns=columns, **OPTIONS) == grpo_loss(**arrays, mask=masks[name], **OPTIONS).stats
+    bad = rows["logps"].combine_chunks().flatten().to_pylist()
+    row = next(i for i, size in enumerate(np.diff(arrays["cu_seqlens"])) if i > 7 and size > 2)
+    mask = masks[name].copy()
+    at = arrays["cu_seqlens"][row] + 2
+    mask[at], bad[at] = True, np.nan
+    rows = rows.set_column(0, "logps", lists(np.array(bad), arrays["cu_seqlens"]))
+    rows = rows.set_column(rows.schema.names.index(name), name, lists(mask, arrays["cu_seqlens"]))
+    views = rows[name].combine_chunks()
+    views = make.from_arrays(views.offsets[:-1].cast(kind), pa.array(np.diff(arrays["cu_seqlens"]), kind), views.values)
+    path = write(path, rows.set_column(rows.schema.names.index(name), name, views))
+    refused(rf"row {row}: logps must be finite .*logps\[2\] = nan", path, columns=columns, **OPTIONS)
+
+
 # --- nulls ------------------------------------------------------------------------------------------------------------
 def with_nulls(rows, name, where):
     """The table with nulls in the lists, or instead of the numbers, of a column."""
