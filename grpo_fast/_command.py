@@ -190,7 +190,7 @@ def _files_hold_log_probabilities(arguments: argparse.Namespace, given: dict[str
     """Whether they do, rather than probabilities; then a ValueError if any options are ``given`` that these lack."""
     from . import _rollouts  # which needs pyarrow
 
-    form = _rollouts.form_of(_rollouts.find(arguments.files)[0], _common(arguments)["columns"])
+    form = _rollouts.form_of(_rollouts.find(arguments.files), _common(arguments)["columns"])
     if given and form is _rollouts.Form.PROBABILITIES:
         options = ", ".join("--" + name.replace("_", "-") for name in given)
         raise ValueError(f"{options}: not for probability columns, which have no tokens and sequences")

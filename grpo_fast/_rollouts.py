@@ -79,25 +79,26 @@ _NO_MASK = (
 _PER_SEQUENCE = ("advantages", "rollout_is_weights")
 
 
-def form_of(path: str, columns: Columns | None) -> Form:
-    """The form of the arguments that ``columns`` names; without it, the form that the file at ``path`` is of.
+def form_of(files: list[str], columns: Columns | None) -> Form:
+    """The form of the arguments that ``columns`` names; without it, the form of the first file that has rows.
 
     Raises
     ------
     TypeError, ValueError
         ``columns`` is not a mapping of arguments to names of columns, or both or neither of the forms are named or
-        there, or a mask is named beside probabilities; or the file cannot be read.
+        there, or a mask is named beside probabilities; or a file cannot be read, or none has rows.
     FileNotFoundError, PermissionError
         As `open` raises them.
     """
     _check_mapping(columns)
     columns = columns or {}
     named = [argument for argument in columns if argument != "mask"]  # which probabilities may have to ignore
+    where = "columns"
     if named:
         names = named
         forms = [form for form in Form if not set(names).isdisjoint(form.arguments)]
     else:
-        names = opened(path).schema.names
+        where, names = _columns_of_first_rows(files)
         # Only the ratio or the log-probability decides: other columns may happen to be called A or mask.
         forms = [form for form in Form if form.arguments[0] in names]
         if len(forms) > 1 and columns:
@@ -106,12 +107,25 @@ def form_of(path: str, columns: Columns | None) -> Form:
         which = "both" if forms else "neither"
         advice = "name the columns of one of them" if named else "choose with columns={'logps': 'logps'}, for example"
         raise ValueError(
-            f"{'columns' if named else path} must have either rhos, A, … (probabilities) or logps, advantages, … "
+            f"{where} must have either rhos, A, … (probabilities) or logps, advantages, … "
             f"(log-probabilities), got {which} in {', '.join(names) or 'nothing'}: {advice}"
         )
     if forms == [Form.PROBABILITIES] and columns.get("mask") is not None:
         raise ValueError(f"columns names a mask, {columns['mask']!r}, but {_NO_MASK}")
     return forms[0]
+
+
+def _columns_of_first_rows(files: list[str]) -> tuple[str, list[str]]:
+    """The first file that has rows, and the names of its columns; those of others may be anything."""
+    for path in files:
+        file = opened(path)
+        if file.rows:
+            return path, file.schema.names
+    raise _no_rows(files)
+
+
+def _no_rows(files: list[str]) -> ValueError:
+    return ValueError(f"{', '.join(files)}: no rows")
 
 
 def _check_mapping(columns: Columns | None) -> None:
@@ -134,7 +148,7 @@ def _check_mapping(columns: Columns | None) -> None:
 
 # --- which columns and row groups are read ----------------------------------------------------------------------------
 class ColumnLayout(NamedTuple):
-    """Which columns are read, and how they hold their numbers; the same in all files of a call."""
+    """Which columns of a file are read, and how they hold their numbers."""
 
     columns: dict[str, str]  # by the argument that each is
     more_masks: tuple[str, ...]  # columns with which that of the mask is multiplied
@@ -164,6 +178,7 @@ class RowGroup(NamedTuple):
     path: str
     noun: str  # what its format calls it: "row group" or "record batch"
     number: int  # from 0, within its file
+    layout: ColumnLayout  # of that file
 
     def __str__(self) -> str:
         return f"{self.path}, {self.noun} {self.number}"
@@ -172,7 +187,7 @@ class RowGroup(NamedTuple):
 class Plan(NamedTuple):
     """What will be read."""
 
-    layout: ColumnLayout
+    rows_are_sequences: bool  # as in `ColumnLayout`
     row_groups: list[RowGroup]  # of all files
     rows: int  # of all files
 
@@ -184,7 +199,7 @@ def plan(files: list[str], form: Form, unread: set[str], columns: Columns | None
     ------
     ValueError
         A file cannot be read, lacks a column, has one that does not fit, or differs from the first in its layout; or
-        there are no rows in any.
+        there are no rows in any. Those of empty lists without a type may lack what the others have.
     FileNotFoundError, PermissionError
         As `open` raises them.
     """
@@ -194,23 +209,38 @@ def plan(files: list[str], form: Form, unread: set[str], columns: Columns | None
         for argument, column in named.items()
         if column is not None and argument not in unread
     }
-    row_groups: list[RowGroup] = []
-    rows, first = 0, None
+    shards: list[_Shard] = []
     for path in files:
         file = opened(path)
         if not file.rows:  # its columns may be of any type, or null
             continue
-        layout = _layout_of(path, file.schema, wanted, set(columns or {}))
+        nothing = _holds_nothing(file.schema, *wanted[form.arguments[0]])
+        layout = _layout_of(path, file.schema, wanted, set() if nothing else set(columns or {}))
         if isinstance(named.get("mask", ""), str):  # neither None nor a list, which say that there are no others
             _refuse_unused_masks(path, file.schema, form, layout)
-        first = first or layout
-        if layout != first:
-            raise ValueError(f"{path} differs from {files[0]} in its columns: {layout} beside {first}")
-        row_groups += [RowGroup(path, file.row_group_name, number) for number in range(file.row_group_count)]
-        rows += file.rows
-    if first is None or not rows:
-        raise ValueError(f"{', '.join(files)}: no rows")
-    return Plan(first, row_groups, rows)
+        groups = [RowGroup(path, file.row_group_name, number, layout) for number in range(file.row_group_count)]
+        shards.append(_Shard(path, nothing, layout, groups, file.rows))
+    if not shards:
+        raise _no_rows(files)
+    first = min(shards, key=lambda shard: shard.holds_nothing)  # of those that hold something, if any do
+    for shard in shards:
+        same_rows = shard.layout.rows_are_sequences == first.layout.rows_are_sequences
+        if shard.layout != first.layout and not (shard.holds_nothing and same_rows):
+            raise ValueError(
+                f"{shard.path} differs from {first.path} in its columns: {shard.layout} beside {first.layout}"
+            )
+    row_groups = [row_group for shard in shards for row_group in shard.row_groups]
+    return Plan(first.layout.rows_are_sequences, row_groups, sum(shard.rows for shard in shards))
+
+
+class _Shard(NamedTuple):
+    """A file that has rows."""
+
+    path: str
+    holds_nothing: bool  # but lists without a type, as writers make them where all are empty
+    layout: ColumnLayout
+    row_groups: list[RowGroup]
+    rows: int
 
 
 def _layout_of(path: str, schema: Any, wanted: Mapping[str, tuple[str, ...]], explicit: set[str]) -> ColumnLayout:
@@ -229,8 +259,11 @@ def _layout_of(path: str, schema: Any, wanted: Mapping[str, tuple[str, ...]], ex
     # All others must hold lists if the first one does, and numbers if not.
     reference_column, rows_are_sequences = pairs[0][1], _holds_lists(path, schema, *pairs[0])
     for argument, column in pairs:
+        per_sequence = rows_are_sequences and argument in _PER_SEQUENCE
+        if per_sequence and types.is_null(schema.field(column).type):  # refused where there are tokens
+            continue
         listed = _holds_lists(path, schema, argument, column)
-        if listed != rows_are_sequences and not (rows_are_sequences and argument in _PER_SEQUENCE):
+        if listed != rows_are_sequences and not per_sequence:
             held = ("numbers", "lists")
             raise ValueError(
                 f"{path}: column {column!r} holds {held[listed]}, but column {reference_column!r} "
@@ -239,6 +272,13 @@ def _layout_of(path: str, schema: Any, wanted: Mapping[str, tuple[str, ...]], ex
     columns = {argument: column for argument, column in reversed(pairs)}  # of several, the first
     masks = [column for argument, column in pairs if argument == "mask"]
     return ColumnLayout({argument: columns[argument] for argument, _ in pairs}, tuple(masks[1:]), rows_are_sequences)
+
+
+def _holds_nothing(schema: Any, column: str) -> bool:
+    """Whether the column is there and of lists without a type: of them, all are empty, or hold nulls."""
+    index = schema.get_field_index(column)  # -1 if there is not one
+    column_type = schema.field(index).type if index >= 0 else None
+    return column_type is not None and is_list(column_type) and bool(types.is_null(column_type.value_type))
 
 
 def _refuse_unused_masks(path: str, schema: Any, form: Form, layout: ColumnLayout) -> None:
@@ -307,19 +347,17 @@ class RowBatch(NamedTuple):
     records: Any  # the rows: a pyarrow.RecordBatch
 
 
-def row_batches(
-    row_groups: Iterable[RowGroup], layout: ColumnLayout, batch_size: int | None, use_threads: bool
-) -> Generator[RowBatch]:
+def row_batches(row_groups: Iterable[RowGroup], batch_size: int | None, use_threads: bool) -> Generator[RowBatch]:
     """Read the row groups, and yield their rows in order, in batches of about ``batch_size``.
 
     With ``use_threads`` pyarrow may decode columns on several threads. Raises the ValueErrors of `plan`, and one that
     names row group and, if possible, column, where the file cannot be read.
     """
-    columns = layout.names
-    wanted: dict[str, tuple[str, ...]] = {argument: (column,) for argument, column in layout.columns.items()}
-    if layout.more_masks:
-        wanted["mask"] += layout.more_masks
-    for path, of_one_file in groupby(row_groups, key=lambda row_group: row_group.path):
+    for (path, layout), of_one_file in groupby(row_groups, key=lambda row_group: (row_group.path, row_group.layout)):
+        columns = layout.names
+        wanted: dict[str, tuple[str, ...]] = {argument: (column,) for argument, column in layout.columns.items()}
+        if layout.more_masks:
+            wanted["mask"] += layout.more_masks
         file = opened(path)
         # It was checked by `plan`, but may have changed since, or be another one on a worker's machine.
         _layout_of(path, file.schema, wanted, set(wanted))

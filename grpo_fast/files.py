@@ -24,7 +24,7 @@ from .stats import Stats, Sweep
 from .terms import BETA, EPSILON, K3, KL, Clip, Options
 
 if TYPE_CHECKING:
-    from ._rollouts import ColumnLayout, Columns, Form, Paths, RowBatch, RowGroup
+    from ._rollouts import Columns, Form, Paths, RowBatch, RowGroup
 
 #: What is computed of a batch; None if there is nothing in it.
 Job: TypeAlias = Callable[[dict[str, Array]], Any]
@@ -256,15 +256,15 @@ def _sum_over_files(
     if executor is not None and not hasattr(executor, "submit"):
         raise TypeError(f"executor must be a concurrent.futures.Executor, got {executor!r}")
     files = _rollouts.find(paths)
-    form = _rollouts.form_of(files[0], columns)
+    form = _rollouts.form_of(files, columns)
     job, unread, options = preparation(form)
-    layout, row_groups, rows = _rollouts.plan(files, form, unread, columns)
-    if options and not layout.rows_are_sequences:
-        _refuse_sequences(files[0], options)
+    rows_are_sequences, row_groups, rows = _rollouts.plan(files, form, unread, columns)
+    if options and not rows_are_sequences:
+        _refuse_sequences(row_groups[0].path, options)
     if executor is None:
-        results = _results_of_batches(row_groups, layout, batch_size, job, use_threads=True)
+        results = _results_of_batches(row_groups, batch_size, job, use_threads=True)
     else:
-        work = partial(_sum_over_row_group, layout=layout, batch_size=batch_size, job=job)
+        work = partial(_sum_over_row_group, batch_size=batch_size, job=job)
         results = _workers.map_unordered(executor, work, row_groups)
     with closing(results), _workers.Progress(rows, progress) as advance:
         _, total = _sum_of(results, advance)
@@ -282,11 +282,9 @@ def _refuse_sequences(path: str, options: Options) -> None:
         )
 
 
-def _sum_over_row_group(
-    row_group: "RowGroup", *, layout: "ColumnLayout", batch_size: int | None, job: Job
-) -> tuple[int, Any]:
+def _sum_over_row_group(row_group: "RowGroup", *, batch_size: int | None, job: Job) -> tuple[int, Any]:
     """The number of rows of one row group, and its batches' results, added: the task of an executor's worker."""
-    return _sum_of(_results_of_batches([row_group], layout, batch_size, job, use_threads=False))
+    return _sum_of(_results_of_batches([row_group], batch_size, job, use_threads=False))
 
 
 def _sum_of(
@@ -306,30 +304,32 @@ def _sum_of(
 
 
 def _results_of_batches(
-    row_groups: Iterable["RowGroup"], layout: "ColumnLayout", batch_size: int | None, job: Job, *, use_threads: bool
+    row_groups: Iterable["RowGroup"], batch_size: int | None, job: Job, *, use_threads: bool
 ) -> Generator[tuple[int, Any]]:
     """Yield the number of rows and the result of each batch; the next one is read meanwhile, on another thread."""
     from . import _rollouts
 
-    with closing(_workers.read_ahead(_rollouts.row_batches(row_groups, layout, batch_size, use_threads))) as batches:
+    with closing(_workers.read_ahead(_rollouts.row_batches(row_groups, batch_size, use_threads))) as batches:
         for batch in batches:
+            layout = batch.row_group.layout
             try:
                 # On one thread: that keeps up with decoding, and more of them would wait for the decoding ones, in
                 # 16 MiB batches 1.6 times the whole (flat columns, 2 cores).
                 with serially():
                     result = job(_rollouts.arrays_of(batch.records, layout)) if batch.records.num_rows else None
             except ValueError as error:
-                raise _at_first_bad_row(batch, layout, job, error) from error
+                raise _at_first_bad_row(batch, job, error) from error
             yield batch.records.num_rows, result
 
 
-def _at_first_bad_row(batch: "RowBatch", layout: "ColumnLayout", job: Job, error: ValueError) -> ValueError:
+def _at_first_bad_row(batch: "RowBatch", job: Job, error: ValueError) -> ValueError:
     """The error of the first bad row alone, with where it is; or ``error``, which the whole batch raised.
 
     The row is found by halving; an index in its error's message counts from the beginning of the row.
     """
     from . import _rollouts
 
+    layout = batch.row_group.layout
     low, high = 0, batch.records.num_rows
     while high - low > 1:
         middle = (low + high) // 2

@@ -1,5 +1,7 @@
 """Shards in which nothing is, masks by other names, nulls where masked: counted right, or refused by name."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -41,6 +43,46 @@ def test_a_shard_without_rows_counts_as_nothing(where, suffix, tmp_path):
         both = list(shards)
         both.insert(where, write(tmp_path / f"nothing.{suffix}", nothing))
         assert evaluate(both, **OPTIONS) == expected
+
+
+@formats
+@pytest.mark.parametrize("where", [0, 1])
+@pytest.mark.parametrize("nothing", [{}, {"x": pa.array([], pa.int64())}, {"rhos": [], "mask": []}])
+def test_whatever_its_columns_are(nothing, where, suffix, tmp_path):
+    empty = write(tmp_path / f"empty.{suffix}", pa.table(nothing))
+    for rows, options, grid in (
+        (table(tokens(20)), OPTIONS, GRID),
+        (pa.table({name: np.full(6, 0.5) for name in PROBABILITIES}), {}, GRID),
+    ):
+        full = write(tmp_path / f"full.{suffix}", rows)
+        both = [full]
+        both.insert(where, empty)
+        assert evaluate(both, **options) == evaluate(full, **options)
+        assert sweep(both, **grid) == sweep(full, **grid)
+    refused(f"empty.{suffix}: no rows", empty)
+    refused(f"empty.{suffix}, .*again.{suffix}: no rows", [empty, write(tmp_path / f"again.{suffix}", pa.table({}))])
+
+
+@formats
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_a_shard_of_empty_lists_may_lack_masks_and_advantages(where, suffix, tmp_path):
+    arrays = [tokens(20, seed=k, optional=True) for k in range(2)]
+    shards = [write(tmp_path / f"{k}.{suffix}", table(x)) for k, x in enumerate(arrays)]
+    expected = evaluate(shards, aggregation="token-mean", **OPTIONS).as_dict() | {"sequences": 43}
+    nothing = empty_lists(3).set_column(3, "advantages", pa.nulls(3))
+    shards.insert(where, write(tmp_path / f"empty.{suffix}", nothing))
+    for columns in (
+        None,
+        {"logps": "logps", "mask": "mask"},
+        {"mask": ["mask"], "rollout_is_weights": "rollout_is_weights"},
+    ):
+        assert evaluate(shards, aggregation="token-mean", columns=columns, **OPTIONS).as_dict() == expected
+    with ThreadPoolExecutor(2) as executor:
+        assert evaluate(shards, aggregation="token-mean", executor=executor, **OPTIONS).as_dict() == expected
+    other = write(tmp_path / f"other.{suffix}", table(tokens(3)))
+    refused(f"other.{suffix} differs from .*[01].{suffix} in its columns", [*shards, other], **OPTIONS)
+    flat = write(tmp_path / f"flat.{suffix}", pa.table({name: np.ones(2) for name in nothing.column_names}))
+    refused("in its columns: lists in .* beside numbers in", [write(other, nothing), flat], **OPTIONS)
 
 
 @pytest.mark.parametrize("of_lists", [True, False])
@@ -274,3 +316,5 @@ def test_nor_one_for_a_sequence_without_tokens(suffix, tmp_path):
     empty[5] = True
     path = write(tmp_path / f"a.{suffix}", with_nulls(table(arrays), "advantages", empty))
     refused("row 5: column 'advantages' has a null$", path, **OPTIONS)
+    without_type = table(arrays).drop_columns(["advantages"]).append_column("advantages", pa.nulls(22))
+    refused("row 0: column 'advantages' has a null$", write(path, without_type), **OPTIONS)
