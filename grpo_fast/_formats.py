@@ -4,6 +4,7 @@ Everything here and in `_rollouts` needs pyarrow. A *row group* is Parquet's uni
 themselves; here a record batch of an Arrow file counts as one, too.
 """
 
+import os
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
@@ -22,6 +23,16 @@ types: Any = pa.types
 _FEW_ROWS = 64  # with lists in them: reading fewer at a time takes longer, and more of them take no less time
 #: The exceptions that pyarrow raises about bad data.
 UNREADABLE = (pa.ArrowException, OSError)
+
+
+def printable(path: str) -> str:
+    """The path as messages have it: bytes in it that are not UTF-8, which nobody could print, as backslashes."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def _source(path: str) -> Any:
+    """The file as pyarrow reads it: from a str it would make UTF-8, which the names of files need not be."""
+    return pa.OSFile(os.fsencode(path))
 
 
 def is_list(column_type: Any) -> bool:
@@ -60,8 +71,9 @@ class _ParquetFile:
     row_group_name = "row group"  # in error messages
 
     def __init__(self, path: str) -> None:
+        source = _source(path)
         # Where the writer left the checksums out, looking for them costs nothing.
-        self._file = parquet.ParquetFile(path, page_checksum_verification=True, pre_buffer=False, buffer_size=_BUFFER)
+        self._file = parquet.ParquetFile(source, page_checksum_verification=True, pre_buffer=False, buffer_size=_BUFFER)
         self.schema = self._file.schema_arrow
         metadata = self._file.metadata
         self.row_group_count = metadata.num_row_groups
@@ -126,7 +138,7 @@ class _ArrowFile:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        with pa.OSFile(path) as source:
+        with _source(path) as source:
             file = pa.ipc.open_file(source)
             self.schema = file.schema
             self.row_group_count = file.num_record_batches
@@ -139,7 +151,7 @@ class _ArrowFile:
         """
         fields = [self.schema.get_field_index(column) for column in columns]
         # Not mapped into memory: of a file that shrinks meanwhile that would be a bus error.
-        with pa.OSFile(self._path) as source:
+        with _source(self._path) as source:
             options = pa.ipc.IpcReadOptions(included_fields=fields, use_threads=use_threads)
             records = pa.ipc.open_file(source, options=options).get_batch(number)
         records.validate(full=True)  # list offsets are followed without a look otherwise
@@ -166,8 +178,8 @@ def opened(path: str) -> File:
         try:
             return file_format(path)
         except UNREADABLE as error:
-            raise ValueError(f"{path}: cannot be read: {error}") from error
+            raise ValueError(f"{printable(path)}: cannot be read: {error}") from error
     raise ValueError(
-        f"{path}: neither a Parquet nor an Arrow IPC file: it begins with {magic!r}. (A stream of Arrow IPC is refused "
-        f"since one that was cut off looks complete: write it with pyarrow.ipc.new_file.)"
+        f"{printable(path)}: neither a Parquet nor an Arrow IPC file: it begins with {magic!r}. (A stream of "
+        f"Arrow IPC is refused since one that was cut off looks complete: write it with pyarrow.ipc.new_file.)"
     )

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from ._checks import Array, refuse_unless_mask
-from ._formats import UNREADABLE, File, is_list, is_list_view, opened, types
+from ._formats import UNREADABLE, File, is_list, is_list_view, opened, printable, types
 
-Paths: TypeAlias = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+Path: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+Paths: TypeAlias = Path | Iterable[Path]
 #: Which column each argument is; a mask may be the product of several.
 Columns: TypeAlias = Mapping[str, str | Sequence[str] | None]
 
@@ -27,21 +28,29 @@ def find(paths: Paths) -> list[str]:
 
     Raises
     ------
+    TypeError
+        There is something else than paths.
     FileNotFoundError, ValueError
         A path or glob names no file, or two name the same one, which would count twice.
     """
     files: dict[str, str] = {}  # by their real paths
-    for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
-        pattern = os.fspath(path)
+    if isinstance(paths, (str, bytes, os.PathLike)):
+        paths = [paths]
+    elif not isinstance(paths, Iterable):
+        raise TypeError(f"paths must be a path or an iterable of them, got {paths!r}")
+    for path in paths:
+        if not isinstance(path, (str, bytes, os.PathLike)):
+            raise TypeError(f"paths must be a path or an iterable of them, got {path!r} among them")
+        pattern = os.fsdecode(path)
         matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         if not matches:
-            raise FileNotFoundError(f"no such file: {pattern}")
+            raise FileNotFoundError(f"no such file: {printable(pattern)}")
         for name in matches:
             if os.path.isdir(name):
-                example = os.path.join(name, "*.parquet")
-                raise ValueError(f"{name} is a directory; name its files, for example {example}")
+                example = printable(os.path.join(name, "*.parquet"))
+                raise ValueError(f"{printable(name)} is a directory; name its files, for example {example}")
             if os.path.realpath(name) in files:
-                raise ValueError(f"{name} is named twice and would be counted twice")
+                raise ValueError(f"{printable(name)} is named twice and would be counted twice")
             files[os.path.realpath(name)] = name
     if not files:
         raise ValueError("paths must name at least one file, got none")
@@ -116,16 +125,16 @@ def form_of(files: list[str], columns: Columns | None) -> Form:
 
 
 def _columns_of_first_rows(files: list[str]) -> tuple[str, list[str]]:
-    """The first file that has rows, and the names of its columns; those of others may be anything."""
+    """The first file that has rows, for messages, and the names of its columns; those of others may be anything."""
     for path in files:
         file = opened(path)
         if file.rows:
-            return path, file.schema.names
+            return printable(path), file.schema.names
     raise _no_rows(files)
 
 
 def _no_rows(files: list[str]) -> ValueError:
-    return ValueError(f"{', '.join(files)}: no rows")
+    return ValueError(f"{', '.join(map(printable, files))}: no rows")
 
 
 def _check_mapping(columns: Columns | None) -> None:
@@ -181,7 +190,7 @@ class RowGroup(NamedTuple):
     layout: ColumnLayout  # of that file
 
     def __str__(self) -> str:
-        return f"{self.path}, {self.noun} {self.number}"
+        return f"{printable(self.path)}, {self.noun} {self.number}"
 
 
 class Plan(NamedTuple):
@@ -215,11 +224,12 @@ def plan(files: list[str], form: Form, unread: set[str], columns: Columns | None
         if not file.rows:  # its columns may be of any type, or null
             continue
         nothing = _holds_nothing(file.schema, *wanted[form.arguments[0]])
-        layout = _layout_of(path, file.schema, wanted, set() if nothing else set(columns or {}))
+        name = printable(path)
+        layout = _layout_of(name, file.schema, wanted, set() if nothing else set(columns or {}))
         if isinstance(named.get("mask", ""), str):  # neither None nor a list, which say that there are no others
-            _refuse_unused_masks(path, file.schema, form, layout)
+            _refuse_unused_masks(name, file.schema, form, layout)
         groups = [RowGroup(path, file.row_group_name, number, layout) for number in range(file.row_group_count)]
-        shards.append(_Shard(path, nothing, layout, groups, file.rows))
+        shards.append(_Shard(name, nothing, layout, groups, file.rows))
     if not shards:
         raise _no_rows(files)
     first = min(shards, key=lambda shard: shard.holds_nothing)  # of those that hold something, if any do
@@ -227,7 +237,7 @@ def plan(files: list[str], form: Form, unread: set[str], columns: Columns | None
         same_rows = shard.layout.rows_are_sequences == first.layout.rows_are_sequences
         if shard.layout != first.layout and not (shard.holds_nothing and same_rows):
             raise ValueError(
-                f"{shard.path} differs from {first.path} in its columns: {shard.layout} beside {first.layout}"
+                f"{shard.name} differs from {first.name} in its columns: {shard.layout} beside {first.layout}"
             )
     row_groups = [row_group for shard in shards for row_group in shard.row_groups]
     return Plan(first.layout.rows_are_sequences, row_groups, sum(shard.rows for shard in shards))
@@ -236,15 +246,15 @@ def plan(files: list[str], form: Form, unread: set[str], columns: Columns | None
 class _Shard(NamedTuple):
     """A file that has rows."""
 
-    path: str
+    name: str  # of the file, for messages
     holds_nothing: bool  # but lists without a type, as writers make them where all are empty
     layout: ColumnLayout
     row_groups: list[RowGroup]
     rows: int
 
 
-def _layout_of(path: str, schema: Any, wanted: Mapping[str, tuple[str, ...]], explicit: set[str]) -> ColumnLayout:
-    """The layout of a file, given its ``schema``; a ValueError if a column is missing or does not fit.
+def _layout_of(name: str, schema: Any, wanted: Mapping[str, tuple[str, ...]], explicit: set[str]) -> ColumnLayout:
+    """The layout of the file of that name, given its ``schema``; a ValueError if a column is missing or does not fit.
 
     ``wanted`` are the columns by argument, of which only the mask may have several. Those of `_OPTIONAL` arguments may
     be missing unless in ``explicit``.
@@ -254,19 +264,19 @@ def _layout_of(path: str, schema: Any, wanted: Mapping[str, tuple[str, ...]], ex
         (argument, column)
         for argument, several in wanted.items()
         for column in several
-        if _has_column(path, schema, argument, column, may_be_missing=argument in may_be_missing)
+        if _has_column(name, schema, argument, column, may_be_missing=argument in may_be_missing)
     ]
     # All others must hold lists if the first one does, and numbers if not.
-    reference_column, rows_are_sequences = pairs[0][1], _holds_lists(path, schema, *pairs[0])
+    reference_column, rows_are_sequences = pairs[0][1], _holds_lists(name, schema, *pairs[0])
     for argument, column in pairs:
         per_sequence = rows_are_sequences and argument in _PER_SEQUENCE
         if per_sequence and types.is_null(schema.field(column).type):  # refused where there are tokens
             continue
-        listed = _holds_lists(path, schema, argument, column)
+        listed = _holds_lists(name, schema, argument, column)
         if listed != rows_are_sequences and not per_sequence:
             held = ("numbers", "lists")
             raise ValueError(
-                f"{path}: column {column!r} holds {held[listed]}, but column {reference_column!r} "
+                f"{name}: column {column!r} holds {held[listed]}, but column {reference_column!r} "
                 f"{held[rows_are_sequences]}: either all hold one number a row, or all a list"
             )
     columns = {argument: column for argument, column in reversed(pairs)}  # of several, the first
@@ -281,18 +291,18 @@ def _holds_nothing(schema: Any, column: str) -> bool:
     return column_type is not None and is_list(column_type) and bool(types.is_null(column_type.value_type))
 
 
-def _refuse_unused_masks(path: str, schema: Any, form: Form, layout: ColumnLayout) -> None:
+def _refuse_unused_masks(name: str, schema: Any, form: Form, layout: ColumnLayout) -> None:
     """Raise the ValueError for columns that must be masks, by their names and types, but are not read, if any."""
     unused = [
-        name
-        for name in schema.names
-        if name not in layout.names
-        and name.lower().endswith(("mask", "masks"))
-        and _may_be_mask(schema.field(name).type, layout.rows_are_sequences)
+        column
+        for column in schema.names
+        if column not in layout.names
+        and column.lower().endswith(("mask", "masks"))
+        and _may_be_mask(schema.field(column).type, layout.rows_are_sequences)
     ]
     if not unused:
         return
-    which = f"{path}: column {unused[0]!r} looks like a mask"
+    which = f"{name}: column {unused[0]!r} looks like a mask"
     if form is Form.PROBABILITIES:
         raise ValueError(f"{which}, but {_NO_MASK}")
     used = [layout.columns["mask"]] if "mask" in layout.columns else []
@@ -312,7 +322,7 @@ def _may_be_mask(column_type: Any, listed: bool) -> bool:
     return bool(may_be and is_list(column_type) == listed)
 
 
-def _has_column(path: str, schema: Any, argument: str, column: str, *, may_be_missing: bool) -> bool:
+def _has_column(name: str, schema: Any, argument: str, column: str, *, may_be_missing: bool) -> bool:
     """Whether there is such a column; a ValueError if it is missing and may not be, or is there more than once."""
     count = len(schema.get_all_field_indices(column))
     if count == 1:
@@ -322,10 +332,10 @@ def _has_column(path: str, schema: Any, argument: str, column: str, *, may_be_mi
     what = "there more than once" if count else "missing"
     called = "" if column == argument else f" (for {argument})"
     unused = f"; if there is none, columns={{{argument!r}: None}}" if argument == "old_logps" else ""
-    raise ValueError(f"{path}: column {column!r}{called} is {what}; it has {', '.join(schema.names)}{unused}")
+    raise ValueError(f"{name}: column {column!r}{called} is {what}; it has {', '.join(schema.names)}{unused}")
 
 
-def _holds_lists(path: str, schema: Any, argument: str, column: str) -> bool:
+def _holds_lists(name: str, schema: Any, argument: str, column: str) -> bool:
     """Whether the column holds lists rather than numbers; a ValueError if it holds neither, or not of real numbers."""
     column_type = schema.field(column).type
     listed = is_list(column_type)
@@ -334,7 +344,7 @@ def _holds_lists(path: str, schema: Any, argument: str, column: str) -> bool:
     real = real or (listed and types.is_null(value_type))  # of lists that are all empty
     if not real and not (argument == "mask" and types.is_boolean(value_type)):
         allowed = "bools or 0/1" if argument == "mask" else "real numbers"
-        raise ValueError(f"{path}: column {column!r} must hold {allowed}, or lists of them, got {column_type}")
+        raise ValueError(f"{name}: column {column!r} must hold {allowed}, or lists of them, got {column_type}")
     return listed
 
 
@@ -360,7 +370,7 @@ def row_batches(row_groups: Iterable[RowGroup], batch_size: int | None, use_thre
             wanted["mask"] += layout.more_masks
         file = opened(path)
         # It was checked by `plan`, but may have changed since, or be another one on a worker's machine.
-        _layout_of(path, file.schema, wanted, set(wanted))
+        _layout_of(printable(path), file.schema, wanted, set(wanted))
         for row_group in of_one_file:
             first_row = 0
             try:

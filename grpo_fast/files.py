@@ -45,7 +45,7 @@ def evaluate(
 
     Parameters
     ----------
-    paths : str, path, or an iterable of them
+    paths : str, bytes, path, or an iterable of them
         Files, or globs of files. No file twice.
     columns : mapping of argument to column, or None
         Where the files call a column otherwise than the argument of `grpo_stats` or `grpo_loss`. With None as the
@@ -249,7 +249,7 @@ def _sum_over_files(
 
     ``preparation`` is `_evaluation` or `_sweeping`. Whatever can be checked without reading rows is checked first.
     """
-    from . import _rollouts
+    from . import _formats, _rollouts
 
     if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
         raise ValueError(f"batch_size must be an int of at least 1, or None, got {batch_size!r}")
@@ -260,7 +260,7 @@ def _sum_over_files(
     job, unread, options = preparation(form)
     rows_are_sequences, row_groups, rows = _rollouts.plan(files, form, unread, columns)
     if options and not rows_are_sequences:
-        _refuse_sequences(row_groups[0].path, options)
+        _refuse_sequences(_formats.printable(row_groups[0].path), options)
     if executor is None:
         results = _results_of_batches(row_groups, batch_size, job, use_threads=True)
     else:
@@ -269,14 +269,14 @@ def _sum_over_files(
     with closing(results), _workers.Progress(rows, progress) as advance:
         _, total = _sum_of(results, advance)
     if total is None:
-        raise ValueError(f"{', '.join(files)}: no samples")
+        raise ValueError(f"{', '.join(map(_formats.printable, files))}: no samples")
     return total
 
 
-def _refuse_sequences(path: str, options: Options) -> None:
+def _refuse_sequences(name: str, options: Options) -> None:
     if options.importance_sampling_level != "token" or options.aggregation not in ("token-mean", "token-sum"):
         raise ValueError(
-            f"{path}: the columns are flat, which does not say where sequences begin: importance_sampling_level must "
+            f"{name}: the columns are flat, which does not say where sequences begin: importance_sampling_level must "
             f"be 'token' and aggregation 'token-mean' or 'token-sum', got {options.importance_sampling_level!r} and "
             f"{options.aggregation!r}. For the others, store each sequence as a list"
         )

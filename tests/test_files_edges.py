@@ -1,6 +1,8 @@
 """Shards in which nothing is, masks by other names, nulls where masked: counted right, or refused by name."""
 
-from concurrent.futures import ThreadPoolExecutor
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -318,3 +320,71 @@ def test_nor_one_for_a_sequence_without_tokens(suffix, tmp_path):
     refused("row 5: column 'advantages' has a null$", path, **OPTIONS)
     without_type = table(arrays).drop_columns(["advantages"]).append_column("advantages", pa.nulls(22))
     refused("row 0: column 'advantages' has a null$", write(path, without_type), **OPTIONS)
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def folder(tmp_path):
+    """A folder whose name is not UTF-8."""
+    path = tmp_path / os.fsdecode(b"\xff")
+    try:
+        path.mkdir()
+    except (OSError, UnicodeError):
+        pytest.skip("this file system has names in Unicode only")
+    return path
+
+
+def moved(path, folder):
+    """The file, which pyarrow could not write there, in the folder."""
+    return path.rename(folder / os.fsdecode(b"\xfe-" + os.fsencode(path.name)))
+
+
+@formats
+def test_names_that_are_not_utf8(suffix, folder, tmp_path):
+    arrays = tokens(20)
+    expected = grpo_loss(**arrays, **OPTIONS).stats
+    whole = table(arrays)
+    path = moved(write(tmp_path / f"a.{suffix}", whole[:5], whole[5:]), folder)
+    for paths in (path, str(path), [path], os.fsencode(path), [os.fsencode(path)], str(folder / "*")):
+        assert evaluate(paths, **OPTIONS) == expected
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+        assert evaluate(path, executor=executor, **OPTIONS) == expected
+
+
+@formats
+def test_messages_name_them_so_that_they_can_be_printed(suffix, folder, tmp_path):
+    name = rf"\\xff.{{1,2}}\\xfe-a.{suffix}"
+
+    def refused_printably(message, rows, paths=None, **options):
+        path = moved(write(tmp_path / f"a.{suffix}", rows), folder)
+        with pytest.raises((ValueError, FileNotFoundError), match=message) as info:
+            evaluate(paths or path, **options)
+        str(info.value).encode()
+
+    good, flat = table(tokens(3)), {name: [0.5] for name in ("logps", "old_logps", "ref_logps", "advantages")}
+    refused_printably(f"{name}: no rows", good[:0])
+    refused_printably(f"{name} must have either", pa.table({"x": [1]}))
+    refused_printably(f"{name}: column 'ref_logps' is missing", good.drop_columns(["ref_logps"]), **OPTIONS)
+    refused_printably(f"{name}: the columns are flat", pa.table(flat))
+    refused_printably(
+        f"{name}, .* 0, row 0: logps must be", pa.table(flat | {"logps": [np.nan]}), aggregation="token-sum"
+    )
+    samples = pa.table({name: pa.array([[]], pa.list_(pa.null())) for name in PROBABILITIES})
+    refused_printably(f"{name}: no samples", samples)
+    refused_printably(
+        f"{name} differs from .*b.{suffix}",
+        good,
+        [write(tmp_path / f"b.{suffix}", pa.table(flat)), *map(str, [folder / "*"])],
+    )
+    refused_printably("is a directory", good, folder)
+    refused_printably("no such file", good, folder / "nothing")
+    refused_printably(f"{name} is named twice", good, [str(folder / "*")] * 2)
+    path = next(folder.glob("*"))
+    for content in (b"x", b"PAR1", b"ARROW1"):
+        path.write_bytes(content)
+        refused(f"{name}: (neither a|cannot be read)", path)
+
+
+@pytest.mark.parametrize("wrong", [5, None, [5], [["a"]]])
+def test_paths_are_paths(wrong):
+    refused("^paths must be a path or an iterable of them, got", wrong, error=TypeError)
