@@ -43,7 +43,7 @@ def tried(strategy, look, examples):
     counts = Counter()
 
     @given(strategy)
-    @settings(max_examples=examples, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
     def each(value):
         counts[look(value)] += 1
 
