@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from objective_peers import PEERS as OBJECTIVE_PEERS
 from results import Results, duration, noisy
-from tables import IN_PLACE, OURS, READ, READ_AND_WRITE
+from speed_tables import IN_PLACE, OURS, READ, READ_AND_WRITE
 from targets import VALUE
 
 from grpo_fast._pictures import ACCENT, OTHERS, TEXT, picture

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import tables
+import speed_tables
 from pages import BENCH, README, write_between
 from pictures import draw_bars, draw_sizes
 from results import Results
@@ -22,15 +22,15 @@ from targets import targets
 HERE = Path(__file__).parent
 PLACES: dict[Path, dict[str, Callable[[Results], Iterator[str]]]] = {
     BENCH: {
-        "machine": tables.about,
-        "objective": tables.objective,
-        "loss": tables.loss,
-        "torch": tables.torch,
-        "files": tables.files,
-        "threads": tables.threads,
+        "machine": speed_tables.about,
+        "objective": speed_tables.objective,
+        "loss": speed_tables.loss,
+        "torch": speed_tables.torch,
+        "files": speed_tables.files,
+        "threads": speed_tables.threads,
         "targets": targets,
     },
-    README: {"speed": tables.summary},
+    README: {"speed": speed_tables.summary},
 }
 PICTURES = {HERE / "speed.svg": draw_bars, HERE / "sizes.svg": draw_sizes}
 
@@ -78,7 +78,7 @@ def main() -> None:
                 print(f"\n{name}\n", *lines_of(results), sep="\n")
     else:
         write(results)
-    print(*tables.missing(results), sep="\n")
+    print(*speed_tables.missing(results), sep="\n")
 
 
 if __name__ == "__main__":

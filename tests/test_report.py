@@ -9,7 +9,7 @@ from statistics import median
 
 import pytest
 import report
-import tables
+import speed_tables
 import targets
 import timing
 from pages import BENCH, GUIDE, README, ROOT, TESTS, places, write_between, write_section
@@ -22,7 +22,7 @@ MACHINE = {
     "python": "3.11.7",
     "versions": {"numpy": "2.4", "trl": None},
 }
-LARGE = tables.LARGE
+LARGE = speed_tables.LARGE
 
 
 def steady(seconds):
@@ -89,11 +89,11 @@ def test_our_time_is_bold_unless_a_peer_takes_less(tmp_path):
         *of_objective(10, steady(1e-5), NumPy=3, Numba_loop=0.9),
         *of_objective(100, steady(1e-5), NumPy=3, Numba_loop=1.5),
     )
-    rows = body(tables.objective(found))
+    rows = body(speed_tables.objective(found))
     assert (rows["10"]["grpo_fast"], rows["10"]["Numba loop"]) == ("10 µs ± 2%", "**0.9**")
     assert (rows["100"]["grpo_fast"], rows["100"]["Numba loop"]) == ("**10 µs ± 2%**", "1.5")
     assert rows["100"]["JAX"] == "–"
-    assert sum(line.count("**") for line in tables.objective(found)) == 4
+    assert sum(line.count("**") for line in speed_tables.objective(found)) == 4
 
 
 def test_the_loss_has_one_fastest_among_both_ways_to_call_it_and_all_peers(tmp_path):
@@ -103,7 +103,7 @@ def test_the_loss_has_one_fastest_among_both_ways_to_call_it_and_all_peers(tmp_p
         *of_loss(131072, steady(3e-4), steady(2e-4), Numba_loop=0.9),  # less than grad=True, more than grad=array
         *of_loss(LARGE, steady(3e-2), steady(4e-2), TRL=90),
     )
-    rows = body(tables.loss(found))
+    rows = body(speed_tables.loss(found))
     bold = [[name for name, cell in row.items() if cell.startswith("**")] for row in rows.values()]
     assert bold == [["Numba loop"], ["grad=array"], ["grad=True"]]
 
@@ -122,13 +122,13 @@ def test_of_each_table_no_row_is_without_its_fastest(tmp_path):
         (steady(0.4), threads | {"threads": 1}),
         (steady(0.3), threads | {"threads": 2}),
     )
-    (row,) = body(tables.files(found)).values()
+    (row,) = body(speed_tables.files(found)).values()
     assert (row["grpo_fast"], row["Polars"]) == ("200 ms ± 2%", "**0.5**")
     assert row["of the speed of pyarrow merely reading"] == "0.80"  # a roof, which does not compete
-    time, memory = body(tables.torch(found)).values()
+    time, memory = body(speed_tables.torch(found)).values()
     assert (time["grpo_fast"], time["torch eager"]) == ("**20 ms ± 2%**", "45")
     assert (memory["grpo_fast"], memory["torch eager"]) == ("**64 MiB**", "640 MiB")
-    (row,) = body(tables.threads(found)).values()
+    (row,) = body(speed_tables.threads(found)).values()
     assert (row["1 thread"], row["2 threads"]) == ("400 ms ± 2%", "**1.33 (67%)**")
 
 
@@ -140,10 +140,10 @@ def test_noisy_rows_are_left_out_and_named(tmp_path):
         *of_objective(100, steady(1e-5), NumPy=3),
         *of_loss(4096, steady(1e-4), restless(1e-4)),
     )
-    lines = list(tables.objective(found))
+    lines = list(speed_tables.objective(found))
     assert list(body(lines)) == ["100"]
     assert "Left out, since their times spread by more than 20%: 10 (± 30%)." in lines
-    lines = list(tables.loss(found))
+    lines = list(speed_tables.loss(found))
     assert not body([*lines, "| |"])  # all of it
     assert any("4,096, none masked, float32 (± 30%)" in line for line in lines)
 
@@ -173,9 +173,9 @@ def test_a_target_is_met_or_not(bound, value, met):
 
 
 def test_who_is_missing_is_made_from_the_rows(tmp_path):
-    others = {name: 2 for name in tables.OBJECTIVE_PEERS if name not in ("grpo_fast", "JAX", "numexpr")}
+    others = {name: 2 for name in speed_tables.OBJECTIVE_PEERS if name not in ("grpo_fast", "JAX", "numexpr")}
     found = saved(tmp_path, *of_objective(10, steady(1e-5), {"JAX": "No module named 'jax'"}, **others))
-    assert tables.missing(found) == [
+    assert speed_tables.missing(found) == [
         "JAX is missing from grpo_objective: No module named 'jax'.",
         "numexpr is missing from grpo_objective: not measured.",
         *(f"Of {work} nothing was measured." for work in ("grpo_loss", "evaluate", "the torch operator")),
@@ -185,12 +185,12 @@ def test_who_is_missing_is_made_from_the_rows(tmp_path):
 def test_nobody_is_missing_where_all_took_part(tmp_path):
     rows = [
         (steady(1.0), {"work": work, "n": 10, "dtype": "float64", "peer": peer, "missing": {}})
-        for work, (_, peers) in tables.PEERS.items()
+        for work, (_, peers) in speed_tables.PEERS.items()
         for peer in peers
     ]
     found = saved(tmp_path, *rows)
-    assert tables.missing(found) == ["All peers took part."]
-    assert "All peers took part." in "\n".join(tables.about(found))
+    assert speed_tables.missing(found) == ["All peers took part."]
+    assert "All peers took part." in "\n".join(speed_tables.about(found))
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ def test_what_was_not_measured_stays_as_it_is(tmp_path, monkeypatch, capsys):
     page = tmp_path / "README.md"
     page.write_text("<!-- objective -->\nold\n<!-- /objective -->\n<!-- loss -->\nold\n<!-- /loss -->\n", "utf-8")
     monkeypatch.setattr(report, "HERE", tmp_path / "bench")
-    monkeypatch.setattr(report, "PLACES", {page: {"objective": tables.objective, "loss": tables.loss}})
+    monkeypatch.setattr(report, "PLACES", {page: {"objective": speed_tables.objective, "loss": speed_tables.loss}})
     monkeypatch.setattr(report, "PICTURES", {})
     report.write(saved(tmp_path, *of_objective(10, steady(1e-5))))
     written = places(page.read_text(encoding="utf-8"))
@@ -332,14 +332,17 @@ def test_the_readme_shows_lost_rows_too_and_its_lines_are_short(tmp_path):
         *of_loss(LARGE, restless(0.06), steady(0.04), "float64"),
         *of_loss(4096, steady(3e-4), steady(2e-4), Numba_loop=0.25),
     )
-    lines = list(tables.summary(found))
+    lines = list(speed_tables.summary(found))
     rows = body(lines)
     assert len(rows) == 3
     assert rows["`grpo_loss`, 4096, float32"]["Numba loop"] == "**0.25**"
     assert rows["`grpo_loss`, 16.8 M, float32"]["grpo_fast"].startswith("**")
     assert "Left out, since their times spread by more than 20%: `grpo_loss`, 16.8 M, float64 (± 30%)." in lines
     assert max(map(len, lines)) <= 120
-    assert list(tables.summary(saved(tmp_path))) == []
+    head = cells(lines[0])
+    known = {peer for _, peers in speed_tables.PEERS.values() for peer in peers}
+    assert set(head[1:]) <= known
+    assert list(speed_tables.summary(saved(tmp_path))) == []
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

@@ -152,7 +152,8 @@ def torch(results: Results) -> Iterator[str]:
 
     def memory(peer: str, n: int) -> Cell:
         rows = results.all(work="torch", n=n, peer=peer)
-        return Cell(f"{rows[0]['MiB']:.0f} MiB", round(rows[0]["MiB"])) if rows else Cell("–")
+        mib = round(rows[0]["MiB"]) if rows else None
+        return Cell("–" if mib is None else f"{mib} MiB", mib)
 
     def rows() -> Iterator[Row]:
         for n in results.values("n", work="torch"):
