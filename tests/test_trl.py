@@ -433,6 +433,8 @@ for loss_type in ("dapo", "grpo"):
             trainer = stub(logps, entropies, accelerator, loss_type=loss_type, importance_sampling_level=level)
             metrics = assert_as_trl(trainer, logps, inputs)
             print(loss_type, level, lengths, sorted(metrics.items()))
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()  # else its threads may still run when the interpreter is gone
 """
 
 
