@@ -14,7 +14,6 @@ import json
 import os
 import random
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -386,7 +385,9 @@ def main() -> None:
     print("survived:", *survivors(chosen, tried), sep="\n")
     if arguments.sample:
         tried = {str(mutant): tried[str(mutant)] for mutant in chosen}
-    lines = [f"`{shlex.join(['python', 'bench/mutants.py', *sys.argv[1:]])}`", "", *counts(by_file, tried)]
+    of_sample = ["--sample", str(arguments.sample), "--seed", str(arguments.seed)] if arguments.sample else []
+    command = " ".join(["python", "bench/mutants.py", *arguments.files, *of_sample])
+    lines = [f"`{command}`:", "", *counts(by_file, tried)]
     if arguments.print:
         print(*lines, sep="\n")
     else:

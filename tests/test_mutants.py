@@ -89,7 +89,7 @@ def test_the_page_gets_a_section_once_they_are_tried(command, capsys):
         _, page = command("--sample", "30", "--seed", seed)
         text = page.read_text(encoding="utf-8")
         assert text.count("## Mutants") == 1
-        assert f"--sample 30 --seed {seed}`" in text
+        assert f"\n`python bench/mutants.py --sample 30 --seed {seed}`:\n" in text  # without the path of the log
         assert f"| all | {len(ALL)} | 30 | 30 | 0 | 0 |" in text  # of this sample alone
 
 
