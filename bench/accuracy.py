@@ -71,7 +71,7 @@ def of_one(function: Any) -> Any:
     """A function of one vector, over arrays whose length is a multiple of 16."""
 
     @numba.njit(nogil=True, error_model="numpy")
-    def kernel(x, out):  # type: ignore[no-untyped-def]
+    def kernel(x, out):
         for i in range(0, len(x), lanes(x)):
             store(out, i, function(load(x, i)))
 
@@ -82,7 +82,7 @@ def of_three(function: Any) -> Any:
     """A function of three, likewise."""
 
     @numba.njit(nogil=True, error_model="numpy")
-    def kernel(x, y, z, out):  # type: ignore[no-untyped-def]
+    def kernel(x, y, z, out):
         for i in range(0, len(x), lanes(x)):
             store(out, i, function(load(x, i), load(y, i), load(z, i)))
 

@@ -5,7 +5,7 @@ How the data flows, file by file; each imports only from lines below its own::
     __main__  _command  _measure  the command: the demonstration, and rollouts in files (_pictures draws)
     trl                           `FastGRPOTrainer`: TRL's, with the loss below
     torch                         `grpo_loss` for tensors
-    files                         `evaluate`, `sweep`: files → batches (_rollouts, _formats, _workers) → sums
+    files                         `evaluate`, `sweep`: files → batches (_plan, _rollouts, _formats, _workers) → sums
     objective  loss               arrays → checked arrays (_loss_inputs) → kernels → `Stats`
     stats                         exact sums → diagnostics
     _kernels                      the kernels; their map is the docstring of that folder

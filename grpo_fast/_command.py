@@ -188,13 +188,13 @@ def _given(arguments: argparse.Namespace, names: Iterable[str]) -> dict[str, Any
 
 def _files_hold_log_probabilities(arguments: argparse.Namespace, given: dict[str, Any]) -> bool:
     """Whether they do, rather than probabilities; then a ValueError if any options are ``given`` that these lack."""
-    from . import _rollouts  # which needs pyarrow
+    from . import _plan  # which needs pyarrow
 
-    form = _rollouts.form_of(_rollouts.find(arguments.files), _common(arguments)["columns"])
-    if given and form is _rollouts.Form.PROBABILITIES:
+    form = _plan.form_of(_plan.find(arguments.files), _common(arguments)["columns"])
+    if given and form is _plan.Form.PROBABILITIES:
         options = ", ".join("--" + name.replace("_", "-") for name in given)
         raise ValueError(f"{options}: not for probability columns, which have no tokens and sequences")
-    return form is _rollouts.Form.LOG_PROBABILITIES
+    return form is _plan.Form.LOG_PROBABILITIES
 
 
 def _columns_of(pairs: Sequence[tuple[str, str | None]]) -> dict[str, Any]:
@@ -203,15 +203,13 @@ def _columns_of(pairs: Sequence[tuple[str, str | None]]) -> dict[str, Any]:
     A list names all masks that there are, as does one with ``mask=`` beside it.
     """
     columns: dict[str, Any] = {}
-    masks = [column for argument, column in pairs if argument == "mask"]
     for argument, column in pairs:
-        if argument == "mask":
-            names = [name for name in masks if name is not None]
-            columns["mask"] = names if names and len(masks) > 1 else masks[0]
-        elif argument in columns:
+        if argument in columns and argument != "mask":
             raise ValueError(f"--columns names two columns for {argument}, got {columns[argument]} and {column}")
-        else:
-            columns[argument] = column
+        columns[argument] = column
+    masks = [column for argument, column in pairs if argument == "mask"]
+    if len(masks) > 1:
+        columns["mask"] = [column for column in masks if column is not None] or None
     return columns
 
 

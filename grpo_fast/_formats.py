@@ -1,7 +1,7 @@
 """The two formats of rollout files, Parquet and Arrow IPC: their columns, and their rows in batches.
 
-Everything here and in `_rollouts` needs pyarrow. A *row group* is Parquet's unit of rows that can be read by
-themselves; here a record batch of an Arrow file counts as one, too.
+Everything here, in `_plan` and in `_rollouts` needs pyarrow. A *row group* is Parquet's unit of rows that can be read
+by themselves; here a record batch of an Arrow file counts as one, too.
 """
 
 import os

@@ -47,7 +47,16 @@ class Inputs(NamedTuple):
             weights_per_token, weights = expected.per_token_or_sequence("rollout_is_weights", rollout_is_weights)
         place = _place_for(grad, array.shape, dtype)
         if place is not None and place is grad:
-            _refuse_overlap(place, (array, old_logps, advantages, ref_logps, mask, rollout_is_weights, cu_seqlens))
+            _refuse_overlap(
+                place,
+                logps=array,
+                old_logps=old_logps,
+                advantages=advantages,
+                ref_logps=ref_logps,
+                mask=mask,
+                rollout_is_weights=rollout_is_weights,
+                cu_seqlens=cu_seqlens,
+            )
         batch = Batch(
             logps=expected.per_token("logps", array),
             old_logps=None if old_logps is None else expected.per_token("old_logps", old_logps),
@@ -111,7 +120,7 @@ def _bounds(shape: tuple[int, ...], cu_seqlens: ArrayLike | None) -> Array:
     """Where sequences begin and end in the flat arrays, int64 (S + 1,)."""
     size = math.prod(shape)
     if cu_seqlens is None:
-        return _bounds_of_rows(*shape) if len(shape) == 2 else _bounds_of_rows(1, size)
+        return _bounds_of_rows(*(shape if len(shape) == 2 else (1, size)))
     bounds = real("cu_seqlens", cu_seqlens)
     if len(shape) != 1 or bounds.ndim != 1 or bounds.size < 1 or bounds.dtype.kind not in "iu":
         raise ValueError(
@@ -169,12 +178,9 @@ def _flat_gradient(place: Array) -> Array:
     return gradient.reshape(-1)
 
 
-_NAMES = "logps", "old_logps", "advantages", "ref_logps", "mask", "rollout_is_weights", "cu_seqlens"
-
-
-def _refuse_overlap(grad: Array, arguments: tuple[Any, ...]) -> None:
-    """Raise the ValueError for the first of the arguments, as in `_NAMES`, that shares memory with ``grad``, if any."""
-    for name, values in zip(_NAMES, arguments, strict=True):
+def _refuse_overlap(grad: Array, **arguments: Any) -> None:
+    """Raise the ValueError for the first of the arguments that shares memory with ``grad``, if any."""
+    for name, values in arguments.items():
         if values is None or isinstance(values, (list, tuple)):
             continue
         array = as_array(name, values)

@@ -1,7 +1,7 @@
 """The objective over rollouts in files, larger than memory or on many machines: `evaluate` and `sweep`.
 
 First the two functions; then what is computed of one batch; then how batches are taken in turns with reading, and row
-groups are spread over an executor.
+groups are spread over an executor. (A third of the file is what the two functions promise.)
 """
 
 from collections.abc import Callable, Generator, Iterable, Mapping
@@ -24,7 +24,8 @@ from .stats import Stats, Sweep
 from .terms import BETA, EPSILON, K3, KL, Clip, Options
 
 if TYPE_CHECKING:
-    from ._rollouts import Columns, Form, Paths, RowBatch, RowGroup
+    from ._plan import Columns, Form, Paths, RowGroup
+    from ._rollouts import RowBatch
 
 #: What is computed of a batch; None if there is nothing in it.
 Job: TypeAlias = Callable[[dict[str, Array]], Any]
@@ -150,7 +151,7 @@ class _Work(NamedTuple):
 
 def _evaluation(form: "Form", *, options: dict[str, Any]) -> _Work:
     """What `evaluate` computes, or the error for an option that is not one of that form."""
-    from ._rollouts import Form
+    from ._plan import Form
 
     if form is Form.PROBABILITIES:
         _refuse_others(options, "probability", ("epsilon", "beta", "importance_weighted"))
@@ -164,7 +165,7 @@ def _evaluation(form: "Form", *, options: dict[str, Any]) -> _Work:
 
 def _sweeping(form: "Form", *, grid: tuple[tuple[float, ...], ...], options: dict[str, Any]) -> _Work:
     """What `sweep` computes, likewise."""
-    from ._rollouts import Form
+    from ._plan import Form
 
     with_kl = any(grid[1])
     if form is Form.PROBABILITIES:
@@ -249,16 +250,16 @@ def _sum_over_files(
 
     ``preparation`` is `_evaluation` or `_sweeping`. Whatever can be checked without reading rows is checked first.
     """
-    from . import _formats, _rollouts
+    from . import _formats, _plan
 
     if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
         raise ValueError(f"batch_size must be an int of at least 1, or None, got {batch_size!r}")
     if executor is not None and not hasattr(executor, "submit"):
         raise TypeError(f"executor must be a concurrent.futures.Executor, got {executor!r}")
-    files = _rollouts.find(paths)
-    form = _rollouts.form_of(files, columns)
+    files = _plan.find(paths)
+    form = _plan.form_of(files, columns)
     job, unread, options = preparation(form)
-    rows_are_sequences, row_groups, rows = _rollouts.plan(files, form, unread, columns)
+    rows_are_sequences, row_groups, rows = _plan.plan(files, form, unread, columns)
     if options and not rows_are_sequences:
         _refuse_sequences(_formats.printable(row_groups[0].path), options)
     if executor is None:

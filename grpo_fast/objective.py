@@ -83,10 +83,10 @@ def grpo_objective(
     arrays, shape = _arrays((rhos, A, pi_theta_old, pi_theta_ref), terms.beta != 0.0)
     n = arrays[0].size
     if n <= BLOCK:
-        surrogate, kl, illegal = terms.drivers.objective_block(*arrays, terms.low, terms.high)
+        surrogate, kl, illegal = terms.objective_block(*arrays, terms.low, terms.high)
     elif n < threads.WORTH_SHARING:
         surrogates, kls = np.empty((2, blocks_in(n)))
-        illegal = terms.drivers.objective_blocks(*arrays, terms.low, terms.high, surrogates, kls)
+        illegal = sample_blocks.objective_blocks(*arrays, terms.unweighted, terms.low, terms.high, surrogates, kls)
         surrogate, kl = rounded_sum(surrogates.tolist()), rounded_sum(kls.tolist())
     else:
         totals = _totals(arrays, terms, None)
@@ -160,15 +160,14 @@ def grpo_sweep(
     """
     grid = grid_of(epsilons, betas)
     k3 = K3(1.0, importance_weighted)
-    drivers = sweep_blocks.WEIGHTED if k3.importance_weighted else sweep_blocks.UNWEIGHTED
     with_kl = any(grid[1])
     arrays, shape = _arrays((rhos, A, pi_theta_old, pi_theta_ref), with_kl)
     steps = np.array(grid[0])
     n = arrays[0].size
     with threads.tasks(n) as tasks:
         pairs, shared = sweep_blocks.sweep_accumulators(tasks, steps.size)
-        driver = drivers.sweep_parallel if tasks > 1 else drivers.sweep
-        driver(*arrays, np.maximum(1.0 - steps, 0.0), 1.0 + steps, pairs, shared)
+        driver = sweep_blocks.sweep_parallel if tasks > 1 else sweep_blocks.sweep
+        driver(*arrays, _unweighted(k3), np.maximum(1.0 - steps, 0.0), 1.0 + steps, pairs, shared)
     sweep_blocks.merge_sweep(pairs, shared)
     if shared["suspect"][0]:
         _refuse(arrays, shape)
@@ -207,20 +206,26 @@ def _axis(name: str, values: ArrayLike) -> list[float]:
 
 @dataclass(frozen=True, slots=True)
 class _Terms:
-    """Both terms, and what is made of them: β, the bounds of ρ, and the kernels for such a KL term."""
+    """Both terms, and what is made of them: β, the bounds of ρ, and which kernels such a KL term takes."""
 
     clip: Clip
     k3: K3
     beta: float
     low: float
     high: float
-    drivers: sample_blocks.Drivers
+    objective_block: Any
+    unweighted: bool | None
 
 
 def _make_terms(epsilon: float, beta: float, importance_weighted: bool = True) -> _Terms:
     clip, k3 = Clip(epsilon), K3(beta, importance_weighted)
-    drivers = sample_blocks.WEIGHTED if k3.importance_weighted else sample_blocks.UNWEIGHTED
-    return _Terms(clip, k3, k3.beta, 1.0 - clip.epsilon, 1.0 + clip.epsilon_high, drivers)
+    objective_block = sample_blocks.objective_block if k3.importance_weighted else sample_blocks.unweighted_block
+    return _Terms(clip, k3, k3.beta, 1.0 - clip.epsilon, 1.0 + clip.epsilon_high, objective_block, _unweighted(k3))
+
+
+def _unweighted(k3: K3) -> bool | None:
+    """As kernels have it: None, which leaves no trace in their code, if the term is importance-weighted."""
+    return None if k3.importance_weighted else True
 
 
 _cached_terms = lru_cache(maxsize=256, typed=True)(_make_terms)
@@ -251,8 +256,8 @@ def _totals(arrays: tuple[Any, ...], terms: _Terms, diagnostics: bool | None) ->
     """The totals of all samples; without ``diagnostics`` (None) only surrogate, kl and suspect are right."""
     with threads.tasks(arrays[0].size) as tasks:
         accumulators = empty_accumulators(tasks)
-        driver = terms.drivers.totals_parallel if tasks > 1 else terms.drivers.totals
-        driver(*arrays, terms.low, terms.high, diagnostics, accumulators)
+        driver = sample_blocks.totals_parallel if tasks > 1 else sample_blocks.totals
+        driver(*arrays, terms.unweighted, terms.low, terms.high, diagnostics, accumulators)
     return merged(accumulators)
 
 

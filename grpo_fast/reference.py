@@ -3,7 +3,8 @@
 First ``grpo_objective``, over probabilities: also what the benchmarks call "NumPy", and what you can compare with in
 one line. Then ``grpo_loss``, which forgets what is masked and then reads like the formula; below it one function for
 each idea, in the order of use: the ratio, the policy term, the KL term, the aggregation, the diagnostics; last, how
-tokens are cut into sequences and checked. Nothing here is shared with the kernels but the options.
+tokens are cut into sequences and checked. Nothing here is shared with the kernels but the options. One file, though a
+long one: it is read from top to bottom, with a paper beside it.
 
 Notation, per unmasked token t of sequence i: ρ = π_θ/π_old, A the advantage, l = log π_θ − log π_ref, s the policy
 term, w the rollout weight, k the KL estimate (times ρ when importance-weighted), n_i the unmasked tokens of sequence i,

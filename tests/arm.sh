@@ -76,7 +76,7 @@ import tomllib
 with open("pyproject.toml", "rb") as file:
     project = tomllib.load(file)["project"]
 extras = project["optional-dependencies"]
-wanted = {*project["dependencies"], *extras["test"], *extras["data"]}
+wanted = {*project["dependencies"], *extras["test"], *extras["data"], *extras["dask"], *extras["plot"]}
 print(*sorted(name for name in wanted if not name.startswith(project["name"])), sep="\n")
 END
     )

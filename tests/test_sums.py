@@ -25,7 +25,7 @@ def check(values):
     row = np.zeros(exact.ROW, np.int64)
     found = rounded_sum(np.array(values, float), row)
     expected = float(exact.Exact.of_limbs(row[None])[0])
-    assert found.hex() == expected.hex() or found != found != expected != expected
+    assert found.hex() == expected.hex()  # "nan", too
 
 
 @given(st.lists(st.floats(), max_size=6))

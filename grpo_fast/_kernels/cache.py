@@ -74,7 +74,7 @@ class _KernelCache(NullCache):  # type: ignore[misc]  # numba has no types
             )
 
 
-class _Uncached(NullCache):  # type: ignore[misc]
+class _Uncached(NullCache):  # type: ignore[misc]  # numba has no types
     """The cache where there can be none: it is empty, and saving warns."""
 
     def __init__(self, reason: Exception) -> None:

@@ -22,7 +22,8 @@ from .own_stack import on_own_stack
 _INLINED = {"forceinline": True, "error_model": "numpy", "_nrt": False}
 
 #: The decorator of every function that is part of an inner loop: always inlined by LLVM, never cached on its own. A
-#: branch on None is left out before its types are looked at only if it is about an argument, not about `batch.grad`.
+#: branch on None is left out before its types are looked at only if it is about an argument, not about `batch.grad`. It
+#: must not return arrays that it was given: its caller, if that counts references, would free them once too often.
 inlined = numba.njit(**_INLINED)
 
 

@@ -1,5 +1,7 @@
 """The elementary functions of the kernels, on vectors: those of which LLVM has no packed version.
 
+One file, though a long one: half of it is what each function promises, and all share how a power of two is taken out.
+
 One text serves float64 and float32; only the layout of the bits and the polynomials differ. All rest on one idea: take
 out a power of two, and compute what is left of the result where it must not cancel from a polynomial alone.
 

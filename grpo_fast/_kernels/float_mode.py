@@ -70,7 +70,7 @@ def _is_arm(builder):
     return builder.module.triple.startswith(("aarch64", "arm64"))
 
 
-def _call(builder, name, *args, returns=ir.VoidType()):  # noqa: B008 - a type
+def _call(builder, name, *args, returns=ir.VoidType()):  # noqa: B008 - a type, which is never changed
     """Call one of LLVM's functions that stand for an instruction."""
     function_type = ir.FunctionType(returns, [a.type for a in args])
     return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), args)

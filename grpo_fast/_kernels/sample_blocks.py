@@ -5,11 +5,8 @@ blocks are added exactly: the result depends neither on the number of threads no
 run of a block, `samples` says; here are
 
     sum_block                   block → float64 sums
-    objective_block, totals …   blocks → exact sums, on one thread or on all; what `objective` calls: `Drivers`
+    objective_block, totals …   blocks → exact sums, on one thread or on all; what `objective` calls
 """
-
-from dataclasses import dataclass
-from typing import Any
 
 import numba
 import numpy as np
@@ -142,6 +139,32 @@ def _sums_of_blocks(samples, low, high, surrogates, kls, scratch):
     return illegal
 
 
+# The arrays of `Samples` come from Python one by one: to look at a tuple of them takes Numba half a microsecond more.
+# To look at ``unweighted`` (None or True) takes a fiftieth of the smallest call; so its kernel alone is there twice.
+@compiled
+def objective_block(rhos, advantages, pi_old, pi_ref, low, high):
+    """(Σ surrogate, Σ kl, whether something is illegal) of at most BLOCK samples: the shortest way there is."""
+    return _sums_of_block(Samples(rhos, advantages, pi_old, pi_ref), low, high, scratch_like(rhos, ROWS))
+
+
+@compiled
+def unweighted_block(rhos, advantages, pi_old, pi_ref, low, high):
+    """As `objective_block`, of `UnweightedSamples`."""
+    return _sums_of_block(UnweightedSamples(rhos, advantages, pi_old, pi_ref), low, high, scratch_like(rhos, ROWS))
+
+
+@compiled
+def objective_blocks(rhos, advantages, pi_old, pi_ref, unweighted, low, high, surrogates, kls):
+    """Write Σ surrogate and Σ kl of each block into two arrays (blocks,); return whether something is illegal.
+
+    For so few samples that a call costs more than they do: no limbs to fill and carry.
+    """
+    scratch = scratch_like(rhos, ROWS)
+    if unweighted is None:
+        return _sums_of_blocks(Samples(rhos, advantages, pi_old, pi_ref), low, high, surrogates, kls, scratch)
+    return _sums_of_blocks(UnweightedSamples(rhos, advantages, pi_old, pi_ref), low, high, surrogates, kls, scratch)
+
+
 @compiled
 def _accumulate_share(samples, low, high, diagnostics, accumulators, t):
     """Add the blocks that are task t's to its accumulator."""
@@ -157,80 +180,25 @@ def _accumulate_share(samples, low, high, diagnostics, accumulators, t):
     end_ordinary_floats(host_mode)
 
 
-# --- what Python calls ------------------------------------------------------------------------------------------------
-# The arrays of `Samples` come from Python one by one: to look at a tuple of them takes Numba half a microsecond more.
-# And each function is there twice, for `Samples` and `UnweightedSamples`: to look at an argument that says which (None
-# or True) takes a fiftieth of a small call.
 @compiled
-def objective_block(rhos, advantages, pi_old, pi_ref, low, high):
-    """(Σ surrogate, Σ kl, whether something is illegal) of at most BLOCK samples: the shortest way there is."""
-    return _sums_of_block(Samples(rhos, advantages, pi_old, pi_ref), low, high, scratch_like(rhos, ROWS))
-
-
-@compiled
-def objective_blocks(rhos, advantages, pi_old, pi_ref, low, high, surrogates, kls):
-    """Write Σ surrogate and Σ kl of each block into two arrays (blocks,); return whether something is illegal.
-
-    For so few samples that a call costs more than they do: no limbs to fill and carry.
-    """
-    samples = Samples(rhos, advantages, pi_old, pi_ref)
-    return _sums_of_blocks(samples, low, high, surrogates, kls, scratch_like(rhos, ROWS))
-
-
-@compiled
-def totals(rhos, advantages, pi_old, pi_ref, low, high, diagnostics, accumulators):
+def totals(rhos, advantages, pi_old, pi_ref, unweighted, low, high, diagnostics, accumulators):
     """Add all samples to the accumulators, each a task's; without ``diagnostics`` only surrogate and kl are right."""
     for t in range(len(accumulators)):
-        samples = Samples(rhos, advantages, pi_old, pi_ref)
-        _accumulate_share(samples, low, high, diagnostics, accumulators, t)
+        if unweighted is None:
+            _accumulate_share(Samples(rhos, advantages, pi_old, pi_ref), low, high, diagnostics, accumulators, t)
+        else:
+            _accumulate_share(
+                UnweightedSamples(rhos, advantages, pi_old, pi_ref), low, high, diagnostics, accumulators, t
+            )
 
 
 @compiled(parallel=True)
-def totals_parallel(rhos, advantages, pi_old, pi_ref, low, high, diagnostics, accumulators):
+def totals_parallel(rhos, advantages, pi_old, pi_ref, unweighted, low, high, diagnostics, accumulators):
     """As `totals`, to the bit, with the tasks on threads."""
     for t in numba.prange(len(accumulators)):
-        samples = Samples(rhos, advantages, pi_old, pi_ref)
-        _accumulate_share(samples, low, high, diagnostics, accumulators, t)
-
-
-@compiled
-def unweighted_block(rhos, advantages, pi_old, pi_ref, low, high):
-    """As `objective_block`, of unweighted samples."""
-    return _sums_of_block(UnweightedSamples(rhos, advantages, pi_old, pi_ref), low, high, scratch_like(rhos, ROWS))
-
-
-@compiled
-def unweighted_blocks(rhos, advantages, pi_old, pi_ref, low, high, surrogates, kls):
-    """As `objective_blocks`, of unweighted samples."""
-    samples = UnweightedSamples(rhos, advantages, pi_old, pi_ref)
-    return _sums_of_blocks(samples, low, high, surrogates, kls, scratch_like(rhos, ROWS))
-
-
-@compiled
-def unweighted_totals(rhos, advantages, pi_old, pi_ref, low, high, diagnostics, accumulators):
-    """As `totals`, of unweighted samples."""
-    for t in range(len(accumulators)):
-        samples = UnweightedSamples(rhos, advantages, pi_old, pi_ref)
-        _accumulate_share(samples, low, high, diagnostics, accumulators, t)
-
-
-@compiled(parallel=True)
-def unweighted_totals_parallel(rhos, advantages, pi_old, pi_ref, low, high, diagnostics, accumulators):
-    """As `totals_parallel`, of unweighted samples."""
-    for t in numba.prange(len(accumulators)):
-        samples = UnweightedSamples(rhos, advantages, pi_old, pi_ref)
-        _accumulate_share(samples, low, high, diagnostics, accumulators, t)
-
-
-@dataclass(frozen=True, slots=True)
-class Drivers:
-    """These functions, for one kind of samples."""
-
-    objective_block: Any
-    objective_blocks: Any
-    totals: Any
-    totals_parallel: Any
-
-
-WEIGHTED = Drivers(objective_block, objective_blocks, totals, totals_parallel)
-UNWEIGHTED = Drivers(unweighted_block, unweighted_blocks, unweighted_totals, unweighted_totals_parallel)
+        if unweighted is None:
+            _accumulate_share(Samples(rhos, advantages, pi_old, pi_ref), low, high, diagnostics, accumulators, t)
+        else:
+            _accumulate_share(
+                UnweightedSamples(rhos, advantages, pi_old, pi_ref), low, high, diagnostics, accumulators, t
+            )

@@ -7,6 +7,8 @@ How a block is worked through, `blocks` says. From the inside out:
     _kl_sum, surrogate_sum …    scratch → what a run adds to the sums
     begin_run                   a block with one more run: loaded, and its KL summed, in the near way if that will do
     fast_then_careful           a block, in the fast way and in the careful way if need be
+
+One file, though a long one: which rows of the scratch array hold what, and when, is agreed among these alone.
 """
 
 from typing import Any, NamedTuple

@@ -4,7 +4,7 @@ For one ρ the policy term is linear in A on either side of 0. So one pass colle
 ∂k/∂l in the gradient's place (`collect`); `conclude` makes ρ, the sums and what the gradient consists of; `spread`
 writes that, while the sequence is still in the cache.
 
-The formulas are in `formulas`.
+The formulas are in `formulas`. One file, though a long one: what the three leave for each other is in no other.
 """
 
 from typing import NamedTuple

@@ -3,7 +3,6 @@
 Each run is prepared once, and then summed for every pair: `_fold` leaves what makes that cheap.
 """
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numba
@@ -183,49 +182,24 @@ def _accumulate_share(samples, lows, highs, pairs, shared, t):
     end_ordinary_floats(host_mode)
 
 
-# For `Samples` and, below, for `UnweightedSamples`, as in `sample_blocks`.
 @compiled
-def sweep(rhos, advantages, pi_old, pi_ref, lows, highs, pairs, shared):
+def sweep(rhos, advantages, pi_old, pi_ref, unweighted, lows, highs, pairs, shared):
     """Add all samples, for every pair of bounds, to the accumulators, of which each row is a task's."""
     for t in range(len(shared)):
-        samples = Samples(rhos, advantages, pi_old, pi_ref)
-        _accumulate_share(samples, lows, highs, pairs, shared, t)
+        if unweighted is None:
+            _accumulate_share(Samples(rhos, advantages, pi_old, pi_ref), lows, highs, pairs, shared, t)
+        else:
+            _accumulate_share(UnweightedSamples(rhos, advantages, pi_old, pi_ref), lows, highs, pairs, shared, t)
 
 
 @compiled(parallel=True)
-def sweep_parallel(rhos, advantages, pi_old, pi_ref, lows, highs, pairs, shared):
+def sweep_parallel(rhos, advantages, pi_old, pi_ref, unweighted, lows, highs, pairs, shared):
     """As `sweep`, to the bit, with the tasks on threads."""
     for t in numba.prange(len(shared)):
-        samples = Samples(rhos, advantages, pi_old, pi_ref)
-        _accumulate_share(samples, lows, highs, pairs, shared, t)
-
-
-@compiled
-def unweighted_sweep(rhos, advantages, pi_old, pi_ref, lows, highs, pairs, shared):
-    """As `sweep`, of unweighted samples."""
-    for t in range(len(shared)):
-        samples = UnweightedSamples(rhos, advantages, pi_old, pi_ref)
-        _accumulate_share(samples, lows, highs, pairs, shared, t)
-
-
-@compiled(parallel=True)
-def unweighted_sweep_parallel(rhos, advantages, pi_old, pi_ref, lows, highs, pairs, shared):
-    """As `sweep_parallel`, of unweighted samples."""
-    for t in numba.prange(len(shared)):
-        samples = UnweightedSamples(rhos, advantages, pi_old, pi_ref)
-        _accumulate_share(samples, lows, highs, pairs, shared, t)
-
-
-@dataclass(frozen=True, slots=True)
-class Drivers:
-    """These functions, for one kind of samples."""
-
-    sweep: Any
-    sweep_parallel: Any
-
-
-WEIGHTED = Drivers(sweep, sweep_parallel)
-UNWEIGHTED = Drivers(unweighted_sweep, unweighted_sweep_parallel)
+        if unweighted is None:
+            _accumulate_share(Samples(rhos, advantages, pi_old, pi_ref), lows, highs, pairs, shared, t)
+        else:
+            _accumulate_share(UnweightedSamples(rhos, advantages, pi_old, pi_ref), lows, highs, pairs, shared, t)
 
 
 @compiled

@@ -1,6 +1,7 @@
 """The loss at token level, in one pass: each block of a sequence yields its sums and its gradient.
 
-How a block is worked through, `blocks` says; the formulas are in `formulas`.
+How a block is worked through, `blocks` says; the formulas are in `formulas`. One file, though a long one: which rows of
+the scratch array hold what, and when, is agreed among the steps of a block alone.
 """
 
 from typing import Any, NamedTuple

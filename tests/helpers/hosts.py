@@ -2,7 +2,6 @@
 
 import os
 import platform
-import sys
 import threading
 from contextlib import contextmanager
 
@@ -82,9 +81,10 @@ def environment():
 
 @contextmanager
 def torch_defaults():
-    """With another default dtype and device, and one thread, where PyTorch is loaded anyway."""
-    torch = sys.modules.get("torch")
-    if torch is None:
+    """With another default dtype and device, and one thread; nothing is set without PyTorch."""
+    try:
+        import torch
+    except ImportError:
         yield
         return
     before = torch.get_default_dtype(), torch.get_num_threads()
