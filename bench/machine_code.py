@@ -31,7 +31,7 @@ from processes import fresh_process
 
 from grpo_fast import K3, Clip
 from grpo_fast._kernels import sample_blocks, token_level
-from grpo_fast._kernels.tokens import Batch, LossTerms
+from grpo_fast._kernels.tokens import Batch, LossTerms, Scratch
 
 KERNELS = ("objective", "objective, unweighted", "loss")
 #: The files whose functions are the steps of a kernel; those of others are what the steps are made of.
@@ -115,11 +115,11 @@ def hot_loops(name: str, dtype: str) -> list[Loop]:
     """
     x = np.ones(4096, dtype)
     batch = Batch(x, x, x[:1], x, None, None, x.copy(), np.array([0, x.size]), False, False)
-    terms = LossTerms(Clip(), K3(0.04, importance_weighted=False), 1.0, True)
+    terms = LossTerms(Clip(), K3(0.04, importance_weighted=False), WEIGHTINGS[0], 1.0, True)
     kernel, arguments = {
         "objective": (sample_blocks.objective_block, (x, x, x, x, 0.8, 1.2)),
         "objective, unweighted": (sample_blocks.unweighted_block, (x, x, x, x, 0.8, 1.2)),
-        "loss": (token_level.token_block, (batch, terms, 1.0, 0, 0, x.size, x.copy())),
+        "loss": (token_level.token_block, (batch, terms, 1.0, 0, 0, x.size, Scratch(x.copy(), np.ones(128, np.uint8)))),
     }[name]
     kernel.compile(tuple(map(typeof, arguments)))
     assembly = list(kernel.inspect_asm().values())[-1]

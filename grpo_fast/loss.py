@@ -10,7 +10,9 @@ from numpy.typing import ArrayLike, NDArray
 from ._checks import Array
 from ._kernels import sequence_level, threads, token_level
 from ._kernels.blocks import BLOCK, blocks_in
+from ._kernels.formulas import WEIGHTINGS
 from ._kernels.sums import empty_accumulators, merged
+from ._kernels.tasks import perform
 from ._kernels.tokens import Batch, Extent, LossTerms, begin_long_sequence
 from ._loss_inputs import Inputs, refuse_if_not_finite
 from .stats import Stats
@@ -145,6 +147,7 @@ def _compute(inputs: Inputs, options: Options) -> Stats:
     terms = LossTerms(
         options.surrogate,
         options.kl,
+        WEIGHTINGS[options.kl is not None and options.kl.importance_weighted],
         denominator=math.nan if batch.grad is None else _denominator(batch, options),
         mean_within=options.mean_within,
     )
@@ -172,37 +175,39 @@ def _at_token_level(batch: Batch, terms: LossTerms, accumulators: Array) -> None
     """Add a batch to the accumulators, of which each is a task's, and write its gradient."""
     tasks = len(accumulators)
     if tasks == 1:
-        token_level.token_level(batch, terms, None, _all_sequences(batch), batch.logps.size, accumulators, 0)
+        arguments = (batch, terms, None, _all_sequences(batch), batch.logps.size, accumulators)
+        perform(token_level.token_level, arguments, tasks)
         return
     ranges, limit, long = _ranges(batch, tasks)
     if len(long) < len(batch.bounds) - 1:  # there are others
-        token_level.token_level_parallel(batch, *terms, None, ranges, limit, accumulators)
+        perform(token_level.token_level, (batch, terms, None, ranges, limit, accumulators), tasks)
     if long:
         spans = [_spans(batch, sequence, tasks, accumulators) for sequence in long]
         together = token_level.Spans(*(np.concatenate(column) for column in zip(*spans, strict=True)))
         numbers = np.arange(len(together.start) + 1, dtype=np.int64)
         each = np.column_stack((numbers[:-1], numbers[1:]))
-        token_level.token_level_parallel(batch, *terms, together, each, limit, accumulators)
+        perform(token_level.token_level, (batch, terms, together, each, limit, accumulators), tasks)
 
 
 def _at_sequence_level(batch: Batch, terms: LossTerms, accumulators: Array) -> None:
     """Add a batch to the accumulators, of which each is a task's, and write its gradient."""
     tasks = len(accumulators)
     if tasks == 1:
-        sequence_level.sequence_level(batch, terms, _all_sequences(batch), batch.logps.size, accumulators, 0)
+        arguments = (batch, terms, _all_sequences(batch), batch.logps.size, accumulators)
+        perform(sequence_level.sequence_level, arguments, tasks)
         return
     ranges, limit, long = _ranges(batch, tasks)
     if len(long) < len(batch.bounds) - 1:  # there are others
-        sequence_level.sequence_level_parallel(batch, *terms, ranges, limit, accumulators)
+        perform(sequence_level.sequence_level, (batch, terms, ranges, limit, accumulators), tasks)
     for sequence in long:
         extent = _begin_long_sequence(batch, sequence, accumulators)
         if extent.tokens:
             collected = np.empty(blocks_in(extent.stop - extent.start), sequence_level.COLLECTED)
-            sequence_level.collect_parallel(batch, *terms, sequence, extent, collected, tasks)
+            perform(sequence_level.collect_long, (batch, terms, sequence, extent, collected, tasks), tasks)
             concluded = sequence_level.conclude_long(batch, terms, extent.tokens, collected, accumulators)
             coefficients = sequence_level.GradientCoefficients(*concluded)
             if batch.grad is not None:
-                sequence_level.spread_parallel(batch, *terms, coefficients, sequence, extent, tasks)
+                perform(sequence_level.spread_long, (batch, terms, coefficients, sequence, extent, tasks), tasks)
 
 
 def _all_sequences(batch: Batch) -> Array:

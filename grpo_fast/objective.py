@@ -13,6 +13,7 @@ from ._kernels import sample_blocks, sweep_blocks, threads
 from ._kernels.blocks import BLOCK, blocks_in
 from ._kernels.exact import Exact, rounded_sum
 from ._kernels.sums import Totals, empty_accumulators, merged
+from ._kernels.tasks import perform
 from .stats import Stats, Sweep, objective_of
 from .terms import BETA, EPSILON, K3, Clip, Options
 
@@ -166,8 +167,8 @@ def grpo_sweep(
     n = arrays[0].size
     with threads.tasks(n) as tasks:
         pairs, shared = sweep_blocks.sweep_accumulators(tasks, steps.size)
-        driver = sweep_blocks.sweep_parallel if tasks > 1 else sweep_blocks.sweep
-        driver(*arrays, _unweighted(k3), np.maximum(1.0 - steps, 0.0), 1.0 + steps, pairs, shared)
+        arguments = (*arrays, _unweighted(k3), np.maximum(1.0 - steps, 0.0), 1.0 + steps, pairs, shared)
+        perform(sweep_blocks.sweep, arguments, tasks)
     sweep_blocks.merge_sweep(pairs, shared)
     if shared["suspect"][0]:
         _refuse(arrays, shape)
@@ -256,8 +257,8 @@ def _totals(arrays: tuple[Any, ...], terms: _Terms, diagnostics: bool | None) ->
     """The totals of all samples; without ``diagnostics`` (None) only surrogate, kl and suspect are right."""
     with threads.tasks(arrays[0].size) as tasks:
         accumulators = empty_accumulators(tasks)
-        driver = sample_blocks.totals_parallel if tasks > 1 else sample_blocks.totals
-        driver(*arrays, terms.unweighted, terms.low, terms.high, diagnostics, accumulators)
+        arguments = (*arrays, terms.unweighted, terms.low, terms.high, diagnostics, accumulators)
+        perform(sample_blocks.totals, arguments, tasks)
     return merged(accumulators)
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
-from numba.core import config
+from numba.core import config, types
 from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import overload
 
@@ -18,8 +18,15 @@ from . import cache
 from .notices import warn_once
 from .own_stack import on_own_stack
 
-#: Without reference counts (_nrt), since LLVM cannot remove those of arrays in a tuple, and threads contend for them.
-_INLINED = {"forceinline": True, "error_model": "numpy", "_nrt": False}
+#: Without reference counts (_nrt), since LLVM cannot remove those of arrays in a tuple, and threads contend for them;
+#: and without what only callers in Python and C need, which is a third of the time that compiling takes.
+_INLINED = {
+    "forceinline": True,
+    "error_model": "numpy",
+    "_nrt": False,
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+}
 
 #: The decorator of every function that is part of an inner loop: always inlined by LLVM, never cached on its own. A
 #: branch on None is left out before its types are looked at only if it is about an argument, not about `batch.grad`. It
@@ -27,7 +34,7 @@ _INLINED = {"forceinline": True, "error_model": "numpy", "_nrt": False}
 inlined = numba.njit(**_INLINED)
 
 
-def inlined_by_type(formula_for: Callable[..., Any]) -> Any:
+def inlined_by_type(formula_for: Callable[..., Any], *, strict: bool = True) -> Any:
     """The decorator of an inlined function whose formula the types of its arguments pick.
 
     While a kernel is compiled, the decorated function is given the Numba types of the arguments, by their names, and
@@ -38,8 +45,24 @@ def inlined_by_type(formula_for: Callable[..., Any]) -> Any:
     def called(*_: Any) -> Any:
         raise TypeError(f"{formula_for.__name__} is known inside kernels only")
 
-    overload(called, jit_options=_INLINED)(formula_for)
+    overload(called, jit_options=_INLINED, strict=strict)(formula_for)
     return called
+
+
+def inlined_or_none(function: Callable[..., Any]) -> Any:
+    """The decorator of an inlined function that returns None where its first argument is None.
+
+    A branch would make its result something that may be None, for all that follows.
+    """
+
+    def pick(*arguments: Any) -> Callable[..., Any]:
+        return _nothing if arguments[0] is types.none else function
+
+    return inlined_by_type(functools.wraps(function)(pick), strict=False)
+
+
+def _nothing(*_: Any) -> None:
+    return None
 
 
 def compiled(function: Any = None, *, parallel: bool = False, allocates: bool = True) -> Any:
@@ -58,6 +81,7 @@ def compiled(function: Any = None, *, parallel: bool = False, allocates: bool = 
         return _raise_without_compiler
     # forceinline would be inherited from an inlined function that calls this one.
     options = {"nogil": True, "error_model": "numpy", "parallel": parallel, "forceinline": False, "_nrt": allocates}
+    options["no_cfunc_wrapper"] = True
     dispatcher = numba.njit(**options)(function)
     dispatcher.compile = _safe_from_host(_with_threads_as_they_are(dispatcher.compile))
     cache.use_disk_cache(dispatcher)

@@ -357,6 +357,18 @@ def exp(d):
     return _scale(_fraction_of_exp(e), e.shifted)
 
 
+#: The largest |d| for which k is 0 in `reduce_exponent`: ½ ln 2, rounded down to a float32.
+NEAR_LOG = 0.3465735614299774
+#: No e^d of such a d is above it: √2.
+NEAR_RATIO = 1.4142136
+
+
+@inlined
+def exp_near(d):
+    """eᵈ for |``d``| up to `NEAR_LOG`: there, to the bit what `exp` gives."""
+    return fma(d * d, fma(rest_of_exp(d), d, constant(d, 0.5)), d) + 1.0
+
+
 @inlined
 def exp_of_any(d):
     """eᵈ for any ``d``, subnormal, 0 and inf included.
@@ -404,6 +416,13 @@ def k3_of_log(d):
     rest = fma(one_less, e.high, fma(e.k, constant(d, -form.ln2_high), one_less))
     k3 = fma(power, p, fma(-power, e.low, rest))
     return LogRatioK3(k3, fma(power, g + p, one_less))
+
+
+@inlined
+def k3_of_near_log(d):
+    """`k3_of_log` for |``d``| up to `NEAR_LOG`: there, the same bits."""
+    k3 = fma((d * d) * d, rest_of_exp(d), d * d * constant(d, 0.5))
+    return LogRatioK3(k3, d + k3)
 
 
 @inlined

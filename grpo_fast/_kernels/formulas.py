@@ -8,15 +8,10 @@ from typing import Any, NamedTuple
 
 from ..terms import CISPO, K1, K2, K3, SAPO, Clip
 from .compiling import inlined, inlined_by_type
-from .elementary import exp, k3_of_any_log, k3_of_log, layout
+from .elementary import NEAR_RATIO, exp, layout
 from .simd import constant, fma, full_like, tally, where
 from .sums import Clipped
-
-
-@inlined
-def times(a, b):
-    """a·b with 0·∞ = 0."""
-    return where((a == 0.0) | (b == 0.0), full_like(a, 0.0), a * b)
+from .ways import Near, k3_in, plus_in, plus_product_in, times_in
 
 
 # --- the policy term --------------------------------------------------------------------------------------------------
@@ -28,13 +23,22 @@ class PolicyTerm(NamedTuple):
 
 
 @inlined_by_type
-def surrogate_term(surrogate, rho, a, logp):
+def surrogate_term(way, surrogate, rho, a, logp):
     """The `PolicyTerm` of each token."""
     option = surrogate.instance_class
 
-    if option is Clip:
+    if option is Clip and way.instance_class is Near:
 
-        def term(surrogate, rho, a, logp):
+        def term(way, surrogate, rho, a, logp):
+            low = full_like(rho, 1.0 - surrogate.epsilon)
+            high = full_like(rho, 1.0 + surrogate.epsilon_high)
+            bounded = where(a < 0.0, where(rho < low, low, rho), where(rho > high, high, rho))
+            value = bounded * a
+            return PolicyTerm(value, where(rho * a == value, value, full_like(rho, 0.0)))
+
+    elif option is Clip:
+
+        def term(way, surrogate, rho, a, logp):
             low = full_like(rho, 1.0 - surrogate.epsilon)
             high = full_like(rho, 1.0 + surrogate.epsilon_high)
             delta = full_like(rho, surrogate.delta)
@@ -47,16 +51,16 @@ def surrogate_term(surrogate, rho, a, logp):
 
     elif option is CISPO:
 
-        def term(surrogate, rho, a, logp):
+        def term(way, surrogate, rho, a, logp):
             low = full_like(rho, surrogate.ratio_min)
             high = full_like(rho, surrogate.ratio_max)
-            weight = times(where(rho < low, low, where(rho > high, high, rho)), a)
-            return PolicyTerm(times(weight, logp), weight)
+            weight = times_in(way, where(rho < low, low, where(rho > high, high, rho)), a)
+            return PolicyTerm(times_in(way, weight, logp), weight)
 
     else:
         assert option is SAPO
 
-        def term(surrogate, rho, a, logp):
+        def term(way, surrogate, rho, a, logp):
             tau = where(a > 0.0, full_like(rho, surrogate.tau_pos), full_like(rho, surrogate.tau_neg))
             x = tau * (rho - 1.0)
             limit = full_like(rho, layout(rho).exp_limit)
@@ -89,16 +93,27 @@ def passes_through_ratio(surrogate):
 
 
 @inlined_by_type
-def count_clipped(surrogate, rho, a, counts):
+def count_clipped(way, surrogate, rho, a, counts):
     """The counts, a `Clipped` in lanes, with those of these tokens added that are clipped."""
     option = surrogate.instance_class
 
     # Selected first and compared then: of two comparisons, joined, LLVM makes 16-bit lanes and back (AVX2), some 50
     # instructions for three counts of 8 tokens. It joins them itself if it can see that what stands in for ρ, here 1,
     # is within the bounds.
-    if option is Clip:
+    if option is Clip and way.instance_class is Near:
 
-        def count(surrogate, rho, a, counts):
+        def count(way, surrogate, rho, a, counts):
+            losing = where(a < 0.0, rho, full_like(rho, 1.0))
+            winning = where(a > 0.0, rho, full_like(rho, 1.0))
+            return Clipped(
+                tally(counts.low, losing < full_like(rho, 1.0 - surrogate.epsilon)),
+                tally(counts.high, winning > full_like(rho, 1.0 + surrogate.epsilon_high)),
+                counts.hard,
+            )
+
+    elif option is Clip:
+
+        def count(way, surrogate, rho, a, counts):
             losing = where(a < 0.0, rho, full_like(rho, 1.0))
             winning = where(a > 0.0, rho, full_like(rho, 1.0))
             return Clipped(
@@ -109,17 +124,25 @@ def count_clipped(surrogate, rho, a, counts):
 
     elif option is CISPO:
 
-        def count(surrogate, rho, a, counts):
+        def count(way, surrogate, rho, a, counts):
             winning = where(a > 0.0, rho, full_like(rho, 0.0))
             return Clipped(counts.low, counts.high, tally(counts.hard, winning > full_like(rho, surrogate.ratio_max)))
 
     else:
         assert option is SAPO
 
-        def count(surrogate, rho, a, counts):
+        def count(way, surrogate, rho, a, counts):
             return counts
 
     return count
+
+
+@inlined_by_type
+def near_holds(surrogate):
+    """Whether the near way, in which nothing is said of δ, may be tried: whether no ρ that is near is beyond it."""
+    if surrogate.instance_class is Clip:
+        return lambda surrogate: surrogate.delta > NEAR_RATIO
+    return lambda surrogate: True
 
 
 # --- the KL term ------------------------------------------------------------------------------------------------------
@@ -132,27 +155,50 @@ class KLTerm(NamedTuple):
 
 
 @inlined_by_type
-def kl_term(kl, l, careful):
-    """The `KLTerm` of each token, without β and ρ; unless ``careful``, for |l| up to `Layout.exp_limit`."""
+def kl_term(way, kl, l):
+    """The `KLTerm` of each token, without β and ρ."""
     option = kl.instance_class
 
     if option is K1:
 
-        def term(kl, l, careful):
+        def term(way, kl, l):
             one = full_like(l, 1.0)
             return KLTerm(l, one, l + one)
 
     elif option is K2:
 
-        def term(kl, l, careful):
+        def term(way, kl, l):
             half = constant(l, 0.5) * l
             return KLTerm(half * l, l, fma(half, l, l))
 
     else:
         assert option is K3
 
-        def term(kl, l, careful):
-            d = k3_of_any_log(-l) if careful else k3_of_log(-l)
+        def term(way, kl, l):
+            d = k3_in(way, -l)
             return KLTerm(d.k3, -d.expm1, l)
 
     return term
+
+
+class Unweighted(NamedTuple):
+    """k as it is."""
+
+
+class Weighted(NamedTuple):
+    """k, times the token's ρ."""
+
+
+#: By ``importance_weighted``, what picks the formula.
+WEIGHTINGS = (Unweighted(), Weighted())
+
+
+@inlined_by_type
+def add_weighted(way, weighting, rho, term, total):
+    """``total`` with the KL term as penalised, of a `KLTerm`, and its derivative by log π_θ at token level."""
+    if weighting.instance_class is Weighted:
+        return lambda way, weighting, rho, term, total: (
+            plus_product_in(way, total, rho, term.value),
+            times_in(way, rho, term.value_and_slope),
+        )
+    return lambda way, weighting, rho, term, total: (plus_in(way, total, term.value), term.slope)

@@ -8,7 +8,6 @@ run of a block, `samples` says; here are
     objective_block, totals …   blocks → exact sums, on one thread or on all; what `objective` calls
 """
 
-import numba
 import numpy as np
 
 from .blocks import BLOCK, RUN, block_count, load_row, scratch_like, share, vectors_in_run
@@ -45,6 +44,7 @@ from .simd import (
     wide_product,
 )
 from .sums import Clipped, Contribution, Sums, accumulate
+from .tasks import run
 
 
 # --- one block --------------------------------------------------------------------------------------------------------
@@ -166,12 +166,12 @@ def objective_blocks(rhos, advantages, pi_old, pi_ref, unweighted, low, high, su
 
 
 @compiled
-def _accumulate_share(samples, low, high, diagnostics, accumulators, t):
-    """Add the blocks that are task t's to its accumulator."""
+def _accumulate_share(task, samples, low, high, diagnostics, accumulators):
+    """Add the blocks that are a task's to its accumulator."""
     scratch = scratch_like(samples.rhos, ROWS)
-    accumulator = accumulators[t]
+    accumulator = accumulators[task]
     host_mode = begin_ordinary_floats()
-    first, last = share(block_count(len(samples.rhos)), t, len(accumulators))
+    first, last = share(block_count(len(samples.rhos)), task, len(accumulators))
     for number in range(first, last):
         start = number * BLOCK
         stop = min(start + BLOCK, len(samples.rhos))
@@ -181,24 +181,13 @@ def _accumulate_share(samples, low, high, diagnostics, accumulators, t):
 
 
 @compiled
-def totals(rhos, advantages, pi_old, pi_ref, unweighted, low, high, diagnostics, accumulators):
-    """Add all samples to the accumulators, each a task's; without ``diagnostics`` only surrogate and kl are right."""
-    for t in range(len(accumulators)):
-        if unweighted is None:
-            _accumulate_share(Samples(rhos, advantages, pi_old, pi_ref), low, high, diagnostics, accumulators, t)
-        else:
-            _accumulate_share(
-                UnweightedSamples(rhos, advantages, pi_old, pi_ref), low, high, diagnostics, accumulators, t
-            )
+def totals(rhos, advantages, pi_old, pi_ref, unweighted, low, high, diagnostics, accumulators, room):
+    """An entry, see `tasks`: adds all samples to the accumulators, of which each is a task's.
 
-
-@compiled(parallel=True)
-def totals_parallel(rhos, advantages, pi_old, pi_ref, unweighted, low, high, diagnostics, accumulators):
-    """As `totals`, to the bit, with the tasks on threads."""
-    for t in numba.prange(len(accumulators)):
-        if unweighted is None:
-            _accumulate_share(Samples(rhos, advantages, pi_old, pi_ref), low, high, diagnostics, accumulators, t)
-        else:
-            _accumulate_share(
-                UnweightedSamples(rhos, advantages, pi_old, pi_ref), low, high, diagnostics, accumulators, t
-            )
+    Without ``diagnostics`` only surrogate and kl are right.
+    """
+    if unweighted is None:
+        samples = Samples(rhos, advantages, pi_old, pi_ref)
+        return run(_accumulate_share, (samples, low, high, diagnostics, accumulators), room)
+    samples = UnweightedSamples(rhos, advantages, pi_old, pi_ref)
+    return run(_accumulate_share, (samples, low, high, diagnostics, accumulators), room)

@@ -7,34 +7,41 @@ writes that, while the sequence is still in the cache.
 The formulas are in `formulas`. One file, though a long one: what the three leave for each other is in no other.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 
-from .blocks import BLOCK, RUN, block_count, prefetch_ahead, prefetch_if_given, run_sum, share, vectors_in_run
+from .blocks import BLOCK, RUN, block_count, share
 from .compiling import compiled, inlined
-from .elementary import exp_of_any, layout
+from .elementary import exp_of_any
 from .float_mode import begin_ordinary_floats, end_ordinary_floats
-from .formulas import count_clipped, kl_term, linear_factor, passes_through_ratio, surrogate_term, times
+from .formulas import count_clipped, kl_term, linear_factor, passes_through_ratio, surrogate_term
 from .simd import align_stack, bits, full, full_like, lane_max, lane_min, lane_sum, lanes, load, tally, where, wide
 from .sums import Clipped, Contribution, Numerator, Sums, accumulate, accumulate_numerator
+from .tasks import run
 from .tokens import (
-    LossTerms,
+    Scratch,
     absent_lanes,
+    begin_block,
     begin_sequence,
+    deliver_ragged,
     larger_magnitude,
     load_distance,
     load_log_ratio,
-    load_tokens,
-    load_values,
+    load_vector,
     load_weights,
+    mask_of,
+    mask_or_ones,
     plus_if_given,
+    prefetch_vector,
+    ragged,
+    scratch_for,
     store_gradient,
-    times_if_given,
+    tokens_of,
     weight_of_token,
     zero_where,
 )
+from .ways import CAREFUL, FAR, NEAR, far_enough, near_enough, plus_in, times, weighted_in, zero_in
 
 # --- collect ----------------------------------------------------------------------------------------------------------
 #: What is collected from each block of a sequence: sums, of tokens with A > 0 and with A < 0 apart where it says so.
@@ -51,92 +58,110 @@ COLLECTED = np.dtype(
 )
 
 
-@compiled(allocates=False)
-def collect_block(batch, terms, sequence, start, stop, collected):
-    """Fill one record of ``collected``, and leave ∂k/∂l in the gradient's place if there is a KL term.
+class _RunSums(NamedTuple):
+    """What is collected from a run, in lanes; sums in float64."""
 
-    In the fast way, and again in the careful way where the numbers left the range in which the fast one is right.
-    """
+    log_ratio: Any
+    k: Any
+    positive: Any
+    negative: Any
+    positive_count: Any  # of the block so far
+    negative_count: Any
+    check: Any  # Σ A + l + w: not finite if one of them is not
+    farthest: Any  # |l|
+
+
+@inlined
+def _collect_run(way, terms, tokens, vectors, positive_count, negative_count, like):
+    """The `_RunSums` of so many vectors, in one of the `ways`; leaves ∂k/∂l in the gradient's place."""
+    zero = full(like, 0.0)
+    k = zero_in(way, zero)
+    log_ratio = positive = negative = wide(zero)
+    check = farthest = zero
+    for v in range(vectors):
+        prefetch_vector(tokens.logps, v)
+        prefetch_vector(tokens.old_logps, v)
+        prefetch_vector(tokens.ref_logps, v)
+        absent = absent_lanes(tokens.mask, v, zero)
+        logp = load_vector(tokens.logps, v)
+        log_ratio += wide(zero_where(absent, load_log_ratio(logp, tokens.old_logps, v)))
+        l = zero_where(absent, load_distance(logp, tokens.ref_logps, v))
+        a = zero_where(absent, load_vector(tokens.advantages, v))
+        w = load_weights(tokens.weights, absent, v)
+        weighted = weighted_in(CAREFUL, w, linear_factor(terms.surrogate, a, zero_where(absent, logp)))
+        positive += wide(where(a > 0.0, weighted, zero))
+        negative += wide(where(a < 0.0, weighted, zero))
+        positive_count = tally(positive_count, a > 0.0)
+        negative_count = tally(negative_count, a < 0.0)
+        k = plus_in(way, k, _collect_kl(way, terms.kl, tokens.grad, l, v))
+        farthest = larger_magnitude(l, farthest)
+        check = plus_if_given(check + a + l, w)
+    return _RunSums(log_ratio, wide(k), positive, negative, positive_count, negative_count, check, farthest)
+
+
+@inlined
+def _collect_kl(way, kl, grad, l, v):
+    """k of one vector, 0 without a KL term; writes ∂k/∂l into the gradient's place if there is one."""
+    if kl is None:
+        return l
+    term = kl_term(way, kl, l)
+    store_gradient(grad, v, term.slope)
+    return term.value
+
+
+@compiled(allocates=False)
+def collect_block(batch, terms, sequence, start, stop, scratch, collected):
+    """Fill one record of ``collected``, and leave ∂k/∂l in the gradient's place if there is a KL term."""
     align_stack()
-    zero = full(batch.logps, 0.0)
-    careful = False
-    while True:  # at most twice; a loop, so that the code is there once
-        log_ratio = wide(zero)
-        k = wide(zero)
-        positive = wide(zero)
-        negative = wide(zero)
-        positive_count = bits(zero)
-        negative_count = bits(zero)
-        check = zero
-        farthest = zero
-        for run_start in range(start, stop, RUN * lanes(zero)):
-            k_of_run = zero
-            positive_of_run = zero
-            negative_of_run = zero
-            wide_k = wide(zero)
-            wide_positive = wide_k
-            wide_negative = wide_k
-            for v in range(vectors_in_run(batch.logps, run_start, stop)):
-                i = run_start + v * lanes(zero)
-                whole = i + lanes(zero) <= len(batch.logps)
-                prefetch_ahead(batch.logps, run_start, v)
-                prefetch_if_given(batch.old_logps, run_start, v)
-                prefetch_if_given(batch.ref_logps, run_start, v)
-                absent = absent_lanes(batch.mask, i, stop, whole, zero)
-                logp = load_tokens(batch.logps, i, whole)
-                log_ratio += wide(zero_where(absent, load_log_ratio(logp, batch.old_logps, i, whole)))
-                logp = zero_where(absent, logp)
-                a = load_values(batch.advantages, batch.advantages_per_token, sequence, i, whole, zero)
-                a = zero_where(absent, a)
-                w = load_weights(batch.weights, batch.weights_per_token, sequence, i, whole, absent)
-                weighted = times_if_given(w, linear_factor(terms.surrogate, a, logp))
-                if_positive = where(a > 0.0, weighted, zero)
-                if_negative = where(a < 0.0, weighted, zero)
-                positive_of_run += if_positive
-                negative_of_run += if_negative
-                positive_count = tally(positive_count, a > 0.0)
-                negative_count = tally(negative_count, a < 0.0)
-                value, l = _collect_kl(batch, terms.kl, logp, absent, i, stop, whole, careful)
-                k_of_run += value
-                if careful:
-                    wide_k += wide(value)
-                    wide_positive += wide(if_positive)
-                    wide_negative += wide(if_negative)
-                farthest = larger_magnitude(l, farthest)
-                check = plus_if_given(check + a + l, w)
-            k += run_sum(k_of_run, wide_k, careful)
-            positive += run_sum(positive_of_run, wide_positive, careful)
-            negative += run_sum(negative_of_run, wide_negative, careful)
-        collected.log_ratio = lane_sum(log_ratio)
-        collected.k = lane_sum(k)
-        collected.positive = lane_sum(positive)
-        collected.negative = lane_sum(negative)
-        finite = np.isfinite(collected.k + collected.positive + collected.negative)
-        if careful or (lane_max(farthest) <= layout(zero).exp_limit and finite):
-            break
-        careful = True
+    begin_block(batch, sequence, scratch)
+    like = scratch.vectors
+    zero = full(like, 0.0)
+    log_ratio = k = positive = negative = wide(zero)
+    positive_count = negative_count = bits(zero)
+    check = zero
+    near = True
+    i = start
+    while i < stop:
+        whole = min(RUN, (stop - i) // lanes(like))
+        vectors = max(whole, 1)
+        done = False
+        if near and whole > 0:
+            tokens = tokens_of(batch, mask_of(batch.mask, i, scratch), i, scratch)
+            run = _collect_run(NEAR, terms, tokens, vectors, positive_count, negative_count, like)
+            near = done = near_enough(run.farthest)
+        if not done:
+            masked = tokens_of(batch, mask_or_ones(batch.mask, i, scratch), i, scratch)
+            if whole == 0:
+                masked = ragged(masked, stop - i, scratch)
+            run = _collect_run(FAR, terms, masked, vectors, positive_count, negative_count, like)
+            near = near_enough(run.farthest)
+            if not far_enough(run.farthest):
+                run = _collect_run(CAREFUL, terms, masked, vectors, positive_count, negative_count, like)
+            if whole == 0 and terms.kl is not None:
+                deliver_ragged(batch.grad, i, stop - i, scratch)
+        log_ratio += run.log_ratio
+        k += run.k
+        positive += run.positive
+        negative += run.negative
+        check += run.check
+        positive_count = run.positive_count
+        negative_count = run.negative_count
+        i += vectors * lanes(like)
+    collected.log_ratio = lane_sum(log_ratio)
+    collected.k = lane_sum(k)
+    collected.positive = lane_sum(positive)
+    collected.negative = lane_sum(negative)
     collected.positive_count = np.int64(lane_sum(positive_count))
     collected.negative_count = np.int64(lane_sum(negative_count))
     collected.suspect = not np.isfinite(collected.log_ratio + lane_sum(check))
 
 
-@inlined
-def _collect_kl(batch, kl, logp, absent, i, stop, whole, careful):
-    """k and l of one vector, 0 without a KL term; writes ∂k/∂l into the gradient's place if there is one."""
-    l = load_distance(logp, batch.ref_logps, absent, i, whole)
-    if kl is None:
-        return l, l
-    term = kl_term(kl, l, careful)
-    store_gradient(batch.grad, i, stop, term.slope)
-    return term.value, l
-
-
 @compiled
-def collect(batch, terms, sequence, start, stop, collected):
+def collect(batch, terms, sequence, start, stop, scratch, collected):
     """`collect_block` for each of the blocks of a sequence from ``start`` to ``stop``, as many as ``collected`` has."""
     for block in range(len(collected)):
         first = start + block * BLOCK
-        collect_block(batch, terms, sequence, first, min(first + BLOCK, stop), collected[block])
+        collect_block(batch, terms, sequence, first, min(first + BLOCK, stop), scratch, collected[block])
 
 
 # --- conclude ---------------------------------------------------------------------------------------------------------
@@ -213,13 +238,13 @@ def conclude(batch, terms, tokens, collected, accumulators, task):
     signs = np.zeros(lanes(batch.logps), batch.logps.dtype)
     signs[0], signs[1] = 1.0, -1.0
     a = load(signs, 0)
-    term = surrogate_term(terms.surrogate, rho, a, one)
+    term = surrogate_term(CAREFUL, terms.surrogate, rho, a, one)
     kl = _kl_of_sequence(terms.kl, total.k, ratio)
 
     none = bits(one - one)
     positive_count, negative_count = full_like(none, total.positive_count), full_like(none, total.negative_count)
     tokens_of_sign = where(a > 0.0, positive_count, where(a < 0.0, negative_count, none))
-    clipped = count_clipped(terms.surrogate, rho, a, Clipped(none, none, none))
+    clipped = count_clipped(CAREFUL, terms.surrogate, rho, a, Clipped(none, none, none))
     sums = Sums(
         surrogate=_policy_sum(term.value, total),
         kl=kl.value,
@@ -247,34 +272,45 @@ def conclude(batch, terms, tokens, collected, accumulators, task):
 
 # --- spread -----------------------------------------------------------------------------------------------------------
 @compiled(allocates=False)
-def spread(grad, batch, terms, coefficients, sequence, start, stop):
+def spread(grad, batch, terms, coefficients, sequence, start, stop, scratch):
     """Write the gradient of a sequence from ``start`` to ``stop``; with a KL term, ``grad`` holds ∂k/∂l before."""
     if grad is None:
         return
-    zero = full(batch.logps, 0.0)
-    constant = full_like(zero, coefficients.constant)
-    kl_slope = full_like(zero, coefficients.kl_slope)
-    weighted_advantage = full_like(zero, coefficients.weighted_advantage)
-    for i in range(start, stop, lanes(grad)):
-        whole = i + lanes(grad) <= len(grad)
-        absent = absent_lanes(batch.mask, i, stop, whole, zero)
+    begin_block(batch, sequence, scratch)
+    step = lanes(scratch.vectors)
+    whole = (stop - start) // step
+    end = start + whole * step
+    tokens = tokens_of(batch, mask_of(batch.mask, start, scratch), start, scratch)
+    _spread_run(terms, tokens, whole, coefficients, scratch.vectors)
+    if end < stop:
+        tokens = tokens_of(batch, mask_or_ones(batch.mask, end, scratch), end, scratch)
+        tokens = ragged(tokens, stop - end, scratch)
+        _spread_run(terms, tokens, 1, coefficients, scratch.vectors)
+        deliver_ragged(batch.grad, end, stop - end, scratch)
+
+
+@inlined
+def _spread_run(terms, tokens, vectors, coefficients, like):
+    """`spread` for so many vectors."""
+    constant = full(like, coefficients.constant)
+    kl_slope = full(like, coefficients.kl_slope)
+    weighted_advantage = full(like, coefficients.weighted_advantage)
+    for v in range(vectors):
+        absent = absent_lanes(tokens.mask, v, constant)
         gradient = constant
-        if batch.ref_logps is not None:
-            gradient = constant + times(kl_slope, load_tokens(grad, i, whole))
+        if terms.kl is not None:
+            gradient = constant + times(kl_slope, load_vector(tokens.grad, v))
         if not passes_through_ratio(terms.surrogate):
-            a = load_values(batch.advantages, batch.advantages_per_token, sequence, i, whole, zero)
-            w = load_weights(batch.weights, batch.weights_per_token, sequence, i, whole, absent)
-            gradient = gradient + times(weighted_advantage, times_if_given(w, a))
-        store_gradient(grad, i, stop, zero_where(absent, gradient))
+            a = load_vector(tokens.advantages, v)
+            w = load_weights(tokens.weights, absent, v)
+            gradient = gradient + times(weighted_advantage, weighted_in(CAREFUL, w, a))
+        store_gradient(tokens.grad, v, zero_where(absent, gradient))
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------
 @compiled
-def sequence_level(batch, terms, ranges, limit, accumulators, task):
-    """Add the ranges that are a task's to its accumulator, and write their gradient; tasks take the ranges in turns.
-
-    A row of ``ranges`` is a range of sequences, of which those longer than ``limit`` are left out.
-    """
+def _task(task, batch, terms, ranges, limit, accumulators):
+    scratch = Scratch(*scratch_for(batch.logps, 0))
     host_mode = begin_ordinary_floats()
     for r in range(task, len(ranges), len(accumulators)):
         for sequence in range(ranges[r, 0], ranges[r, 1]):
@@ -283,35 +319,38 @@ def sequence_level(batch, terms, ranges, limit, accumulators, task):
                 extent = begin_sequence(batch.mask, batch.grad, first, last, accumulators[task])
                 if extent.tokens > 0:
                     collected = np.empty(block_count(extent.stop - extent.start), COLLECTED)
-                    collect(batch, terms, sequence, extent.start, extent.stop, collected)
+                    collect(batch, terms, sequence, extent.start, extent.stop, scratch, collected)
                     constant, kl_slope, weighted = conclude(batch, terms, extent.tokens, collected, accumulators, task)
                     coefficients = GradientCoefficients(constant, kl_slope, weighted)
-                    spread(batch.grad, batch, terms, coefficients, sequence, extent.start, extent.stop)
+                    spread(batch.grad, batch, terms, coefficients, sequence, extent.start, extent.stop, scratch)
     end_ordinary_floats(host_mode)
 
 
-@compiled(parallel=True)
-def sequence_level_parallel(batch, surrogate, kl, denominator, mean_within, ranges, limit, accumulators):
-    """`sequence_level` for all tasks, one for each accumulator, on threads; to the bit the same for any number.
+@compiled
+def sequence_level(batch, terms, ranges, limit, accumulators, room):
+    """An entry, see `tasks`: adds the ranges of each task to its accumulator, and writes their gradient.
 
-    The members of `LossTerms` come one by one: into a prange goes no tuple of tuples.
+    A row of ``ranges`` is a range of sequences, of which those longer than ``limit`` are left out. Tasks, of which each
+    has an accumulator, take the ranges in turns.
     """
-    for task in numba.prange(len(accumulators)):
-        terms = LossTerms(surrogate, kl, denominator, mean_within)
-        sequence_level(batch, terms, ranges, limit, accumulators, task)
+    return run(_task, (batch, terms, ranges, limit, accumulators), room)
 
 
 # --- one long sequence, on all threads --------------------------------------------------------------------------------
-@compiled(parallel=True)
-def collect_parallel(batch, surrogate, kl, denominator, mean_within, sequence, extent, collected, tasks):
-    """As `collect` for the extent of a sequence, to the bit."""
-    for task in numba.prange(tasks):
-        first, last = share(len(collected), task, tasks)
-        start, stop = extent.start + first * BLOCK, min(extent.start + last * BLOCK, extent.stop)
-        terms = LossTerms(surrogate, kl, denominator, mean_within)
-        host_mode = begin_ordinary_floats()
-        collect(batch, terms, sequence, start, stop, collected[first:last])
-        end_ordinary_floats(host_mode)
+@compiled
+def _collect_share(task, batch, terms, sequence, extent, collected, tasks):
+    first, last = share(len(collected), task, tasks)
+    start, stop = extent.start + first * BLOCK, min(extent.start + last * BLOCK, extent.stop)
+    scratch = Scratch(*scratch_for(batch.logps, 0))
+    host_mode = begin_ordinary_floats()
+    collect(batch, terms, sequence, start, stop, scratch, collected[first:last])
+    end_ordinary_floats(host_mode)
+
+
+@compiled
+def collect_long(batch, terms, sequence, extent, collected, tasks, room):
+    """An entry, see `tasks`: as `collect` for the extent of a sequence, to the bit."""
+    return run(_collect_share, (batch, terms, sequence, extent, collected, tasks), room)
 
 
 @compiled
@@ -323,13 +362,17 @@ def conclude_long(batch, terms, tokens, collected, accumulators):
     return coefficients
 
 
-@compiled(parallel=True)
-def spread_parallel(batch, surrogate, kl, denominator, mean_within, coefficients, sequence, extent, tasks):
-    """As `spread` for the extent of a sequence, to the bit."""
-    for task in numba.prange(tasks):
-        first, last = share(block_count(extent.stop - extent.start), task, tasks)
-        start, stop = extent.start + first * BLOCK, min(extent.start + last * BLOCK, extent.stop)
-        terms = LossTerms(surrogate, kl, denominator, mean_within)
-        host_mode = begin_ordinary_floats()
-        spread(batch.grad, batch, terms, coefficients, sequence, start, stop)
-        end_ordinary_floats(host_mode)
+@compiled
+def _spread_share(task, batch, terms, coefficients, sequence, extent, tasks):
+    first, last = share(block_count(extent.stop - extent.start), task, tasks)
+    start, stop = extent.start + first * BLOCK, min(extent.start + last * BLOCK, extent.stop)
+    scratch = Scratch(*scratch_for(batch.logps, 0))
+    host_mode = begin_ordinary_floats()
+    spread(batch.grad, batch, terms, coefficients, sequence, start, stop, scratch)
+    end_ordinary_floats(host_mode)
+
+
+@compiled
+def spread_long(batch, terms, coefficients, sequence, extent, tasks, room):
+    """An entry, see `tasks`: as `spread` for the extent of a sequence, to the bit."""
+    return run(_spread_share, (batch, terms, coefficients, sequence, extent, tasks), room)

@@ -395,6 +395,16 @@ def signed(typingctx, floats):
 
 
 @intrinsic
+def abs_of(typingctx, floats):
+    """|x|, without its sign bit."""
+
+    def codegen(context, builder, sig, args):
+        return _call(builder, f"llvm.fabs.{_suffix(floats)}", floats.llvm, args)
+
+    return floats(floats), codegen
+
+
+@intrinsic
 def bits(typingctx, floats):
     """The IEEE representation of each lane, or of a scalar, as an unsigned integer."""
     integers = floats.of(floats.integer) if isinstance(floats, Vector) else types.uint64

@@ -5,7 +5,6 @@ Each run is prepared once, and then summed for every pair: `_fold` leaves what m
 
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 
 from . import exact
@@ -52,6 +51,7 @@ from .simd import (
     where,
     wide,
 )
+from .tasks import run
 
 # Rows of the scratch array that are free once the KL is summed.
 _FOLDED, _SIZE = F, S
@@ -159,7 +159,7 @@ def sweep_block(samples, start, stop, lows, highs, sums, scratch):
 
 # --- all blocks -------------------------------------------------------------------------------------------------------
 @compiled
-def _accumulate_share(samples, lows, highs, pairs, shared, t):
+def _accumulate_share(t, samples, lows, highs, pairs, shared):
     """Add the blocks that are task t's to its accumulators."""
     rhos = samples.rhos
     scratch = scratch_like(rhos, ROWS)
@@ -183,23 +183,13 @@ def _accumulate_share(samples, lows, highs, pairs, shared, t):
 
 
 @compiled
-def sweep(rhos, advantages, pi_old, pi_ref, unweighted, lows, highs, pairs, shared):
-    """Add all samples, for every pair of bounds, to the accumulators, of which each row is a task's."""
-    for t in range(len(shared)):
-        if unweighted is None:
-            _accumulate_share(Samples(rhos, advantages, pi_old, pi_ref), lows, highs, pairs, shared, t)
-        else:
-            _accumulate_share(UnweightedSamples(rhos, advantages, pi_old, pi_ref), lows, highs, pairs, shared, t)
-
-
-@compiled(parallel=True)
-def sweep_parallel(rhos, advantages, pi_old, pi_ref, unweighted, lows, highs, pairs, shared):
-    """As `sweep`, to the bit, with the tasks on threads."""
-    for t in numba.prange(len(shared)):
-        if unweighted is None:
-            _accumulate_share(Samples(rhos, advantages, pi_old, pi_ref), lows, highs, pairs, shared, t)
-        else:
-            _accumulate_share(UnweightedSamples(rhos, advantages, pi_old, pi_ref), lows, highs, pairs, shared, t)
+def sweep(rhos, advantages, pi_old, pi_ref, unweighted, lows, highs, pairs, shared, room):
+    """An entry, see `tasks`: adds all samples, for every pair of bounds, to the accumulators; each row is a task's."""
+    if unweighted is None:
+        samples = Samples(rhos, advantages, pi_old, pi_ref)
+        return run(_accumulate_share, (samples, lows, highs, pairs, shared), room)
+    samples = UnweightedSamples(rhos, advantages, pi_old, pi_ref)
+    return run(_accumulate_share, (samples, lows, highs, pairs, shared), room)
 
 
 @compiled

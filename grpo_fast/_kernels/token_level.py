@@ -1,37 +1,25 @@
 """The loss at token level, in one pass: each block of a sequence yields its sums and its gradient.
 
-How a block is worked through, `blocks` says; the formulas are in `formulas`. One file, though a long one: which rows of
-the scratch array hold what, and when, is agreed among the steps of a block alone.
+A run goes through one loop, in which a vector of tokens goes from memory to the sums and the gradient: for the loss,
+short loops with a scratch array between them (as `samples` has for probabilities) took 1.5 to 2 times as long. In which
+way a run is computed, `ways` says; the formulas are in `formulas`.
 """
 
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 
-from .blocks import (
-    BLOCK,
-    RUN,
-    load_row,
-    overflowed,
-    prefetch_ahead,
-    prefetch_if_given,
-    run_sum,
-    scratch_like,
-    store_row,
-    vectors_in_run,
-)
-from .compiling import compiled, inlined
-from .elementary import exp, exp_of_any, layout
+from .blocks import BLOCK, RUN, overflowed
+from .compiling import compiled, inlined, inlined_by_type, inlined_or_none
+from .elementary import exp_of_any
 from .float_mode import begin_ordinary_floats, end_ordinary_floats
-from .formulas import count_clipped, kl_term, surrogate_term, times
+from .formulas import add_weighted, count_clipped, kl_term, near_holds, surrogate_term
 from .simd import (
     align_stack,
     bits,
-    fma,
-    from_bits,
     full,
     full_like,
+    is_finite,
     lane_max,
     lane_min,
     lane_sum,
@@ -40,259 +28,303 @@ from .simd import (
     store,
     where,
     wide,
-    wide_squares,
 )
 from .sums import Clipped, Contribution, Numerator, Sums, accumulate, accumulate_numerator
+from .tasks import run
 from .tokens import (
-    LossTerms,
+    FREE_VECTORS,
+    Scratch,
     absent_lanes,
+    begin_block,
     begin_sequence,
+    canonical,
+    deliver_ragged,
     larger_magnitude,
     load_distance,
     load_log_ratio,
-    load_tokens,
-    load_values,
+    load_vector,
     load_weights,
+    mask_of,
+    mask_or_ones,
+    nan_where,
     plus_if_given,
+    prefetch_vector,
+    ragged,
+    scratch_for,
     store_gradient,
-    times_if_given,
+    tokens_of,
     weight_of_token,
     zero_where,
 )
+from .ways import (
+    CAREFUL,
+    FAR,
+    NEAR,
+    Careful,
+    exp_in,
+    far_enough,
+    minus_in,
+    near_enough,
+    plus_in,
+    plus_square_in,
+    weighted_in,
+    zero_in,
+)
 
-# Rows of the scratch array, each RUN vectors long: which lanes are absent; A; log ρ, then ρ, then the policy term; l,
-# then the KL term's derivative.
-_ABSENT, _ADVANTAGE, _RATIO, _KL, _ROWS = range(5)
 
+# --- a run ------------------------------------------------------------------------------------------------------------
+class _RunLanes(NamedTuple):
+    """Of a run, in lanes: sums, extremes, counts."""
 
-# --- one block --------------------------------------------------------------------------------------------------------
-# In the order of use: memory → scratch; log ρ → ρ; l → the KL term; diagnostics; the policy term and the gradient.
-class _LogRange(NamedTuple):
-    """In lanes: Σ log ρ of a run; of the block, the least and largest log ρ, the largest |l|, and Σ A + l, for NaN."""
-
+    policy: Any
+    kl: Any
+    ratio: Any
+    ratio_squared: Any
     log_ratio: Any
-    least: Any
+    check: Any  # in the careful way, Σ A + l + w, which is not finite if one of them is not; else 0
+    least: Any  # log ρ
     most: Any
-    farthest: Any
-    check: Any
+    farthest: Any  # |l|
+    clipped: Clipped
+
+
+# Vectors of the scratch array, after those of `tokens`: the policy terms of a run.
+_POLICY = FREE_VECTORS
+_ROWS = RUN
 
 
 @inlined
-def _load_run(logs, batch, sequence, run_start, stop, scratch):
-    """The ``logs`` with a run; puts into the scratch array which lanes are absent, and A, log ρ and l, 0 there."""
-    zero = full(scratch, 0.0)
-    least, most, farthest, check = logs.least, logs.most, logs.farthest, logs.check
-    log_ratio = zero
-    for v in range(vectors_in_run(scratch, run_start, stop)):
-        i = run_start + v * lanes(scratch)
-        whole = i + lanes(scratch) <= len(batch.logps)
-        logp = load_tokens(batch.logps, i, whole)
-        absent = absent_lanes(batch.mask, i, stop, whole, zero)
-        store_row(scratch, _ABSENT, v, from_bits(absent))
-        log_rho = zero_where(absent, load_log_ratio(logp, batch.old_logps, i, whole))
-        log_ratio += log_rho
-        edge = from_bits(bits(log_rho) | absent)  # NaN where absent: no comparison holds
+def _run(way, terms, tokens, vectors, factor, scratch):
+    """The `_RunLanes` of so many vectors, in one of the `ways`; writes their gradient. ``factor`` is −c_i."""
+    zero = full(scratch.vectors, 0.0)
+    factor = full_like(zero, factor)
+    log_ratio = ratio = squared = kl = zero_in(way, zero)
+    policy = check = farthest = zero
+    least, most = full_like(zero, np.inf), full_like(zero, -np.inf)
+    none = bits(zero)
+    clipped = Clipped(none, none, none)
+    v = 0
+    while True:  # at least once: so nothing keeps LLVM from making constants before the loop over runs
+        prefetch_vector(tokens.logps, v)
+        prefetch_vector(tokens.old_logps, v)
+        prefetch_vector(tokens.ref_logps, v)
+        absent = absent_lanes(tokens.mask, v, zero)
+        logp = load_vector(tokens.logps, v)
+        log_rho = zero_where(absent, load_log_ratio(logp, tokens.old_logps, v))
+        l = zero_where(absent, load_distance(logp, tokens.ref_logps, v))
+        a = zero_where(absent, load_vector(tokens.advantages, v))
+        w = load_weights(tokens.weights, absent, v)
+
+        edge = nan_where(absent, log_rho)
         least = where(edge < least, edge, least)
         most = where(edge > most, edge, most)
-        store_row(scratch, _RATIO, v, log_rho)
-        a = load_values(batch.advantages, batch.advantages_per_token, sequence, i, whole, zero)
-        a = zero_where(absent, a)
-        store_row(scratch, _ADVANTAGE, v, a)
-        check, farthest = _load_distance(batch.ref_logps, logp, absent, i, v, whole, scratch, check + a, farthest)
-        prefetch_ahead(batch.logps, run_start, v)
-    return _LogRange(log_ratio, least, most, farthest, check)
+        farthest = larger_magnitude(l, farthest)
+        check = _checked(way, check, a, l, w)
+        log_ratio = plus_in(way, log_ratio, log_rho)
+
+        rho = _ratio(way, log_rho, tokens.old_logps)
+        present = zero_where(absent, rho)
+        ratio = plus_in(way, ratio, present)
+        squared = plus_square_in(way, squared, present)
+        clipped = count_clipped(way, terms.surrogate, rho, a, clipped)
+        kl, penalty_slope = _add_penalty(way, terms.kl, terms.weighting, rho, l, kl)
+
+        term = surrogate_term(way, terms.surrogate, _ratio_that_matters(way, rho, a), a, logp)
+        value = weighted_in(way, w, term.value)
+        policy += value
+        if lanes(scratch.vectors) > 8:  # see `_policy_sum`
+            store(scratch.vectors, (_POLICY + v) * lanes(scratch.vectors), value)
+        gradient = factor * weighted_in(way, w, term.slope)
+        gradient = _less_penalty(way, terms.kl, factor, gradient, penalty_slope)
+        store_gradient(tokens.grad, v, zero_where(absent, gradient))
+        v += 1
+        if v >= vectors:
+            break
+    return _RunLanes(policy, kl, ratio, squared, log_ratio, check, least, most, farthest, clipped)
+
+
+@inlined_by_type
+def _checked(way, check, a, l, w):
+    if way.instance_class is not Careful:
+        return lambda way, check, a, l, w: check
+    return lambda way, check, a, l, w: plus_if_given(check + a + l, w)
 
 
 @inlined
-def _load_distance(ref_logps, logp, absent, i, v, whole, scratch, check, farthest):
-    """``check`` and the largest |l| with those of a vector, whose l is put into the scratch array; if there is one."""
-    if ref_logps is None:
-        return check, farthest
-    l = load_distance(logp, ref_logps, absent, i, whole)
-    store_row(scratch, _KL, v, l)
-    return check + l, larger_magnitude(l, farthest)
-
-
-@inlined
-def _to_ratios(old_logps, run_start, stop, scratch, log_ratio, careful):
-    """Turn log ρ into ρ; return the run's Σ log ρ in float64 lanes, which is ``log_ratio`` unless that overflowed."""
-    in_float64 = wide(full(scratch, 0.0))
-    for v in range(vectors_in_run(scratch, run_start, stop)):
-        prefetch_if_given(old_logps, run_start, v)
-        log_rho = load_row(scratch, _RATIO, v)
-        if careful:
-            in_float64 += wide(log_rho)
-        store_row(scratch, _RATIO, v, _ratio(log_rho, old_logps, careful))
-    return run_sum(log_ratio, in_float64, careful)
-
-
-@inlined
-def _ratio(log_rho, old_logps, careful):
+def _ratio(way, log_rho, old_logps):
     """ρ; 1 on-policy, whatever log ρ is."""
     if old_logps is None:
         return full_like(log_rho, 1.0)
-    if careful:
-        return exp_of_any(log_rho)
-    return exp(log_rho)
+    return exp_in(way, log_rho)
+
+
+@inlined_by_type
+def _ratio_that_matters(way, rho, a):
+    """ρ where it makes a difference: where A is 0, the policy term is 0 whatever ρ is, but ∞·0 is not."""
+    if way.instance_class is Careful:
+        return lambda way, rho, a: where(a == 0.0, full_like(rho, 1.0), rho)
+    return lambda way, rho, a: rho
 
 
 @inlined
-def _kl_sum(kl, batch, run_start, stop, scratch, careful):
-    """Turn l into the KL term's derivative, if there is a gradient; return the run's Σ of the term in float64 lanes."""
-    total = full(scratch, 0.0)
-    in_float64 = wide(total)
+def _add_penalty(way, kl, weighting, rho, l, total):
+    """``total`` with the KL term as penalised, without β, and the term's derivative by log π_θ; or 0 without one."""
     if kl is None:
-        return in_float64
-    for v in range(vectors_in_run(scratch, run_start, stop)):
-        prefetch_ahead(batch.ref_logps, run_start, v)
-        rho = load_row(scratch, _RATIO, v)
-        term = kl_term(kl, load_row(scratch, _KL, v), careful)
-        value, slope = term.value, term.slope
-        if kl.importance_weighted:
-            value, slope = _product(rho, value, careful), _product(rho, term.value_and_slope, careful)
-        total += value
-        if careful:
-            in_float64 += wide(value)
-        if batch.grad is not None:
-            store_row(scratch, _KL, v, slope)
-    return run_sum(total, in_float64, careful)
+        return total, full_like(l, 0.0)
+    term = kl_term(way, kl, l)
+    return add_weighted(way, weighting, rho, term, total)
 
 
 @inlined
-def _product(a, b, careful):
-    """a·b, with 0·∞ = 0 if ``careful``: else nothing is infinite."""
-    if careful:
-        return times(a, b)
-    return a * b
+def _less_penalty(way, kl, factor, gradient, slope):
+    """The gradient less ``factor``·β·(the derivative of the KL term)."""
+    if kl is None:
+        return gradient
+    return minus_in(way, gradient, factor * kl.beta, slope)
 
 
-class _RatioSums(NamedTuple):
-    """Of a block, in lanes: Σ ρ and Σ ρ² (float64), and the counts of clipped tokens."""
+# --- a block ----------------------------------------------------------------------------------------------------------
+class _BlockLanes(NamedTuple):
+    """Of a block, in lanes: sums in float64; Σ A + l + w of runs computed in the careful way; extremes; counts."""
 
-    ratio: Any
-    ratio_squared: Any
+    sums: Sums
+    check: Any
+    least: Any
+    most: Any
     clipped: Clipped
 
 
 @inlined
-def _add_ratios(sums, surrogate, run_start, stop, scratch, careful):
-    """The ``sums`` with those of a run; if ``careful``, leaves 1 for ρ where A = 0: nobody needs it further on.
-
-    For the policy term is 0 there whatever ρ is, but ∞·0 is not.
-    """
-    clipped = sums.clipped
-    ratio = full(scratch, 0.0)
-    squared = ratio
-    wide_ratio = wide(ratio)
-    wide_squared = sums.ratio_squared
-    for v in range(vectors_in_run(scratch, run_start, stop)):
-        rho = load_row(scratch, _RATIO, v)
-        present = zero_where(bits(load_row(scratch, _ABSENT, v)), rho)
-        ratio += present
-        if careful:  # in float32 the square could overflow or vanish
-            wide_ratio += wide(present)
-            wide_squared += wide_squares(present)
-        else:
-            squared = fma(present, present, squared)
-        a = load_row(scratch, _ADVANTAGE, v)
-        clipped = count_clipped(surrogate, rho, a, clipped)
-        if careful:
-            store_row(scratch, _RATIO, v, where(a == 0.0, full_like(rho, 1.0), rho))
-    return _RatioSums(sums.ratio + run_sum(ratio, wide_ratio, careful), wide_squared + wide(squared), clipped)
+def _empty_block(zero):
+    none = wide(zero)
+    zeros = bits(zero)
+    sums = Sums(none, none, none, none, none)
+    infinity = full_like(zero, np.inf)
+    return _BlockLanes(sums, zero, infinity, -infinity, Clipped(zeros, zeros, zeros))
 
 
 @inlined
-def _policy_sum(batch, terms, factor, sequence, run_start, stop, scratch):
-    """Turn ρ into the policy term, and write the gradient if there is a place for it.
-
-    Returns the run's Σ of the policy term, in float64 lanes, and Σ of the rollout weights, in lanes.
-    """
-    total = full(scratch, 0.0)
-    weights = total
-    factor = full_like(total, factor)
-    for v in range(vectors_in_run(scratch, run_start, stop)):
-        i = run_start + v * lanes(scratch)
-        absent = bits(load_row(scratch, _ABSENT, v))
-        whole = i + lanes(scratch) <= len(batch.logps)
-        logp = zero_where(absent, load_tokens(batch.logps, i, whole))
-        term = surrogate_term(terms.surrogate, load_row(scratch, _RATIO, v), load_row(scratch, _ADVANTAGE, v), logp)
-        w = load_weights(batch.weights, batch.weights_per_token, sequence, i, whole, absent)
-        weights = plus_if_given(weights, w)
-        value = times_if_given(w, term.value)
-        store_row(scratch, _RATIO, v, value)
-        total += value
-        gradient = _less_kl(terms.kl, factor, factor * times_if_given(w, term.slope), scratch, v)
-        store_gradient(batch.grad, i, stop, zero_where(absent, gradient))
-    in_float64 = wide(total)
-    if overflowed(scratch, in_float64):
-        in_float64 = wide(full(scratch, 0.0))
-        for v in range(vectors_in_run(scratch, run_start, stop)):
-            in_float64 += wide(load_row(scratch, _RATIO, v))
-    return in_float64, weights
+def _plus_run(block, run, policy):
+    """The `_BlockLanes` with those of a run, whose Σ of the policy term is ``policy``."""
+    sums = Sums(
+        block.sums.surrogate + policy,
+        block.sums.kl + wide(run.kl),
+        block.sums.ratio + wide(run.ratio),
+        block.sums.ratio_squared + wide(run.ratio_squared),
+        block.sums.log_ratio + wide(run.log_ratio),
+    )
+    return _BlockLanes(
+        sums,
+        block.check + run.check,
+        where(run.least < block.least, run.least, block.least),
+        where(run.most > block.most, run.most, block.most),
+        Clipped(block.clipped.low + run.clipped.low, block.clipped.high + run.clipped.high, block.clipped.hard + run.clipped.hard),
+    )
 
 
 @inlined
-def _less_kl(kl, factor, gradient, scratch, v):
-    """The gradient less ``factor``·β·(the derivative of the KL term)."""
-    if kl is None:
-        return gradient
-    beta = factor * kl.beta  # which, being 0, switches off a slope of ∞, too
-    return gradient - where(beta == 0.0, full_like(beta, 0.0), beta * load_row(scratch, _KL, v))
+def _policy_sum(policy, vectors, scratch):
+    """Σ of the policy term of a run in float64 lanes, of that in the dtype's.
+
+    Sixteen float32 terms may overflow though their mean is finite. The policy term does by its advantage or by ε, on
+    which no other sum may depend: so it alone is added again, in float64, and the way stays.
+    """
+    in_float64 = wide(policy)
+    if overflowed(scratch.vectors, in_float64):
+        in_float64 = wide(full(scratch.vectors, 0.0))
+        for v in range(vectors):
+            in_float64 += wide(load(scratch.vectors, (_POLICY + v) * lanes(policy)))
+    return in_float64
+
+
+@inlined
+def _largest_log(run):
+    """The largest |log ρ| or |l| of a run, in lanes."""
+    size = where(run.most > run.farthest, run.most, run.farthest)
+    return where(-run.least > size, -run.least, size)
+
+
+@inlined
+def _is_sound(run, policy):
+    """Whether nothing in a run is infinite or NaN: one of these sums would be, by a number read or by one computed."""
+    return is_finite(policy + wide(run.kl) + wide(run.log_ratio))
 
 
 @compiled(allocates=False)
 def token_block(batch, terms, factor, sequence, start, stop, scratch):
     """The contribution of the tokens of a sequence from ``start`` to ``stop``; writes their gradient on the way.
 
-    ``factor`` is −c_i. In the fast way, and again in the careful way where the numbers left the range in which the fast
-    one is right.
+    ``factor`` is −c_i. A run is up to RUN whole vectors, or what is left of one at the end. The first whole one begins
+    in the near way, each other in that of the one before.
     """
     align_stack()
-    zero = full(scratch, 0.0)
-    none = bits(zero)
-    limit = layout(zero).square_limit
-    careful = False
-    while True:  # at most twice; a loop, so that the code is there once
-        log_ratio = wide(zero)
-        logs = _LogRange(zero, full_like(zero, np.inf), full_like(zero, -np.inf), zero, zero)
-        kl = wide(zero)
-        policy = wide(zero)
-        weights = zero
-        ratios = _RatioSums(wide(zero), wide(zero), Clipped(none, none, none))
-        for run_start in range(start, stop, RUN * lanes(scratch)):
-            logs = _load_run(logs, batch, sequence, run_start, stop, scratch)
-            if careful:  # outside of the loops, which keep their constants in registers only if nothing branches there
-                log_ratio += _to_ratios(batch.old_logps, run_start, stop, scratch, logs.log_ratio, True)
-                kl += _kl_sum(terms.kl, batch, run_start, stop, scratch, True)
-                ratios = _add_ratios(ratios, terms.surrogate, run_start, stop, scratch, True)
-            else:
-                log_ratio += _to_ratios(batch.old_logps, run_start, stop, scratch, logs.log_ratio, False)
-                kl += _kl_sum(terms.kl, batch, run_start, stop, scratch, False)
-                ratios = _add_ratios(ratios, terms.surrogate, run_start, stop, scratch, False)
-            policy_of_run, weights_of_run = _policy_sum(batch, terms, factor, sequence, run_start, stop, scratch)
-            policy += policy_of_run
-            weights += weights_of_run
-        least, most = lane_min(logs.least), lane_max(logs.most)
-        if careful or (least >= -limit and most <= limit and lane_max(logs.farthest) <= limit):
-            break
-        careful = True
+    begin_block(batch, sequence, scratch)
+    step = lanes(scratch.vectors)
+    zero = full(scratch.vectors, 0.0)
+    block = _empty_block(zero)
+    may_be_near = near_holds(terms.surrogate)
+    near = may_be_near
+    i = start
+    while i < stop:
+        if near and stop - i >= step:
+            while True:
+                vectors = min(RUN, (stop - i) // step)
+                tokens = tokens_of(batch, mask_of(batch.mask, i, scratch), i, scratch)
+                run = _run(NEAR, terms, tokens, vectors, factor, scratch)
+                policy = _policy_sum(run.policy, vectors, scratch)
+                near = near_enough(_largest_log(run)) and _is_sound(run, policy)
+                if not near:
+                    break
+                block = _plus_run(block, run, policy)
+                i += vectors * step
+                if stop - i < step:
+                    break
+        careful = False
+        if stop - i >= step:
+            while True:
+                vectors = min(RUN, (stop - i) // step)
+                tokens = tokens_of(batch, mask_of(batch.mask, i, scratch), i, scratch)
+                run = _run(FAR, terms, tokens, vectors, factor, scratch)
+                policy = _policy_sum(run.policy, vectors, scratch)
+                size = _largest_log(run)
+                near = may_be_near and near_enough(size)
+                careful = not (far_enough(size) and _is_sound(run, policy))
+                if careful:
+                    break
+                block = _plus_run(block, run, policy)
+                i += vectors * step
+                if near or stop - i < step:
+                    break
+        if careful or 0 < stop - i < step:  # the ragged end
+            whole = min(RUN, (stop - i) // step)
+            vectors = max(whole, 1)
+            tokens = tokens_of(batch, mask_or_ones(batch.mask, i, scratch), i, scratch)
+            if whole == 0:
+                tokens = ragged(tokens, stop - i, scratch)
+            careful_run = _run(CAREFUL, terms, tokens, vectors, factor, scratch)
+            canonical(tokens.grad, vectors)
+            block = _plus_run(block, careful_run, _policy_sum(careful_run.policy, vectors, scratch))
+            if whole == 0:
+                deliver_ragged(batch.grad, i, stop - i, scratch)
+            i += vectors * step
     # exp is known for vectors only; what else is in this one is of no interest.
-    scratch[0], scratch[1] = least, most
-    store(scratch, 0, exp_of_any(load(scratch, 0)))
+    least, most = lane_min(block.least), lane_max(block.most)
+    scratch.vectors[0], scratch.vectors[1] = least, most
+    store(scratch.vectors, 0, exp_of_any(load(scratch.vectors, 0)))
     sums = Sums(
-        surrogate=lane_sum(policy),
-        kl=lane_sum(kl),
-        ratio=lane_sum(ratios.ratio),
-        ratio_squared=lane_sum(ratios.ratio_squared),
-        log_ratio=lane_sum(log_ratio),
+        surrogate=lane_sum(block.sums.surrogate),
+        kl=lane_sum(block.sums.kl),
+        ratio=lane_sum(block.sums.ratio),
+        ratio_squared=lane_sum(block.sums.ratio_squared),
+        log_ratio=lane_sum(block.sums.log_ratio),
     )
-    clipped = ratios.clipped
+    low, high, hard = block.clipped
     return Contribution(
         sums,
-        Clipped(np.int64(lane_sum(clipped.low)), np.int64(lane_sum(clipped.high)), np.int64(lane_sum(clipped.hard))),
-        not np.isfinite(sums.log_ratio + lane_sum(logs.check + weights)),
-        np.float64(scratch[0]),
-        np.float64(scratch[1]),
+        Clipped(np.int64(lane_sum(low)), np.int64(lane_sum(high)), np.int64(lane_sum(hard))),
+        not np.isfinite(sums.log_ratio + lane_sum(block.check)),
+        np.float64(scratch.vectors[0]),
+        np.float64(scratch.vectors[1]),
     )
 
 
@@ -325,12 +357,8 @@ def _begin_item(batch, spans, item, limit, accumulator):
 
 
 @compiled
-def token_level(batch, terms, spans, ranges, limit, accumulators, task):
-    """Add the ranges that are a task's to its accumulator, and write their gradient; tasks take the ranges in turns.
-
-    A row of ``ranges`` is a range of sequences, of which those longer than ``limit`` are left out; or of ``spans``.
-    """
-    scratch = scratch_like(batch.logps, _ROWS)
+def _task(task, batch, terms, spans, ranges, limit, accumulators):
+    scratch = Scratch(*scratch_for(batch.logps, _ROWS))
     accumulator = accumulators[task]
     host_mode = begin_ordinary_floats()
     for r in range(task, len(ranges), len(accumulators)):
@@ -348,12 +376,11 @@ def token_level(batch, terms, spans, ranges, limit, accumulators, task):
     end_ordinary_floats(host_mode)
 
 
-@compiled(parallel=True)
-def token_level_parallel(batch, surrogate, kl, denominator, mean_within, spans, ranges, limit, accumulators):
-    """`token_level` for all tasks, one for each accumulator, on threads; to the bit the same for any number.
+@compiled
+def token_level(batch, terms, spans, ranges, limit, accumulators, room):
+    """An entry, see `tasks`: adds the ranges of each task to its accumulator, and writes their gradient.
 
-    The members of `LossTerms` come one by one: into a prange goes no tuple of tuples.
+    A row of ``ranges`` is a range of sequences, of which those longer than ``limit`` are left out; or of ``spans``.
+    Tasks, of which each has an accumulator, take the ranges in turns.
     """
-    for task in numba.prange(len(accumulators)):
-        terms = LossTerms(surrogate, kl, denominator, mean_within)
-        token_level(batch, terms, spans, ranges, limit, accumulators, task)
+    return run(_task, (batch, terms, spans, ranges, limit, accumulators), room)
