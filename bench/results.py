@@ -39,6 +39,14 @@ class Results:
         ratios = self.ratios(a, b, **facts)
         return median(ratios) if ratios else None
 
+    def slopes(self, **facts: Any) -> list[float]:
+        """Seconds for each n more, from the smallest to the largest that was measured, in each round."""
+        sizes = sorted(self.values("n", **facts))
+        if len(sizes) < 2:
+            return []
+        few, many = (self.times(n=n, **facts) for n in (sizes[0], sizes[-1]))
+        return [(b - a) / (sizes[-1] - sizes[0]) for a, b in zip(few, many, strict=False)]
+
 
 def spread(seconds: Sequence[float]) -> float:
     """Half of the distance between the quartiles over the median."""
