@@ -28,6 +28,7 @@ PLACES: dict[Path, dict[str, Callable[[Results], Iterator[str]]]] = {
         "torch": speed_tables.torch,
         "files": speed_tables.files,
         "threads": speed_tables.threads,
+        "floor": speed_tables.floor,
         "targets": targets,
     },
     README: {"speed": speed_tables.summary},

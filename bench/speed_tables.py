@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 from bench_files import PEERS as FILE_PEERS
 from bench_torch import PEERS as TORCH_PEERS
+from floor_cases import PEERS as FLOOR_PEERS
 from loss_peers import LEVELS
 from loss_peers import PEERS as LOSS_PEERS
 from objective_peers import PEERS as OBJECTIVE_PEERS
 from pages import prose, table
 from results import Cell, Results, noisy, ratio_cell, row_of, spread, time_cell
 
-OURS, IN_PLACE = "grpo_fast", "grpo_fast, in place"
+OURS, IN_PLACE, FLOOR = "grpo_fast", "grpo_fast, in place", "C floor"
 READ, READ_AND_WRITE, READ_FILE = "read-only roof", "read-and-write roof", "pyarrow, read only"
 LARGE = 4096 * 4096  # tokens: the largest batches
 OF_A_ROOF = 1_000_000  # from so many on nothing fits a cache
@@ -28,6 +29,7 @@ PEERS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "loss": ("grpo_loss", LOSS_PEERS),
     "files": ("evaluate", FILE_PEERS),
     "torch": ("the torch operator", TORCH_PEERS),
+    "floor": ("what lies in a cache", FLOOR_PEERS),
 }
 
 Facts = dict[str, Any]  # of results
@@ -183,6 +185,29 @@ def threads(results: Results) -> Iterator[str]:
     cases = [(row["function"], row["dtype"]) for row in results.all(work="threads", threads=1)]
     head = ["16.8 M tokens or 20 M samples", "1 thread", *(f"{n} threads" for n in counts[1:])]
     yield from steady_table(head, (row(*case) for case in cases))
+
+
+def floor(results: Results) -> Iterator[str]:
+    """What a token takes in a cache, on one thread, beside the same loop in C."""
+
+    def row(facts: Facts) -> Row:
+        ours, by_hand = (results.slopes(peer=peer, **facts) for peer in (OURS, FLOOR))
+        ratio = Cell(f"{median(a / b for a, b in zip(ours, by_hand, strict=True)):.2f}" if by_hand else "–")
+        instructions = Cell(str(next((row["instructions"] for row in results.all(peer=FLOOR, **facts)), "–")))
+        name = f"`{facts['function']}`, {facts['way']}, {facts['dtype']}"
+        return Row(name, [ours], [nanoseconds(ours), nanoseconds(by_hand), ratio, instructions])
+
+    def nanoseconds(slopes: list[float]) -> Cell:
+        return Cell(f"{1e9 * median(slopes):.2f} ns ± {spread(slopes):.0%}", median(slopes)) if slopes else Cell("–")
+
+    rows = results.all(work="floor", peer=OURS)
+    cases = dict.fromkeys((row["function"], row["way"], row["dtype"]) for row in rows)
+    head = ["in a cache, one thread", OURS, FLOOR, f"{OURS} / {FLOOR}", "instructions of the C"]
+    names = ("work", "function", "way", "dtype")
+    yield from steady_table(head, (row(dict(zip(names, ("floor", *case), strict=True))) for case in cases))
+    if rows:
+        compiled = [f"C by {row['compiler']}, for AVX2; " for row in results.all(work="floor", peer=FLOOR)[:1]]
+        yield from prose(f"{''.join(compiled)}grpo_fast for {rows[0]['cpu']}. Measured on {machine(results)}")
 
 
 # --- the table of README.md -------------------------------------------------------------------------------------------

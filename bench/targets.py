@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from bench_objective import OTHERS
 from pages import prose, table
 from results import Results, noisy
-from speed_tables import IN_PLACE, LARGE, OURS, READ, READ_FILE
+from speed_tables import FLOOR, IN_PLACE, LARGE, OURS, READ, READ_FILE
 
 VALUE = "without gradient"
 SMALL = (3, 10, 100, 1000)  # samples
@@ -85,6 +85,19 @@ def _losses(results: Results) -> Iterator[Target]:
             yield Target(work, "`grad=False`", "≤ 1.4×", ratios(ours, VALUE))
 
 
+def _in_cache(results: Results) -> Iterator[Target]:
+    for row in results.all(work="floor", peer=OURS, n=min(results.values("n", work="floor"), default=0)):
+        facts = {name: row[name] for name in ("work", "function", "way", "dtype")}
+        ours, floor = (results.slopes(peer=peer, **facts) for peer in (OURS, FLOOR))
+        is_loss = row["function"] == "grpo_loss"
+        work = f"`{'grpo_loss(grad=array)' if is_loss else 'grpo_objective'}`, in cache, {row['way']}, {row['dtype']}"
+        ratios = [a / b for a, b in zip(ours, floor, strict=False)]
+        yield Target(work, FLOOR, "≤ 1.15×" if is_loss else "≤ 1.0×", ratios)
+        if is_loss and row["dtype"] == "float32":
+            bound = "≤ 1.1 ns" if row["way"] == "near" else "≤ 1.6 ns"
+            yield Target(work, "its time a token", bound, [1e9 * seconds for seconds in ours], " ns")
+
+
 def _packed(results: Results) -> Iterator[Target]:
     for row in results.all(work="packed", peer="short"):
         facts = {"work": "packed", "dtype": row["dtype"], "level": row["level"]}
@@ -121,4 +134,4 @@ def _starts(results: Results) -> Iterator[Target]:
         yield Target(work, "its time", "≤ 5 s", row["times"], " s")
 
 
-_KINDS = (_large_objectives, _small_objectives, _losses, _packed, _memory, _files, _starts)
+_KINDS = (_large_objectives, _small_objectives, _losses, _in_cache, _packed, _memory, _files, _starts)

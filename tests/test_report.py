@@ -59,6 +59,16 @@ def of_loss(n, ours, in_place, dtype="float32", **peers):
         yield [ratio * x for x in ours], facts | {"peer": peer.replace("_", " ")}
 
 
+def of_floor(function, dtype, per_token, **by_hand):
+    """Rows of a function near 1: 5 µs a call and ``per_token`` seconds; if given, the C's 1 µs and its seconds."""
+    facts = {"work": "floor", "function": function, "way": "near", "dtype": dtype, "cpu": "made-up", "missing": {}}
+    for n in (4096, 16384):
+        yield steady(5e-6 + n * per_token), facts | {"peer": "grpo_fast", "n": n}
+        for seconds in by_hand.values():
+            compiled = {"compiler": "cc 1.2", "instructions": 122}
+            yield steady(1e-6 + n * seconds), facts | {"peer": "C floor", "n": n} | compiled
+
+
 def cells(line):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
@@ -132,6 +142,28 @@ def test_of_each_table_no_row_is_without_its_fastest(tmp_path):
     assert (row["1 thread"], row["2 threads"]) == ("400 ms ± 2%", "**1.33 (67%)**")
 
 
+def test_what_a_call_takes_is_not_in_the_times_beside_the_floor(tmp_path):
+    found = saved(
+        tmp_path,
+        *of_floor("grpo_loss", "float64", 4e-9, C=2e-9),
+        *of_floor("grpo_loss", "float32", 1e-9, C=1e-9),
+        *of_floor("grpo_objective", "float64", 2e-9),  # without a compiler
+    )
+    rows = body(speed_tables.floor(found))
+    alike, alone = rows["`grpo_loss`, near, float32"], rows["`grpo_objective`, near, float64"]
+    assert list(rows["`grpo_loss`, near, float64"].values())[1:] == ["4.00 ns ± 2%", "**2.00 ns ± 2%**", "2.00", "122"]
+    assert alike["grpo_fast / C floor"] == "1.00"
+    assert list(alone.values())[1:] == ["**2.00 ns ± 2%**", "–", "–", "–"]
+    reached = {(row[0], row[1]): row[2:] for row in map(cells, targets.targets(found)) if "in cache" in row[0]}
+    assert reached == {
+        ("`grpo_loss(grad=array)`, in cache, near, float64", "C floor"): ["≤ 1.15×", "2.00×", "no"],
+        ("`grpo_loss(grad=array)`, in cache, near, float32", "C floor"): ["≤ 1.15×", "1.00×", "yes"],
+        ("`grpo_loss(grad=array)`, in cache, near, float32", "its time a token"): ["≤ 1.1 ns", "1.00 ns", "yes"],
+    }
+    assert list(speed_tables.floor(saved(tmp_path))) == []
+    assert saved(tmp_path, *of_loss(4096, steady(1.0), steady(1.0))).slopes(work="loss", peer="grpo_fast") == []
+
+
 # --- what is left out, and who is missing -----------------------------------------------------------------------------
 def test_noisy_rows_are_left_out_and_named(tmp_path):
     found = saved(
@@ -178,7 +210,10 @@ def test_who_is_missing_is_made_from_the_rows(tmp_path):
     assert speed_tables.missing(found) == [
         "JAX is missing from grpo_objective: No module named 'jax'.",
         "numexpr is missing from grpo_objective: not measured.",
-        *(f"Of {work} nothing was measured." for work in ("grpo_loss", "evaluate", "the torch operator")),
+        *(
+            f"Of {work} nothing was measured."
+            for work in ("grpo_loss", "evaluate", "the torch operator", "what lies in a cache")
+        ),
     ]
 
 
