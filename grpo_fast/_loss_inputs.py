@@ -96,6 +96,14 @@ class _Expected(NamedTuple):
     def per_token_or_sequence(self, name: str, value: Any) -> tuple[bool, Array]:
         """Whether an argument has one number for each token, else for each sequence; and its flat array."""
         sequences = len(self.bounds) - 1
+        if (
+            type(value) is np.ndarray
+            and value.dtype is self.dtype
+            and value.shape == (sequences,)
+            and len(self.shape) == 2
+            and value.flags.carray
+        ):  # as nearly always
+            return False, value
         array = value if self._is_as_needed(value) else np.atleast_1d(real(name, value))
         per_token = array.shape == self.shape or (len(self.shape) == 1 and array.shape == (1, *self.shape))
         per_sequence = array.shape in ((sequences,), (sequences, 1))
@@ -183,7 +191,7 @@ def _refuse_overlap(grad: Array, **arguments: Any) -> None:
     for name, values in arguments.items():
         if values is None or isinstance(values, (list, tuple)):
             continue
-        array = as_array(name, values)
+        array = values if type(values) is np.ndarray else as_array(name, values)
         if np.may_share_memory(grad, array) and np.shares_memory(grad, array):  # the first is quick, the second exact
             raise ValueError(f"grad must not overlap another argument, got memory of {name}")
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._kernels import roof, threads
+from ._kernels.tasks import perform
 
 
 def read(a: NDArray[Any], b: NDArray[Any], c: NDArray[Any], d: NDArray[Any]) -> float:
@@ -17,11 +18,9 @@ def read(a: NDArray[Any], b: NDArray[Any], c: NDArray[Any], d: NDArray[Any]) -> 
     It uses all threads when they are large, as `grpo_objective` does.
     """
     with threads.tasks(a.size) as tasks:
-        if tasks == 1:
-            return float(roof.read(a, b, c, d, 0, a.size))
         sums = np.zeros(tasks)
-        roof.read_parallel(a, b, c, d, sums)
-        return float(sums.sum())
+        perform(roof.read, (a, b, c, d, sums), tasks)
+    return float(sums.sum())
 
 
 def side_by_side(functions: Mapping[str, Callable[[], Any]], seconds: float = 3.0) -> dict[str, list[float]]:

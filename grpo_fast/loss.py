@@ -175,30 +175,30 @@ def _at_token_level(batch: Batch, terms: LossTerms, accumulators: Array) -> None
     """Add a batch to the accumulators, of which each is a task's, and write its gradient."""
     tasks = len(accumulators)
     if tasks == 1:
-        arguments = (batch, terms, None, _all_sequences(batch), batch.logps.size, accumulators)
+        arguments = (*batch, *terms, None, _all_sequences(batch), batch.logps.size, accumulators)
         perform(token_level.token_level, arguments, tasks)
         return
     ranges, limit, long = _ranges(batch, tasks)
     if len(long) < len(batch.bounds) - 1:  # there are others
-        perform(token_level.token_level, (batch, terms, None, ranges, limit, accumulators), tasks)
+        perform(token_level.token_level, (*batch, *terms, None, ranges, limit, accumulators), tasks)
     if long:
         spans = [_spans(batch, sequence, tasks, accumulators) for sequence in long]
         together = token_level.Spans(*(np.concatenate(column) for column in zip(*spans, strict=True)))
         numbers = np.arange(len(together.start) + 1, dtype=np.int64)
         each = np.column_stack((numbers[:-1], numbers[1:]))
-        perform(token_level.token_level, (batch, terms, together, each, limit, accumulators), tasks)
+        perform(token_level.token_level, (*batch, *terms, together, each, limit, accumulators), tasks)
 
 
 def _at_sequence_level(batch: Batch, terms: LossTerms, accumulators: Array) -> None:
     """Add a batch to the accumulators, of which each is a task's, and write its gradient."""
     tasks = len(accumulators)
     if tasks == 1:
-        arguments = (batch, terms, _all_sequences(batch), batch.logps.size, accumulators)
+        arguments = (*batch, *terms, _all_sequences(batch), batch.logps.size, accumulators)
         perform(sequence_level.sequence_level, arguments, tasks)
         return
     ranges, limit, long = _ranges(batch, tasks)
     if len(long) < len(batch.bounds) - 1:  # there are others
-        perform(sequence_level.sequence_level, (batch, terms, ranges, limit, accumulators), tasks)
+        perform(sequence_level.sequence_level, (*batch, *terms, ranges, limit, accumulators), tasks)
     for sequence in long:
         extent = _begin_long_sequence(batch, sequence, accumulators)
         if extent.tokens:

@@ -17,6 +17,9 @@ from ._kernels.exact import Exact
 from ._kernels.sums import Clipped, Numerator, Sums, Totals
 from .terms import CISPO, Clip, Options
 
+#: What `Stats` makes of a kernel's sums when it is first asked for.
+_MADE_LATER = ("sums", "numerator", "clipped", "least_ratio", "largest_ratio")
+
 #: Below it, squares have lost digits, being subnormal.
 _LEAST_SQUARES = sys.float_info.min / sys.float_info.epsilon
 
@@ -104,7 +107,7 @@ class Stats(_Additive):
         Number of sequences, those without an unmasked token included; NaN for probabilities, which know none.
     """
 
-    # `sums` and `numerator` must have no defaults: as attributes of the class these would hide `__getattr__`.
+    # Those of _MADE_LATER must have no defaults: as attributes of the class these would hide `__getattr__`.
     options: Options = _added_by(_same)  # noqa: RUF009 - a dataclass field
     tokens: int
     sequence_count: int | None = _added_by(_if_known)
@@ -118,27 +121,25 @@ class Stats(_Additive):
     def of(cls, options: Options, totals: Totals, sequence_count: int | None) -> Self:
         """The `Stats` of what the kernels have added up."""
         stats = cls.__new__(cls)
-        stats.__dict__.update(
-            options=options,
-            tokens=totals.tokens,
-            sequence_count=sequence_count,
-            clipped=Clipped(totals.clipped_low, totals.clipped_high, totals.clipped_hard),
-            least_ratio=totals.least_ratio,
-            largest_ratio=totals.largest_ratio,
-            _totals=totals,
-        )
+        stats.__dict__.update(options=options, tokens=totals.tokens, sequence_count=sequence_count, _totals=totals)
         return stats
 
     def __getattr__(self, name: str) -> Any:
-        """``sums`` and ``numerator``, when first asked for: to make them of limbs takes a third of a small call."""
-        if name not in ("sums", "numerator"):
+        """The other fields, when one is first asked for: to make them takes a third of a small call."""
+        if name not in _MADE_LATER:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
         totals = self._totals
-        sums = Sums(*Exact.of_limbs(totals.sums))
+        sums = Sums(*Exact.of_limbs(totals.limbs["sums"][0]))
         numerator = Numerator(sums.surrogate, sums.kl)
         if self.options.mean_within:
-            numerator = Numerator(*Exact.of_limbs(totals.numerator))
-        self.__dict__.update(sums=sums, numerator=numerator)
+            numerator = Numerator(*Exact.of_limbs(totals.limbs["numerator"][0]))
+        self.__dict__.update(
+            sums=sums,
+            numerator=numerator,
+            clipped=Clipped(totals.clipped_low, totals.clipped_high, totals.clipped_hard),
+            least_ratio=totals.least_ratio,
+            largest_ratio=totals.largest_ratio,
+        )
         return self.__dict__[name]
 
     def __getstate__(self) -> dict[str, Any]:

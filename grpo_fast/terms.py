@@ -321,5 +321,7 @@ class Options(
             raise ValueError(f"normalizer must be above 0 where a token counts, got {self.normalizer!r}")
         if self.normalizer:
             return self.normalizer
-        counted = {"token-mean": tokens, "token-sum": 1}.get(self.aggregation, sequences)
+        if self.aggregation == "token-sum":
+            return 1.0
+        counted = tokens if self.aggregation == "token-mean" else sequences
         return float(max(counted or 0, 1))  # to a kernel an int would be another type

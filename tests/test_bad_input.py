@@ -223,9 +223,7 @@ def test_read_only_arrays_are_read_by_the_same_machine_code(n):
     dispatchers = [
         sample_blocks.objective_block,
         sample_blocks.totals,
-        sample_blocks.totals_parallel,
         sweep_blocks.sweep,
-        sweep_blocks.sweep_parallel,
     ]
     expected = [grpo_objective(*arrays), grpo_stats(*arrays), sweep(*arrays).objective.tolist()]
     compiled = [len(d.signatures) for d in dispatchers]

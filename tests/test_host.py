@@ -79,8 +79,9 @@ def test_importing_compiles_nothing_and_starts_no_thread():
     script = """
 import threading
 import grpo_fast
-from grpo_fast._kernels.sample_blocks import totals, totals_parallel
-print(threading.active_count(), [len(kernel.signatures) for kernel in (totals, totals_parallel)])
+from grpo_fast._kernels.sample_blocks import totals
+from grpo_fast._kernels.tasks import _on_threads
+print(threading.active_count(), [len(kernel.signatures) for kernel in (totals, _on_threads)])
 """
     assert python(script) == "1 [0, 0]\n"
 

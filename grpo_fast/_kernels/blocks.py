@@ -1,8 +1,9 @@
 """How a kernel works through its data: tasks share blocks of `BLOCK` items, and a block is runs of `RUN` vectors.
 
-A run passes through several short loops, each of which leaves what the next one needs in a row of a scratch array, in
-the L1 cache. A short loop keeps its values in registers, and its iterations overlap. (One fused loop over the
-probabilities took 2.25 ns a sample on AVX2, the chain of short ones 1.65.)
+A run of tokens goes through one loop (`token_level`, `sequence_level`). A run of samples passes through several short
+ones, each of which leaves what the next one needs in a row of a scratch array, in the L1 cache: a short loop keeps its
+values in registers, and iterations with divisions overlap. (On Zen 3 one fused loop over the probabilities took 2.25 ns
+a sample, the chain of short ones 1.65.)
 """
 
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .compiling import compiled, inlined
-from .simd import is_finite, lanes, load, prefetch, store, where, wide
+from .simd import is_finite, lanes, load, prefetch, store
 
 BLOCK = 4096  # samples or tokens whose sums are rounded; beyond a block, sums are exact
 RUN = 16  # vectors; in float32 also how many terms are added before they go into float64
@@ -75,23 +76,11 @@ def prefetch_if_given(array, start, v):
 
 
 # --- the sum of a run -------------------------------------------------------------------------------------------------
-# Sixteen float32 terms may overflow though their mean is finite; then they are added in float64. In two ways: what a
-# careful attempt at the block computes anew anyway is added in both formats there (`run_sum`). But the policy term
-# overflows by its advantage or by ε, on which no other sum may depend: it alone is added again (`overflowed`), and the
-# others keep their bits.
-@inlined
-def run_sum(total, in_float64, careful):
-    """The sum of a run, of which ``total`` was added in the dtype and, when ``careful``, ``in_float64`` beside it.
-
-    It is the first, in float64; or, if ``careful``, the second where the first overflowed.
-    """
-    narrow = wide(total)
-    if careful:
-        return where(narrow - narrow == 0.0, narrow, in_float64)
-    return narrow
-
-
 @inlined
 def overflowed(array, in_float64):
-    """Whether the sum of a run, added in the dtype of ``array`` and then widened, is to be added again in float64."""
+    """Whether the sum of a run, added in the dtype of ``array`` and then widened, is to be added again in float64.
+
+    Sixteen float32 terms may overflow though their mean is finite. The policy term does by its advantage or by ε, on
+    which no other sum may depend: so it alone is added again, and the others keep their bits.
+    """
     return lanes(array) > 8 and not is_finite(in_float64)

@@ -11,7 +11,11 @@ from typing import Any
 
 import numba
 from numba.core import config, types
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler
 from numba.core.compiler_lock import global_compiler_lock
+from numba.core.compiler_machinery import register_pass
+from numba.core.typed_passes import NativeLowering
 from numba.extending import overload
 
 from . import cache
@@ -28,10 +32,63 @@ _INLINED = {
     "no_cfunc_wrapper": True,
 }
 
+
+class _PartLibrary(JITCodeLibrary):  # type: ignore[misc]  # numba has no types
+    """What the compiler makes of a function that is only a part of others: code for LLVM, to be linked into theirs.
+
+    Numba would optimise it, and make machine code of it, on each of the levels of calls, of which the last one does.
+    """
+
+    def _optimize_final_module(self) -> None:
+        pass
+
+    def _finalize_final_module(self) -> None:
+        self._finalize_dynamic_globals()
+        self._finalized = True
+
+
+@register_pass(mutates_CFG=True, analysis_only=False)
+class _PartLowering(NativeLowering):  # type: ignore[misc]
+    _name = "grpo_fast_part_lowering"
+
+    def run_pass(self, state: Any) -> bool:
+        state.library = _PartLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
+        state.flags.no_compile = True
+        super().run_pass(state)
+        # What callers know it by has to be a built-in function of its own; called, it raises a KeyError.
+        handle = {}.__getitem__
+        state.targetctx.insert_user_function(handle, state["cr"].fndesc, [state.library])
+        state["cr"] = state["cr"]._replace(cfunc=handle)
+        return True
+
+
+class _PartCompiler(Compiler):  # type: ignore[misc]
+    def define_pipelines(self) -> list[Any]:
+        pipelines = super().define_pipelines()
+        for pipeline in pipelines:
+            parts = [(_PartLowering if step is NativeLowering else step, name) for step, name in pipeline.passes]
+            pipeline.passes = parts
+            pipeline.finalize()
+        return list(pipelines)
+
+
+_INLINED["pipeline_class"] = _PartCompiler
+
 #: The decorator of every function that is part of an inner loop: always inlined by LLVM, never cached on its own. A
 #: branch on None is left out before its types are looked at only if it is about an argument, not about `batch.grad`. It
 #: must not return arrays that it was given: its caller, if that counts references, would free them once too often.
 inlined = numba.njit(**_INLINED)
+
+
+def subroutine(function: Any = None, *, allocates: bool = True) -> Any:
+    """The decorator of every function that only kernels call, and that is too large to inline, or has many callers.
+
+    A function that neither allocates arrays nor calls one that does (``allocates=False``) is compiled without reference
+    counts.
+    """
+    if function is None:
+        return functools.partial(subroutine, allocates=allocates)
+    return numba.njit(**_INLINED | {"forceinline": False, "_nrt": allocates})(function)
 
 
 def inlined_by_type(formula_for: Callable[..., Any], *, strict: bool = True) -> Any:

@@ -7,7 +7,7 @@ stay run-time values. Formulas and sources are in `terms`; what an overflow beco
 from typing import Any, NamedTuple
 
 from ..terms import CISPO, K1, K2, K3, SAPO, Clip
-from .compiling import inlined, inlined_by_type
+from .compiling import inlined_by_type
 from .elementary import NEAR_RATIO, exp, layout
 from .simd import constant, fma, full_like, tally, where
 from .sums import Clipped

@@ -11,7 +11,7 @@ run of a block, `samples` says; here are
 import numpy as np
 
 from .blocks import BLOCK, RUN, block_count, load_row, scratch_like, share, vectors_in_run
-from .compiling import compiled, inlined
+from .compiling import compiled, inlined, subroutine
 from .elementary import LN2, layout, log
 from .float_mode import begin_ordinary_floats, end_ordinary_floats
 from .samples import (
@@ -108,7 +108,7 @@ def _attempt_block(samples, start, stop, low, high, diagnostics, scratch, carefu
     return contribution, kl, fast_was_right, np.isfinite(sums.surrogate)
 
 
-@compiled
+@subroutine
 def sum_block(samples, start, stop, low, high, diagnostics, scratch):
     """The contribution of the block of samples from ``start`` to ``stop``, for the bounds ``low`` and ``high`` of ρ."""
     align_stack()
@@ -165,7 +165,7 @@ def objective_blocks(rhos, advantages, pi_old, pi_ref, unweighted, low, high, su
     return _sums_of_blocks(UnweightedSamples(rhos, advantages, pi_old, pi_ref), low, high, surrogates, kls, scratch)
 
 
-@compiled
+@subroutine
 def _accumulate_share(task, samples, low, high, diagnostics, accumulators):
     """Add the blocks that are a task's to its accumulator."""
     scratch = scratch_like(samples.rhos, ROWS)

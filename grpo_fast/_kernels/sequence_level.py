@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .blocks import BLOCK, RUN, block_count, share
-from .compiling import compiled, inlined
+from .compiling import compiled, inlined, subroutine
 from .elementary import exp_of_any
 from .float_mode import begin_ordinary_floats, end_ordinary_floats
 from .formulas import count_clipped, kl_term, linear_factor, passes_through_ratio, surrogate_term
@@ -20,6 +20,8 @@ from .simd import align_stack, bits, full, full_like, lane_max, lane_min, lane_s
 from .sums import Clipped, Contribution, Numerator, Sums, accumulate, accumulate_numerator
 from .tasks import run
 from .tokens import (
+    Batch,
+    LossTerms,
     Scratch,
     absent_lanes,
     begin_block,
@@ -32,6 +34,7 @@ from .tokens import (
     load_weights,
     mask_of,
     mask_or_ones,
+    one_nan,
     plus_if_given,
     prefetch_vector,
     ragged,
@@ -109,7 +112,7 @@ def _collect_kl(way, kl, grad, l, v):
     return term.value
 
 
-@compiled(allocates=False)
+@subroutine(allocates=False)
 def collect_block(batch, terms, sequence, start, stop, scratch, collected):
     """Fill one record of ``collected``, and leave ∂k/∂l in the gradient's place if there is a KL term."""
     align_stack()
@@ -156,7 +159,7 @@ def collect_block(batch, terms, sequence, start, stop, scratch, collected):
     collected.suspect = not np.isfinite(collected.log_ratio + lane_sum(check))
 
 
-@compiled
+@subroutine
 def collect(batch, terms, sequence, start, stop, scratch, collected):
     """`collect_block` for each of the blocks of a sequence from ``start`` to ``stop``, as many as ``collected`` has."""
     for block in range(len(collected)):
@@ -224,7 +227,7 @@ def _total_of(collected):
     return total
 
 
-@compiled
+@subroutine
 def conclude(batch, terms, tokens, collected, accumulators, task):
     """Add a sequence of so many tokens to the task's accumulator, and return its `GradientCoefficients`, a plain tuple.
 
@@ -271,7 +274,7 @@ def conclude(batch, terms, tokens, collected, accumulators, task):
 
 
 # --- spread -----------------------------------------------------------------------------------------------------------
-@compiled(allocates=False)
+@subroutine(allocates=False)
 def spread(grad, batch, terms, coefficients, sequence, start, stop, scratch):
     """Write the gradient of a sequence from ``start`` to ``stop``; with a KL term, ``grad`` holds ∂k/∂l before."""
     if grad is None:
@@ -304,11 +307,11 @@ def _spread_run(terms, tokens, vectors, coefficients, like):
             a = load_vector(tokens.advantages, v)
             w = load_weights(tokens.weights, absent, v)
             gradient = gradient + times(weighted_advantage, weighted_in(CAREFUL, w, a))
-        store_gradient(tokens.grad, v, zero_where(absent, gradient))
+        store_gradient(tokens.grad, v, zero_where(absent, one_nan(gradient)))
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------
-@compiled
+@subroutine
 def _task(task, batch, terms, ranges, limit, accumulators):
     scratch = Scratch(*scratch_for(batch.logps, 0))
     host_mode = begin_ordinary_floats()
@@ -327,17 +330,52 @@ def _task(task, batch, terms, ranges, limit, accumulators):
 
 
 @compiled
-def sequence_level(batch, terms, ranges, limit, accumulators, room):
+def sequence_level(
+    logps,
+    old_logps,
+    advantages,
+    ref_logps,
+    mask,
+    weights,
+    grad,
+    bounds,
+    advantages_per_token,
+    weights_per_token,
+    surrogate,
+    kl,
+    weighting,
+    denominator,
+    mean_within,
+    ranges,
+    limit,
+    accumulators,
+    room,
+):
     """An entry, see `tasks`: adds the ranges of each task to its accumulator, and writes their gradient.
 
     A row of ``ranges`` is a range of sequences, of which those longer than ``limit`` are left out. Tasks, of which each
     has an accumulator, take the ranges in turns.
+
+    The fields of `Batch` and of `LossTerms` come one by one: to look at the tuples takes Numba a microsecond more.
     """
+    batch = Batch(
+        logps,
+        old_logps,
+        advantages,
+        ref_logps,
+        mask,
+        weights,
+        grad,
+        bounds,
+        advantages_per_token,
+        weights_per_token,
+    )
+    terms = LossTerms(surrogate, kl, weighting, denominator, mean_within)
     return run(_task, (batch, terms, ranges, limit, accumulators), room)
 
 
 # --- one long sequence, on all threads --------------------------------------------------------------------------------
-@compiled
+@subroutine
 def _collect_share(task, batch, terms, sequence, extent, collected, tasks):
     first, last = share(len(collected), task, tasks)
     start, stop = extent.start + first * BLOCK, min(extent.start + last * BLOCK, extent.stop)
@@ -362,7 +400,7 @@ def conclude_long(batch, terms, tokens, collected, accumulators):
     return coefficients
 
 
-@compiled
+@subroutine
 def _spread_share(task, batch, terms, coefficients, sequence, extent, tasks):
     first, last = share(block_count(extent.stop - extent.start), task, tasks)
     start, stop = extent.start + first * BLOCK, min(extent.start + last * BLOCK, extent.stop)

@@ -282,23 +282,6 @@ def _all_bits_where_zero(builder, bytes_, llvm):
 
 
 @intrinsic
-def beyond(typingctx, like, count):
-    """Integers as wide as the elements of ``like``: all bits set from lane number ``count`` ≥ 0 on, else none."""
-    integers = like.of(like.integer)
-
-    def codegen(context, builder, sig, args):
-        lanes_ = ir.Constant(ir.IntType(64), like.lanes)
-        count = builder.select(builder.icmp_signed("<", args[1], lanes_), args[1], lanes_)
-        last = builder.sub(count, ir.Constant(ir.IntType(64), 1))
-        if like.element.bitwidth < 64:
-            last = builder.trunc(last, integers.llvm.element)
-        index = ir.Constant(integers.llvm, list(range(like.lanes)))
-        return _all_bits_where_negative(builder, builder.sub(_broadcast(builder, last, integers.llvm), index))
-
-    return integers(like, types.intp), codegen
-
-
-@intrinsic
 def load_zeros(typingctx, array, start, like):
     """Integers as wide as the elements of ``like``: all bits set where ``array[start + lane]``, a byte, is 0."""
     integers = like.of(like.integer)
@@ -310,26 +293,6 @@ def load_zeros(typingctx, array, start, like):
         return _all_bits_where_zero(builder, bytes_, integers.llvm)
 
     return integers(array, types.intp, like), codegen
-
-
-@intrinsic
-def load_first_zeros(typingctx, array, start, count, like):
-    """The same of ``array[start : start + count]``, all bits set in the other lanes; nothing beyond is read. Slow."""
-    integers = like.of(like.integer)
-
-    def codegen(context, builder, sig, args):
-        pointer, _ = _pointer(context, builder, sig, args)
-        llvm = ir.VectorType(ir.IntType(8), like.lanes)
-        arguments = [
-            builder.bitcast(pointer, llvm.as_pointer()),
-            ir.Constant(ir.IntType(32), 1),
-            _first(builder, args[2], like.lanes),
-            ir.Constant(llvm, None),
-        ]
-        bytes_ = _call(builder, f"llvm.masked.load.v{like.lanes}i8.p0", llvm, arguments)
-        return _all_bits_where_zero(builder, bytes_, integers.llvm)
-
-    return integers(array, types.intp, types.intp, like), codegen
 
 
 @intrinsic

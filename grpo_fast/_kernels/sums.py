@@ -4,6 +4,7 @@ The order of these sums is that of the fields of `Sums` and `Numerator`, here an
 policy term for each of many bounds, has accumulators of its own, in `sweep_blocks`.)
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,8 +55,7 @@ class Contribution(NamedTuple):
 class Totals(NamedTuple):
     """All contributions, added up."""
 
-    sums: np.ndarray  # limbs of exact sums, in the order of `Sums`
-    numerator: np.ndarray  # likewise, of `Numerator`
+    limbs: np.ndarray  # of exact sums: a record with those of `Sums` and of `Numerator`
     clipped_low: int
     clipped_high: int
     clipped_hard: int
@@ -63,29 +63,39 @@ class Totals(NamedTuple):
     tokens: int  # unmasked ones, or samples
     least_ratio: float
     largest_ratio: float
-    surrogate_numerator: float  # of the objective, rounded once; set by `merged`, as is the next
+    surrogate_numerator: float  # of the objective, rounded once
     kl_numerator: float
 
 
 _SURROGATE, _KL = map(Numerator._fields.index, ("surrogate", "kl"))
 assert Sums._fields[: len(Numerator._fields)] == Numerator._fields
 
-_LIMBS = {"sums": (len(Sums._fields), exact.ROW), "numerator": (len(Numerator._fields), exact.ROW)}
-
-#: One task's accumulator, a record of the fields of `Totals`.
+#: One task's accumulator: limbs of exact sums, and the fields of `Totals`, but for the last two.
 _ACCUMULATOR = np.dtype(
     [
-        (name, np.float64 if kind is float else np.int64, _LIMBS.get(name, ()))
-        for name, kind in Totals.__annotations__.items()
+        ("sums", np.int64, (len(Sums._fields), exact.ROW)),
+        ("numerator", np.int64, (len(Numerator._fields), exact.ROW)),
+        *[
+            (name, np.float64 if kind is float else np.int64)
+            for name, kind in list(Totals.__annotations__.items())[1:-2]
+        ],
     ]
 )
 
 
-def empty_accumulators(tasks: int) -> np.ndarray:
-    """New accumulators, (tasks,)."""
+@cache
+def _fresh_accumulators(tasks: int) -> bytes:
     result = np.zeros(tasks, _ACCUMULATOR)
     result["least_ratio"], result["largest_ratio"] = np.inf, -np.inf
-    return result
+    return result.tobytes()
+
+
+def empty_accumulators(tasks: int) -> np.ndarray:
+    """New accumulators, (tasks,).
+
+    Of a copy of their bytes, which takes a third of the time that setting their fields does.
+    """
+    return np.frombuffer(bytearray(_fresh_accumulators(tasks)), _ACCUMULATOR)
 
 
 @inlined
@@ -113,12 +123,12 @@ def merged(accumulators: np.ndarray, mean_within: bool = False) -> Totals:
 
     With ``mean_within``, there is a numerator.
     """
-    _merge(accumulators, mean_within)
-    return Totals(*accumulators[0].item())
+    return Totals(accumulators, *_merge(accumulators, mean_within))
 
 
 @compiled
-def _merge(accumulators: Any, mean_within: bool) -> None:
+def _merge(accumulators: Any, mean_within: bool) -> Any:
+    """Add all accumulators to the first; return what `Totals` has beside the limbs, in that order."""
     host_mode = begin_ordinary_floats()
     total = accumulators[0]
     for t in range(1, len(accumulators)):
@@ -139,6 +149,17 @@ def _merge(accumulators: Any, mean_within: bool) -> None:
     for i in range(len(total.numerator)):
         exact.carry(total.numerator[i])
     # Both begin with the same two.
-    total.surrogate_numerator = exact.rounded(total.numerator[_SURROGATE] if mean_within else total.sums[_SURROGATE])
-    total.kl_numerator = exact.rounded(total.numerator[_KL] if mean_within else total.sums[_KL])
+    surrogate = exact.rounded(total.numerator[_SURROGATE] if mean_within else total.sums[_SURROGATE])
+    kl = exact.rounded(total.numerator[_KL] if mean_within else total.sums[_KL])
     end_ordinary_floats(host_mode)
+    return (
+        total.clipped_low,
+        total.clipped_high,
+        total.clipped_hard,
+        total.suspect,
+        total.tokens,
+        total.least_ratio,
+        total.largest_ratio,
+        surrogate,
+        kl,
+    )

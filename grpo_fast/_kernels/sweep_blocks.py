@@ -20,7 +20,7 @@ from .blocks import (
     store_row,
     vectors_in_run,
 )
-from .compiling import compiled, inlined
+from .compiling import compiled, inlined, subroutine
 from .float_mode import begin_ordinary_floats, end_ordinary_floats
 from .samples import (
     ADVANTAGE,
@@ -150,7 +150,7 @@ def _attempt_sweep_block(samples, start, stop, lows, highs, sums, scratch, caref
     return (kl, plus, block.legal), kl, fast_was_right, np.isfinite(sums.surrogate.sum())
 
 
-@compiled
+@subroutine
 def sweep_block(samples, start, stop, lows, highs, sums, scratch):
     """Fill ``sums`` with those of one block; return Σ KL, how many A are not negative, and whether all is legal."""
     align_stack()
@@ -158,7 +158,7 @@ def sweep_block(samples, start, stop, lows, highs, sums, scratch):
 
 
 # --- all blocks -------------------------------------------------------------------------------------------------------
-@compiled
+@subroutine
 def _accumulate_share(t, samples, lows, highs, pairs, shared):
     """Add the blocks that are task t's to its accumulators."""
     rhos = samples.rhos

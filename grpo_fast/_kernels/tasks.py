@@ -57,7 +57,9 @@ def _handed_over(typingctx, kernel, arguments, room):
         if context.get_abi_sizeof(kind) > _ROOM:
             raise TypeError(f"the arguments of {kernel} take more than {_ROOM} bytes")
         place = context.make_array(room)(context, builder, args[2]).data
-        builder.store(_borrowed(context, builder, arguments, args[1]), builder.bitcast(place, kind.as_pointer()), align=1)
+        builder.store(
+            _borrowed(context, builder, arguments, args[1]), builder.bitcast(place, kind.as_pointer()), align=1
+        )
 
         task = ir.Function(builder.module, _task_type(context), f"{builder.function.name}.task")
         task.linkage = "internal"

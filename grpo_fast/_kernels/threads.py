@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import numba
@@ -112,12 +112,18 @@ def _start_threads() -> None:
         warn_once("threads", f"grpo_fast computes on one thread, as Numba cannot start more: {reason}")
 
 
-@contextmanager
-def tasks(items: int) -> Iterator[int]:
+_ALONE = nullcontext(1)
+
+
+def tasks(items: int) -> AbstractContextManager[int]:
     """A context for work on so many items; gives the number of tasks to cut it into. More than one may be parallel."""
     if items < WORTH_SHARING or _forked or _without_threads or getattr(_thread, "serial", False):
-        yield 1
-        return
+        return _ALONE  # of which a small call has less to wait for
+    return _shared()
+
+
+@contextmanager
+def _shared() -> Iterator[int]:
     # Ctrl-C can come after any call. Nothing is called between `try` and being inside, nor between `finally` and not
     # being so: a lock's `acquire` would be left behind, and all later calls would be serial. (Where Ctrl-C comes
     # between the `with` statement and here, they are until its exception is dropped, and this generator with it.)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .blocks import BLOCK, RUN, overflowed
-from .compiling import compiled, inlined, inlined_by_type, inlined_or_none
+from .compiling import compiled, inlined, inlined_by_type, subroutine
 from .elementary import exp_of_any
 from .float_mode import begin_ordinary_floats, end_ordinary_floats
 from .formulas import add_weighted, count_clipped, kl_term, near_holds, surrogate_term
@@ -33,17 +33,19 @@ from .sums import Clipped, Contribution, Numerator, Sums, accumulate, accumulate
 from .tasks import run
 from .tokens import (
     FREE_VECTORS,
+    Batch,
+    LossTerms,
     Scratch,
     absent_lanes,
     begin_block,
     begin_sequence,
-    canonical,
     deliver_ragged,
     larger_magnitude,
     load_distance,
     load_log_ratio,
     load_vector,
     load_weights,
+    make_one_nan,
     mask_of,
     mask_or_ones,
     nan_where,
@@ -218,17 +220,17 @@ def _plus_run(block, run, policy):
         block.check + run.check,
         where(run.least < block.least, run.least, block.least),
         where(run.most > block.most, run.most, block.most),
-        Clipped(block.clipped.low + run.clipped.low, block.clipped.high + run.clipped.high, block.clipped.hard + run.clipped.hard),
+        Clipped(
+            block.clipped.low + run.clipped.low,
+            block.clipped.high + run.clipped.high,
+            block.clipped.hard + run.clipped.hard,
+        ),
     )
 
 
 @inlined
 def _policy_sum(policy, vectors, scratch):
-    """Σ of the policy term of a run in float64 lanes, of that in the dtype's.
-
-    Sixteen float32 terms may overflow though their mean is finite. The policy term does by its advantage or by ε, on
-    which no other sum may depend: so it alone is added again, in float64, and the way stays.
-    """
+    """Σ of the policy term of a run in float64 lanes, of that in the dtype's; or, if it overflowed, of each term."""
     in_float64 = wide(policy)
     if overflowed(scratch.vectors, in_float64):
         in_float64 = wide(full(scratch.vectors, 0.0))
@@ -250,7 +252,7 @@ def _is_sound(run, policy):
     return is_finite(policy + wide(run.kl) + wide(run.log_ratio))
 
 
-@compiled(allocates=False)
+@subroutine(allocates=False)
 def token_block(batch, terms, factor, sequence, start, stop, scratch):
     """The contribution of the tokens of a sequence from ``start`` to ``stop``; writes their gradient on the way.
 
@@ -302,7 +304,7 @@ def token_block(batch, terms, factor, sequence, start, stop, scratch):
             if whole == 0:
                 tokens = ragged(tokens, stop - i, scratch)
             careful_run = _run(CAREFUL, terms, tokens, vectors, factor, scratch)
-            canonical(tokens.grad, vectors)
+            make_one_nan(tokens.grad, vectors)
             block = _plus_run(block, careful_run, _policy_sum(careful_run.policy, vectors, scratch))
             if whole == 0:
                 deliver_ragged(batch.grad, i, stop - i, scratch)
@@ -356,7 +358,7 @@ def _begin_item(batch, spans, item, limit, accumulator):
     return Spans(spans.sequence[item], spans.start[item], spans.stop[item], spans.tokens[item])
 
 
-@compiled
+@subroutine
 def _task(task, batch, terms, spans, ranges, limit, accumulators):
     scratch = Scratch(*scratch_for(batch.logps, _ROWS))
     accumulator = accumulators[task]
@@ -377,10 +379,46 @@ def _task(task, batch, terms, spans, ranges, limit, accumulators):
 
 
 @compiled
-def token_level(batch, terms, spans, ranges, limit, accumulators, room):
+def token_level(
+    logps,
+    old_logps,
+    advantages,
+    ref_logps,
+    mask,
+    weights,
+    grad,
+    bounds,
+    advantages_per_token,
+    weights_per_token,
+    surrogate,
+    kl,
+    weighting,
+    denominator,
+    mean_within,
+    spans,
+    ranges,
+    limit,
+    accumulators,
+    room,
+):
     """An entry, see `tasks`: adds the ranges of each task to its accumulator, and writes their gradient.
 
     A row of ``ranges`` is a range of sequences, of which those longer than ``limit`` are left out; or of ``spans``.
     Tasks, of which each has an accumulator, take the ranges in turns.
+
+    The fields of `Batch` and of `LossTerms` come one by one: to look at the tuples takes Numba a microsecond more.
     """
+    batch = Batch(
+        logps,
+        old_logps,
+        advantages,
+        ref_logps,
+        mask,
+        weights,
+        grad,
+        bounds,
+        advantages_per_token,
+        weights_per_token,
+    )
+    terms = LossTerms(surrogate, kl, weighting, denominator, mean_within)
     return run(_task, (batch, terms, spans, ranges, limit, accumulators), room)

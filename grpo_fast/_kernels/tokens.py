@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .blocks import prefetch_ahead
-from .compiling import compiled, inlined, inlined_or_none
+from .compiling import compiled, inlined, inlined_or_none, subroutine
 from .simd import (
     WIDTH,
     abs_of,
@@ -157,7 +157,7 @@ _LOGPS, _OLD, _ADVANTAGES, _REF, _WEIGHTS, _GRAD, _ADVANTAGE_OF_SEQUENCE, _WEIGH
 _RAGGED, _ONES = 0, WIDTH
 
 
-@compiled
+@subroutine
 def scratch_for(logps, rows):
     """New `Scratch` for blocks of a batch with these log-probabilities, as a plain tuple: with so many vectors more."""
     vectors = np.empty((FREE_VECTORS + rows) * lanes(logps), logps.dtype)
@@ -323,15 +323,17 @@ def store_gradient(grad, v, values):
 
 
 @inlined
-def canonical(grad, vectors):
-    """Make each NaN in so many vectors of the gradient, of ∞ − ∞, the one that NumPy calls nan.
+def one_nan(values):
+    """The values, but a NaN, of ∞ − ∞, as the one that NumPy calls nan: its sign would be the processor's."""
+    return where(values == values, values, full_like(values, nan))
 
-    Its sign would be the processor's.
-    """
+
+@inlined
+def make_one_nan(grad, vectors):
+    """`one_nan` of so many vectors of the gradient, where they are, if there is a place for it."""
     if grad is not None:
         for v in range(vectors):
-            values = load_vector(grad, v)
-            store_gradient(grad, v, where(values == values, values, full_like(values, nan)))
+            store_gradient(grad, v, one_nan(load_vector(grad, v)))
 
 
 @inlined
