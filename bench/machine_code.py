@@ -30,8 +30,11 @@ from pages import table
 from processes import fresh_process
 
 from grpo_fast import K3, Clip
-from grpo_fast._kernels import sample_blocks, token_level
-from grpo_fast._kernels.tokens import Batch, LossTerms, Scratch
+from grpo_fast._kernels import sample_blocks
+from grpo_fast._kernels.formulas import WEIGHTINGS
+from grpo_fast._kernels.sums import empty_accumulators
+from grpo_fast._kernels.token_level import token_level
+from grpo_fast._kernels.tokens import Batch, LossTerms
 
 KERNELS = ("objective", "objective, unweighted", "loss")
 #: The files whose functions are the steps of a kernel; those of others are what the steps are made of.
@@ -58,7 +61,9 @@ class Loop(NamedTuple):
         """The step of the kernel in which it stands, and in which way."""
         steps = [name for file, name in self.functions if file in STEPS]
         ways = [way for way, names in WAYS.items() if any(re.fullmatch(names, name) for _, name in self.functions)]
-        far = ["far"] if not ways and any(re.fullmatch("k3|reduce_ratio", name) for _, name in self.functions) else []
+        far = (
+            ["far"] if not ways and any(re.fullmatch("k3|reduce_ratio|exp", name) for _, name in self.functions) else []
+        )
         return ", ".join([(steps or ["?"])[0].lstrip("_").replace("_", " "), *ways, *far])
 
     def made_of(self) -> str:
@@ -115,11 +120,12 @@ def hot_loops(name: str, dtype: str) -> list[Loop]:
     """
     x = np.ones(4096, dtype)
     batch = Batch(x, x, x[:1], x, None, None, x.copy(), np.array([0, x.size]), False, False)
-    terms = LossTerms(Clip(), K3(0.04, importance_weighted=False), WEIGHTINGS[0], 1.0, True)
+    terms = LossTerms(Clip(), K3(0.04), WEIGHTINGS[1], 1.0, True)
+    sequences, room = np.array([[0, 1]]), np.empty(0, np.uint8)
     kernel, arguments = {
         "objective": (sample_blocks.objective_block, (x, x, x, x, 0.8, 1.2)),
         "objective, unweighted": (sample_blocks.unweighted_block, (x, x, x, x, 0.8, 1.2)),
-        "loss": (token_level.token_block, (batch, terms, 1.0, 0, 0, x.size, Scratch(x.copy(), np.ones(128, np.uint8)))),
+        "loss": (token_level, (*batch, *terms, None, sequences, x.size, empty_accumulators(1), room)),
     }[name]
     kernel.compile(tuple(map(typeof, arguments)))
     assembly = list(kernel.inspect_asm().values())[-1]

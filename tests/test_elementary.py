@@ -14,7 +14,17 @@ from accuracy import EACH_KERNEL, FUNCTIONS, SLACK, Kernel, errors, every_float,
 from samples import DTYPES
 
 from grpo_fast._kernels import elementary, samples
-from grpo_fast._kernels.elementary import NEAR, k3_near, reduce_near_ratio
+from grpo_fast._kernels.elementary import (
+    NEAR,
+    NEAR_LOG,
+    NEAR_RATIO,
+    exp,
+    exp_near,
+    k3_near,
+    k3_of_log,
+    k3_of_near_log,
+    reduce_near_ratio,
+)
 from grpo_fast._kernels.simd import lanes, load, store
 
 LOG, EXP, K3_OF_LOG, EXPM1, K3_OF_RATIO, K3_COMPOSED = FUNCTIONS
@@ -138,6 +148,30 @@ def test_the_fast_exp_has_the_bits_of_the_careful_one(dtype):
     for x in some(dtype, 49_999, 4)(EXP, dtype, 0):
         x = x.clip(low, high)
         assert np.array_equal(fast.compute(x), careful.compute(x))
+
+
+@numba.njit(error_model="numpy")
+def near_and_far(x, out):
+    for i in range(0, len(x), lanes(x)):
+        d = load(x, i)
+        near, far = k3_of_near_log(d), k3_of_log(d)
+        store(out[0], i, exp_near(d))
+        store(out[1], i, near.k3)
+        store(out[2], i, near.expm1)
+        store(out[3], i, exp(d))
+        store(out[4], i, far.k3)
+        store(out[5], i, far.expm1)
+
+
+@every_dtype
+def test_near_0_no_power_of_two_has_to_be_taken_out(dtype):
+    for x in some(dtype, 4999, 4)(EXP, dtype, 0):
+        x = np.append(x[np.abs(x) <= NEAR_LOG], np.repeat(np.array([NEAR_LOG, -NEAR_LOG, 0.0, -0.0], dtype), 16))
+        x = x[len(x) % 16 :]
+        out = np.empty((6, len(x)), dtype)
+        near_and_far(x, out)
+        assert np.array_equal(out[:3], out[3:])
+        assert out[0].max() <= NEAR_RATIO
 
 
 # --- where the near way of k3 may be taken ----------------------------------------------------------------------------

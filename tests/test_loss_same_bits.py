@@ -130,6 +130,29 @@ def test_no_mask_or_ones_of_any_kind(dtype):
 
 
 @every_dtype
+@pytest.mark.parametrize("case", ["clip", "cispo"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_way_of_a_run_does_not_show(masked, case, dtype):
+    # A run is computed in the way that its farthest log-ratio calls for; that is not seen in its other tokens.
+    n = 20 * 128 + 5
+    rng = np.random.default_rng(1)
+    old = rng.uniform(-3, 0, n)
+    others = {"advantages": [1.5], "mask": rng.random(n) < 0.8 if masked else None} | OPTIONS[case]
+    others |= {"aggregation": "token-sum", "grad": True}
+    logps = old + rng.uniform(-0.3, 0.3, n)
+    if "kl" in OPTIONS[case]:
+        others["ref_logps"] = (logps + rng.uniform(-0.3, 0.3, n)).astype(dtype)
+    gradients = []
+    for farthest in (0.1, 0.5, 30.0, 500.0, -500.0):
+        moved = old.astype(dtype)
+        moved[::50] = logps.astype(dtype)[::50] - dtype(farthest)
+        gradient = grpo_loss(logps.astype(dtype), moved, **others).grad
+        gradients.append(np.delete(gradient, np.s_[::50]))
+    for gradient in gradients[1:]:
+        assert np.array_equal(gradient, gradients[0])
+
+
+@every_dtype
 def test_with_or_without_the_gradient(dtype):
     _, mask, arrays = batch_of(LENGTHS, "clip", dtype)
     arguments = arrays | {"mask": mask, "cu_seqlens": np.append(0, np.cumsum(LENGTHS))} | OPTIONS["clip"]

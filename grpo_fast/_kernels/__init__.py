@@ -2,15 +2,17 @@
 
 Each file imports only from lines below its own::
 
-    token_level  sequence_level   log-probabilities: a block → sums and gradient; or collect → ρ → gradient
-    tokens                        which tokens count; reading them; writing their gradient
+    token_level  sequence_level   log-probabilities: a run → sums and gradient; or collect → ρ → gradient
+    tokens                        which tokens count; where a run is read and its gradient written
     formulas                      s, k and their slopes, picked by the class of the option
+    ways                          near, far, careful: how a run is computed, by how far its log-ratios are from 0
 
     sample_blocks  sweep_blocks   probabilities: all blocks, for one ε (`grpo_objective`, `grpo_stats`), or for many
     samples                       reading them; the sums of a run
 
     roof                          reading four arrays and nothing else, to compare with
-    sums  blocks                  what is added up, by name; a task's blocks, their runs, the scratch array
+    tasks                         the tasks of a kernel, on one thread or on many
+    sums  blocks                  what is added up, by name; blocks, their runs, the scratch array
     exact  elementary             sums without rounding; exp, log and k3 of vectors
     simd  float_mode              a vector type; the processor's floating-point mode, set and given back
     compiling                     how functions become machine code
@@ -19,11 +21,11 @@ Each file imports only from lines below its own::
 
 A lane is one number of a vector, a vector 64 bytes, a run 16 vectors, a block 4096 samples or tokens of one sequence.
 Sums are rounded within a block, always in the same order, and exact beyond it: hence the same bits for any number of
-threads and, since a sequence begins its own blocks, in any batch. Where numbers leave the range in which the fast way
-is right, a block is computed again in the careful way.
+threads and, since a sequence begins its own blocks, in any batch. Where numbers leave the range in which a fast way is
+right, a run of tokens, or a block of samples, is computed again in the careful way.
 
 What is masked is 0 for all that follows (`tokens.zero_where`), whatever it was. An illegal number elsewhere is not
-looked for in the fast way: it makes a sum infinite or NaN, or leaves the range, the block is counted as suspect, and
+looked for in the fast ways: it makes a sum infinite or NaN, or leaves the range, the block is counted as suspect, and
 Python looks for the number and raises an error that names it.
 
 How to add a surrogate, tests/README.md says. At sequence level it must be linear in A on either side of 0. (Clip and

@@ -56,7 +56,7 @@ class _PartLowering(NativeLowering):  # type: ignore[misc]
         state.flags.no_compile = True
         super().run_pass(state)
         # What callers know it by has to be a built-in function of its own; called, it raises a KeyError.
-        handle = {}.__getitem__
+        handle: Any = {}.__getitem__
         state.targetctx.insert_user_function(handle, state["cr"].fndesc, [state.library])
         state["cr"] = state["cr"]._replace(cfunc=handle)
         return True

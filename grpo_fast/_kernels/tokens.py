@@ -173,9 +173,10 @@ def begin_block(batch, sequence, scratch):
 
 @inlined
 def _fill(array, per_token, sequence, vectors, number):
-    if array is not None:
-        if not per_token:
-            store(vectors, number * lanes(vectors), full(vectors, array[sequence]))
+    if array is None:
+        return
+    if not per_token:
+        store(vectors, number * lanes(vectors), full(vectors, array[sequence]))
 
 
 @inlined

@@ -92,7 +92,7 @@ def weighted_in(way, w, x):
 def minus_in(way, x, a, b):
     """x − a·b, with 0·∞ = 0."""
     if way.instance_class is Careful:
-        return lambda way, x, a, b: x - times(a, b)
+        return lambda way, x, a, b: where((a == 0.0) | (b == 0.0), x, fma(-a, b, x))
     return lambda way, x, a, b: fma(-a, b, x)
 
 
