@@ -17,6 +17,7 @@ from grpo_fast._kernels import sample_blocks, simd
 from grpo_fast._kernels.samples import Samples
 from grpo_fast._kernels.simd import (
     abs_of,
+    beyond,
     bits,
     constant,
     count_flags,
@@ -86,7 +87,8 @@ def in_every_lane(x, y, z, out):
     sum_in_place /= c
     store(out, 29 * step, sum_in_place)
     store(out, 30 * step, abs_of(a))
-    store(out, 31 * step, b)
+    store(out, 31 * step, from_bits(beyond(a, 3)))
+    store(out, 32 * step, b)
     store_first(out, 31 * step, 5, a)
     store(out, 32 * step, fma(a, b, c))  # in a test of its own
 
@@ -131,6 +133,7 @@ EXPECTED = {
     "load_first": lambda a, b, c: np.where(np.arange(len(a)) < 3, a, 7),
     "in place": lambda a, b, c: (a + b - c) * b / c,
     "abs_of": lambda a, b, c: np.abs(a),
+    "beyond": lambda a, b, c: as_floats(-(np.arange(len(a)) >= 3).astype(u(a).dtype)),
     "store_first": lambda a, b, c: np.where(np.arange(len(a)) < 5, a, b),
 }
 
@@ -207,8 +210,10 @@ def test_across_lanes(dtype, low):
 
 # --- memory -----------------------------------------------------------------------------------------------------------
 @numba.njit(error_model="numpy")
-def flags(mask, start, x, out):
-    store(out, 0, from_bits(load_zeros(mask, start, load(x, 0))))
+def flags(mask, start, count, x, out):
+    a = load(x, 0)
+    store(out, 0, from_bits(load_zeros(mask, start, a)))
+    store(out, lanes(x), from_bits(beyond(a, count)))
     return count_flags(mask, start)
 
 
@@ -218,11 +223,13 @@ def test_flags(dtype):
     rng = np.random.default_rng(6)
     mask = np.where(rng.random(200) < 0.5, 0, rng.integers(1, 256, 200)).astype(np.uint8)
     for start in (0, 1, 63, 136):
-        x, out = np.zeros(len(lane), dtype), np.empty(len(lane), dtype)
-        assert flags(mask, start, x, out) == np.count_nonzero(mask[start : start + 64])
-        ones = u(out).max()
-        assert ones == np.iinfo(ones.dtype).max
-        assert (u(out) == ones * (mask[start : start + len(lane)] == 0)).all()
+        for count in (0, 1, 5, len(lane), 99, 1 << 40):
+            x, out = np.zeros(len(lane), dtype), np.empty(2 * len(lane), dtype)
+            assert flags(mask, start, count, x, out) == np.count_nonzero(mask[start : start + 64])
+            zero, rest = mask[start : start + len(lane)] == 0, lane >= count
+            ones = u(out).max()
+            assert ones == np.iinfo(ones.dtype).max
+            assert (u(out) == ones * np.concatenate([zero, rest])).all()
 
 
 GUARD = """

@@ -16,7 +16,21 @@ from .compiling import compiled, inlined, subroutine
 from .elementary import exp_of_any
 from .float_mode import begin_ordinary_floats, end_ordinary_floats
 from .formulas import count_clipped, kl_term, linear_factor, passes_through_ratio, surrogate_term
-from .simd import align_stack, bits, full, full_like, lane_max, lane_min, lane_sum, lanes, load, tally, where, wide
+from .simd import (
+    align_stack,
+    bits,
+    full,
+    full_like,
+    is_finite,
+    lane_max,
+    lane_min,
+    lane_sum,
+    lanes,
+    load,
+    tally,
+    where,
+    wide,
+)
 from .sums import Clipped, Contribution, Numerator, Sums, accumulate, accumulate_numerator
 from .tasks import run
 from .tokens import (
@@ -26,7 +40,7 @@ from .tokens import (
     absent_lanes,
     begin_block,
     begin_sequence,
-    deliver_ragged,
+    end_block,
     larger_magnitude,
     load_distance,
     load_log_ratio,
@@ -37,11 +51,11 @@ from .tokens import (
     one_nan,
     plus_if_given,
     prefetch_vector,
-    ragged,
     scratch_for,
     store_gradient,
-    tokens_of,
+    tokens_from,
     weight_of_token,
+    within_end,
     zero_where,
 )
 from .ways import CAREFUL, FAR, NEAR, far_enough, near_enough, plus_in, times, weighted_in, zero_in
@@ -61,102 +75,140 @@ COLLECTED = np.dtype(
 )
 
 
-class _RunSums(NamedTuple):
-    """What is collected from a run, in lanes; sums in float64."""
+class _RunLanes(NamedTuple):
+    """What is collected from a run, in lanes."""
 
     log_ratio: Any
     k: Any
     positive: Any
     negative: Any
-    positive_count: Any  # of the block so far
+    positive_count: Any
     negative_count: Any
     check: Any  # Σ A + l + w: not finite if one of them is not
     farthest: Any  # |l|
 
 
 @inlined
-def _collect_run(way, terms, tokens, vectors, positive_count, negative_count, like):
-    """The `_RunSums` of so many vectors, in one of the `ways`; leaves ∂k/∂l in the gradient's place."""
+def _collect_run(way, terms, tokens, vectors, like):
+    """The `_RunLanes` of so many vectors, in one of the `ways`; leaves ∂k/∂l in the gradient's place."""
     zero = full(like, 0.0)
-    k = zero_in(way, zero)
-    log_ratio = positive = negative = wide(zero)
+    log_ratio = k = positive = negative = zero_in(way, zero)
     check = farthest = zero
-    for v in range(vectors):
+    positive_count = negative_count = bits(zero)
+    v = 0
+    while True:  # as in `token_level`
         prefetch_vector(tokens.logps, v)
         prefetch_vector(tokens.old_logps, v)
         prefetch_vector(tokens.ref_logps, v)
         absent = absent_lanes(tokens.mask, v, zero)
         logp = load_vector(tokens.logps, v)
-        log_ratio += wide(zero_where(absent, load_log_ratio(logp, tokens.old_logps, v)))
         l = zero_where(absent, load_distance(logp, tokens.ref_logps, v))
         a = zero_where(absent, load_vector(tokens.advantages, v))
         w = load_weights(tokens.weights, absent, v)
         weighted = weighted_in(CAREFUL, w, linear_factor(terms.surrogate, a, zero_where(absent, logp)))
-        positive += wide(where(a > 0.0, weighted, zero))
-        negative += wide(where(a < 0.0, weighted, zero))
+        log_ratio = plus_in(way, log_ratio, zero_where(absent, load_log_ratio(logp, tokens.old_logps, v)))
+        k = plus_in(way, k, _collect_kl(way, terms.kl, tokens.grad, l, v))
+        positive = plus_in(way, positive, where(a > 0.0, weighted, zero))
+        negative = plus_in(way, negative, where(a < 0.0, weighted, zero))
         positive_count = tally(positive_count, a > 0.0)
         negative_count = tally(negative_count, a < 0.0)
-        k = plus_in(way, k, _collect_kl(way, terms.kl, tokens.grad, l, v))
         farthest = larger_magnitude(l, farthest)
         check = plus_if_given(check + a + l, w)
-    return _RunSums(log_ratio, wide(k), positive, negative, positive_count, negative_count, check, farthest)
+        v += 1
+        if v >= vectors:
+            break
+    return _RunLanes(log_ratio, k, positive, negative, positive_count, negative_count, check, farthest)
 
 
 @inlined
 def _collect_kl(way, kl, grad, l, v):
     """k of one vector, 0 without a KL term; writes ∂k/∂l into the gradient's place if there is one."""
     if kl is None:
-        return l
+        return full_like(l, 0.0)
     term = kl_term(way, kl, l)
     store_gradient(grad, v, term.slope)
     return term.value
 
 
+@inlined
+def _plus_run(block, run, weighted_of):
+    """The `_RunLanes` of a block, sums in float64, with those of a run; Σ w·`linear_factor` from ``weighted_of``."""
+    return _RunLanes(
+        block.log_ratio + wide(run.log_ratio),
+        block.k + wide(run.k),
+        block.positive + wide(weighted_of.positive),
+        block.negative + wide(weighted_of.negative),
+        block.positive_count + run.positive_count,
+        block.negative_count + run.negative_count,
+        block.check + run.check,
+        block.farthest,
+    )
+
+
+@inlined
+def _without_rest(run, i, stop):
+    """The `_RunLanes` of the ragged end of a block, from token number i on, without what stands beyond it."""
+    if stop - i >= lanes(run.check):
+        return run
+    return _RunLanes(
+        within_end(run.log_ratio, i, stop),
+        within_end(run.k, i, stop),
+        run.positive,  # 0 there, as A is
+        run.negative,
+        run.positive_count,
+        run.negative_count,
+        run.check,
+        run.farthest,
+    )
+
+
 @subroutine(allocates=False)
 def collect_block(batch, terms, sequence, start, stop, scratch, collected):
-    """Fill one record of ``collected``, and leave ∂k/∂l in the gradient's place if there is a KL term."""
+    """Fill one record of ``collected``, and leave ∂k/∂l in the gradient's place if there is a KL term.
+
+    Runs are those of `token_level.token_block`.
+    """
     align_stack()
-    begin_block(batch, sequence, scratch)
+    begin_block(batch, sequence, start, stop, scratch)
     like = scratch.vectors
+    step = lanes(like)
     zero = full(like, 0.0)
-    log_ratio = k = positive = negative = wide(zero)
-    positive_count = negative_count = bits(zero)
-    check = zero
+    none, sums = bits(zero), wide(zero)
+    block = _RunLanes(sums, sums, sums, sums, none, none, zero, zero)
     near = True
     i = start
     while i < stop:
-        whole = min(RUN, (stop - i) // lanes(like))
-        vectors = max(whole, 1)
-        done = False
-        if near and whole > 0:
-            tokens = tokens_of(batch, mask_of(batch.mask, i, scratch), i, scratch)
-            run = _collect_run(NEAR, terms, tokens, vectors, positive_count, negative_count, like)
-            near = done = near_enough(run.farthest)
-        if not done:
-            masked = tokens_of(batch, mask_or_ones(batch.mask, i, scratch), i, scratch)
-            if whole == 0:
-                masked = ragged(masked, stop - i, scratch)
-            run = _collect_run(FAR, terms, masked, vectors, positive_count, negative_count, like)
+        while near and i < stop:
+            vectors = max(min(RUN, (stop - i) // step), 1)
+            tokens = tokens_from(batch, mask_of(batch.mask, i, stop, scratch), i, stop, scratch)
+            run = _without_rest(_collect_run(NEAR, terms, tokens, vectors, like), i, stop)
+            near = near_enough(run.farthest) and is_finite(run.positive + run.negative)
+            if near:
+                block = _plus_run(block, run, run)
+                i += vectors * step
+        while not near and i < stop:
+            vectors = max(min(RUN, (stop - i) // step), 1)
+            tokens = tokens_from(batch, mask_of(batch.mask, i, stop, scratch), i, stop, scratch)
+            run = _without_rest(_collect_run(FAR, terms, tokens, vectors, like), i, stop)
             near = near_enough(run.farthest)
-            if not far_enough(run.farthest):
-                run = _collect_run(CAREFUL, terms, masked, vectors, positive_count, negative_count, like)
-            if whole == 0 and terms.kl is not None:
-                deliver_ragged(batch.grad, i, stop - i, scratch)
-        log_ratio += run.log_ratio
-        k += run.k
-        positive += run.positive
-        negative += run.negative
-        check += run.check
-        positive_count = run.positive_count
-        negative_count = run.negative_count
-        i += vectors * lanes(like)
-    collected.log_ratio = lane_sum(log_ratio)
-    collected.k = lane_sum(k)
-    collected.positive = lane_sum(positive)
-    collected.negative = lane_sum(negative)
-    collected.positive_count = np.int64(lane_sum(positive_count))
-    collected.negative_count = np.int64(lane_sum(negative_count))
-    collected.suspect = not np.isfinite(collected.log_ratio + lane_sum(check))
+            is_far = far_enough(run.farthest)
+            if is_far and is_finite(run.positive + run.negative):
+                block = _plus_run(block, run, run)
+            else:
+                tokens = tokens_from(batch, mask_or_ones(batch.mask, i, stop, scratch), i, stop, scratch)
+                careful = _collect_run(CAREFUL, terms, tokens, vectors, like)
+                # Σ k must not depend on A, whose sum overflowed.
+                block = _plus_run(block, run, careful) if is_far else _plus_run(block, careful, careful)
+            i += vectors * step
+    if terms.kl is not None:
+        end_block(batch.grad, start, stop, scratch)
+    collected.log_ratio = lane_sum(block.log_ratio)
+    collected.k = lane_sum(block.k)
+    collected.positive = lane_sum(block.positive)
+    collected.negative = lane_sum(block.negative)
+    collected.positive_count = np.int64(lane_sum(block.positive_count))
+    collected.negative_count = np.int64(lane_sum(block.negative_count))
+    collected.suspect = not np.isfinite(collected.log_ratio + lane_sum(block.check))
 
 
 @subroutine
@@ -279,17 +331,17 @@ def spread(grad, batch, terms, coefficients, sequence, start, stop, scratch):
     """Write the gradient of a sequence from ``start`` to ``stop``; with a KL term, ``grad`` holds ∂k/∂l before."""
     if grad is None:
         return
-    begin_block(batch, sequence, scratch)
+    begin_block(batch, sequence, start, stop, scratch)
     step = lanes(scratch.vectors)
     whole = (stop - start) // step
     end = start + whole * step
-    tokens = tokens_of(batch, mask_of(batch.mask, start, scratch), start, scratch)
-    _spread_run(terms, tokens, whole, coefficients, scratch.vectors)
+    tokens = tokens_from(batch, mask_of(batch.mask, start, stop, scratch), start, stop, scratch)
+    if whole > 0:
+        _spread_run(terms, tokens, whole, coefficients, scratch.vectors)
     if end < stop:
-        tokens = tokens_of(batch, mask_or_ones(batch.mask, end, scratch), end, scratch)
-        tokens = ragged(tokens, stop - end, scratch)
+        tokens = tokens_from(batch, mask_of(batch.mask, end, stop, scratch), end, stop, scratch)
         _spread_run(terms, tokens, 1, coefficients, scratch.vectors)
-        deliver_ragged(batch.grad, end, stop - end, scratch)
+    end_block(grad, start, stop, scratch)
 
 
 @inlined

@@ -282,6 +282,23 @@ def _all_bits_where_zero(builder, bytes_, llvm):
 
 
 @intrinsic
+def beyond(typingctx, like, count):
+    """Integers as wide as the elements of ``like``: all bits set from lane number ``count`` ≥ 0 on, else none."""
+    integers = like.of(like.integer)
+
+    def codegen(context, builder, sig, args):
+        lanes_ = ir.Constant(ir.IntType(64), like.lanes)
+        count = builder.select(builder.icmp_signed("<", args[1], lanes_), args[1], lanes_)
+        last = builder.sub(count, ir.Constant(ir.IntType(64), 1))
+        if like.element.bitwidth < 64:
+            last = builder.trunc(last, integers.llvm.element)
+        index = ir.Constant(integers.llvm, list(range(like.lanes)))
+        return _all_bits_where_negative(builder, builder.sub(_broadcast(builder, last, integers.llvm), index))
+
+    return integers(like, types.intp), codegen
+
+
+@intrinsic
 def load_zeros(typingctx, array, start, like):
     """Integers as wide as the elements of ``like``: all bits set where ``array[start + lane]``, a byte, is 0."""
     integers = like.of(like.integer)

@@ -39,7 +39,7 @@ from .tokens import (
     absent_lanes,
     begin_block,
     begin_sequence,
-    deliver_ragged,
+    end_block,
     larger_magnitude,
     load_distance,
     load_log_ratio,
@@ -51,11 +51,11 @@ from .tokens import (
     nan_where,
     plus_if_given,
     prefetch_vector,
-    ragged,
     scratch_for,
     store_gradient,
-    tokens_of,
+    tokens_from,
     weight_of_token,
+    within_end,
     zero_where,
 )
 from .ways import (
@@ -240,6 +240,25 @@ def _policy_sum(policy, vectors, scratch):
 
 
 @inlined
+def _without_rest(run, i, stop):
+    """The `_RunLanes` of the ragged end of a block, from token number i on, without what stands beyond it."""
+    if stop - i >= lanes(run.policy):
+        return run
+    return _RunLanes(
+        within_end(run.policy, i, stop),
+        within_end(run.kl, i, stop),
+        within_end(run.ratio, i, stop),
+        within_end(run.ratio_squared, i, stop),
+        within_end(run.log_ratio, i, stop),
+        run.check,
+        run.least,
+        run.most,
+        run.farthest,
+        run.clipped,
+    )
+
+
+@inlined
 def _largest_log(run):
     """The largest |log ρ| or |l| of a run, in lanes."""
     size = where(run.most > run.farthest, run.most, run.farthest)
@@ -256,59 +275,41 @@ def _is_sound(run, policy):
 def token_block(batch, terms, factor, sequence, start, stop, scratch):
     """The contribution of the tokens of a sequence from ``start`` to ``stop``; writes their gradient on the way.
 
-    ``factor`` is −c_i. A run is up to RUN whole vectors, or what is left of one at the end. The first whole one begins
-    in the near way, each other in that of the one before.
+    ``factor`` is −c_i. A run is up to RUN whole vectors, or the ragged end. The first begins in the near way, another
+    in that of the one before.
     """
     align_stack()
-    begin_block(batch, sequence, scratch)
+    begin_block(batch, sequence, start, stop, scratch)
     step = lanes(scratch.vectors)
-    zero = full(scratch.vectors, 0.0)
-    block = _empty_block(zero)
+    block = _empty_block(full(scratch.vectors, 0.0))
     may_be_near = near_holds(terms.surrogate)
     near = may_be_near
     i = start
     while i < stop:
-        if near and stop - i >= step:
-            while True:
-                vectors = min(RUN, (stop - i) // step)
-                tokens = tokens_of(batch, mask_of(batch.mask, i, scratch), i, scratch)
-                run = _run(NEAR, terms, tokens, vectors, factor, scratch)
-                policy = _policy_sum(run.policy, vectors, scratch)
-                near = near_enough(_largest_log(run)) and _is_sound(run, policy)
-                if not near:
-                    break
+        while near and i < stop:
+            vectors = max(min(RUN, (stop - i) // step), 1)
+            tokens = tokens_from(batch, mask_of(batch.mask, i, stop, scratch), i, stop, scratch)
+            run = _without_rest(_run(NEAR, terms, tokens, vectors, factor, scratch), i, stop)
+            policy = _policy_sum(run.policy, vectors, scratch)
+            near = near_enough(_largest_log(run)) and _is_sound(run, policy)
+            if near:
                 block = _plus_run(block, run, policy)
                 i += vectors * step
-                if stop - i < step:
-                    break
-        careful = False
-        if stop - i >= step:
-            while True:
-                vectors = min(RUN, (stop - i) // step)
-                tokens = tokens_of(batch, mask_of(batch.mask, i, scratch), i, scratch)
-                run = _run(FAR, terms, tokens, vectors, factor, scratch)
-                policy = _policy_sum(run.policy, vectors, scratch)
-                size = _largest_log(run)
-                near = may_be_near and near_enough(size)
-                careful = not (far_enough(size) and _is_sound(run, policy))
-                if careful:
-                    break
+        while not near and i < stop:
+            vectors = max(min(RUN, (stop - i) // step), 1)
+            tokens = tokens_from(batch, mask_of(batch.mask, i, stop, scratch), i, stop, scratch)
+            run = _without_rest(_run(FAR, terms, tokens, vectors, factor, scratch), i, stop)
+            policy = _policy_sum(run.policy, vectors, scratch)
+            near = may_be_near and near_enough(_largest_log(run))
+            if far_enough(_largest_log(run)) and _is_sound(run, policy):
                 block = _plus_run(block, run, policy)
-                i += vectors * step
-                if near or stop - i < step:
-                    break
-        if careful or 0 < stop - i < step:  # the ragged end
-            whole = min(RUN, (stop - i) // step)
-            vectors = max(whole, 1)
-            tokens = tokens_of(batch, mask_or_ones(batch.mask, i, scratch), i, scratch)
-            if whole == 0:
-                tokens = ragged(tokens, stop - i, scratch)
-            careful_run = _run(CAREFUL, terms, tokens, vectors, factor, scratch)
-            make_one_nan(tokens.grad, vectors)
-            block = _plus_run(block, careful_run, _policy_sum(careful_run.policy, vectors, scratch))
-            if whole == 0:
-                deliver_ragged(batch.grad, i, stop - i, scratch)
+            else:
+                tokens = tokens_from(batch, mask_or_ones(batch.mask, i, stop, scratch), i, stop, scratch)
+                careful = _run(CAREFUL, terms, tokens, vectors, factor, scratch)
+                make_one_nan(tokens.grad, vectors)
+                block = _plus_run(block, careful, _policy_sum(careful.policy, vectors, scratch))
             i += vectors * step
+    end_block(batch.grad, start, stop, scratch)
     # exp is known for vectors only; what else is in this one is of no interest.
     least, most = lane_min(block.least), lane_max(block.most)
     scratch.vectors[0], scratch.vectors[1] = least, most

@@ -15,6 +15,7 @@ from .compiling import compiled, inlined, inlined_or_none, subroutine
 from .simd import (
     WIDTH,
     abs_of,
+    beyond,
     bits,
     count_flags,
     from_bits,
@@ -150,10 +151,13 @@ class Scratch(NamedTuple):
     flags: Any  # bytes
 
 
-# Vectors of the scratch array: one of each array, for the ragged end of a sequence; what is one for the sequence, in
-# each lane. After them, there is room for what a level needs.
-_LOGPS, _OLD, _ADVANTAGES, _REF, _WEIGHTS, _GRAD, _ADVANTAGE_OF_SEQUENCE, _WEIGHT_OF_SEQUENCE, FREE_VECTORS = range(9)
-# Bytes of the flags: those of the mask at a ragged end; as many ones.
+# Vectors of the scratch array. First one of each array, for the ragged end of a block: what fills no vector there is
+# copied, so that no loop has to look where an array ends. Then what is one for the sequence, in each lane; and room
+# for what a level needs.
+_LOGPS, _OLD, _REF, _GRAD, _ADVANTAGES, _WEIGHTS, _FIRST_OF_SEQUENCE = range(7)
+_OF_SEQUENCE = _FIRST_OF_SEQUENCE - _ADVANTAGES  # from a vector of the ragged end to that of the sequence
+FREE_VECTORS = _FIRST_OF_SEQUENCE + 2
+# Bytes of the flags: those of the mask at the ragged end; as many ones.
 _RAGGED, _ONES = 0, WIDTH
 
 
@@ -165,10 +169,22 @@ def scratch_for(logps, rows):
 
 
 @inlined
-def begin_block(batch, sequence, scratch):
-    """Put what is one for the sequence into the scratch arrays, for the `Tokens` of a block of it."""
-    _fill(batch.advantages, batch.advantages_per_token, sequence, scratch.vectors, _ADVANTAGE_OF_SEQUENCE)
-    _fill(batch.weights, batch.weights_per_token, sequence, scratch.vectors, _WEIGHT_OF_SEQUENCE)
+def begin_block(batch, sequence, start, stop, scratch):
+    """Put what is one for the sequence, and the ragged end of a block of it, into the scratch arrays."""
+    vectors = scratch.vectors
+    _fill(batch.advantages, batch.advantages_per_token, sequence, vectors, _ADVANTAGES + _OF_SEQUENCE)
+    _fill(batch.weights, batch.weights_per_token, sequence, vectors, _WEIGHTS + _OF_SEQUENCE)
+    count = (stop - start) % lanes(vectors)
+    if count > 0:
+        # Lanes beyond the end repeat the first token, so that they change no extreme, with A = 0.
+        i = stop - count
+        _copy(batch.logps, True, i, count, batch.logps[i], vectors, _LOGPS)
+        _copy_repeating(batch.old_logps, i, count, vectors, _OLD)
+        _copy_repeating(batch.ref_logps, i, count, vectors, _REF)
+        _copy_repeating(batch.grad, i, count, vectors, _GRAD)
+        _copy(batch.advantages, batch.advantages_per_token, i, count, 0.0, vectors, _ADVANTAGES)
+        _copy(batch.weights, batch.weights_per_token, i, count, 0.0, vectors, _WEIGHTS)
+        _copy_flags(batch.mask, i, count, scratch.flags)
 
 
 @inlined
@@ -180,74 +196,99 @@ def _fill(array, per_token, sequence, vectors, number):
 
 
 @inlined
-def tokens_of(batch, mask, i, scratch):
-    """The `Tokens` from token number i on, of whole vectors where they lie, with that stream for the mask."""
+def _copy(array, per_token, i, count, fill, vectors, number):
+    if array is None:
+        return
+    step = lanes(vectors)
+    if per_token:
+        store(vectors, number * step, load_first(array, i, count, fill))
+    else:
+        store(vectors, number * step, load_first(vectors, (number + _OF_SEQUENCE) * step, count, fill))
+
+
+@inlined
+def _copy_repeating(array, i, count, vectors, number):
+    if array is None:
+        return
+    _copy(array, True, i, count, array[i], vectors, number)
+
+
+@inlined
+def _copy_flags(mask, i, count, flags):
+    if mask is None:
+        return
+    for lane in range(WIDTH):
+        flags[_RAGGED + lane] = mask[i + lane] if lane < count else 0
+
+
+@inlined
+def tokens_from(batch, mask, i, stop, scratch):
+    """The `Tokens` from token number i on: of whole vectors where they lie, or of the ragged one at the end.
+
+    The mask is one of `mask_of` and `mask_or_ones`.
+    """
     vectors = scratch.vectors
+    whole = stop - i >= lanes(vectors)
     return Tokens(
-        Stream(batch.logps, i, lanes(vectors)),
-        _stream(batch.old_logps, True, i, vectors, 0),
-        _stream(batch.advantages, batch.advantages_per_token, i, vectors, _ADVANTAGE_OF_SEQUENCE),
-        _stream(batch.ref_logps, True, i, vectors, 0),
+        _stream(batch.logps, whole, i, vectors, _LOGPS),
+        _stream(batch.old_logps, whole, i, vectors, _OLD),
+        _stream_of_values(batch.advantages, batch.advantages_per_token, whole, i, vectors, _ADVANTAGES),
+        _stream(batch.ref_logps, whole, i, vectors, _REF),
         mask,
-        _stream(batch.weights, batch.weights_per_token, i, vectors, _WEIGHT_OF_SEQUENCE),
-        _stream(batch.grad, True, i, vectors, 0),
+        _stream_of_values(batch.weights, batch.weights_per_token, whole, i, vectors, _WEIGHTS),
+        _stream(batch.grad, whole, i, vectors, _GRAD),
     )
 
 
 @inlined_or_none
-def _stream(array, per_token, i, vectors, number):
-    if per_token:
+def _stream(array, whole, i, vectors, number):
+    if whole:
         return Stream(array, i, lanes(vectors))
     return Stream(vectors, number * lanes(vectors), 0)
 
 
 @inlined_or_none
-def mask_of(mask, i, scratch):
-    """The stream of a batch's mask from token number i on; None if there is none."""
-    return Stream(mask, i, lanes(scratch.vectors))
-
-
-@inlined
-def mask_or_ones(mask, i, scratch):
-    """The stream of a batch's mask from token number i on; of ones if there is none."""
-    if mask is None:
-        return Stream(scratch.flags, _ONES, 0)
-    return Stream(mask, i, lanes(scratch.vectors))
-
-
-@inlined
-def ragged(tokens, count, scratch):
-    """The first ``count`` tokens of a vector, as one that is copied into the scratch arrays and masked beyond them.
-
-    Nothing beyond them is read. The gradient is written there, too; `deliver_ragged` copies it.
-    """
-    vectors = scratch.vectors
-    for lane in range(lanes(vectors)):
-        scratch.flags[_RAGGED + lane] = 0
-    for lane in range(count):
-        scratch.flags[_RAGGED + lane] = tokens.mask.array[tokens.mask.at + lane]
-    return Tokens(
-        _copied(tokens.logps, count, vectors, _LOGPS),
-        _copied(tokens.old_logps, count, vectors, _OLD),
-        _copied(tokens.advantages, count, vectors, _ADVANTAGES),
-        _copied(tokens.ref_logps, count, vectors, _REF),
-        Stream(scratch.flags, _RAGGED, 0),
-        _copied(tokens.weights, count, vectors, _WEIGHTS),
-        _copied(tokens.grad, count, vectors, _GRAD),
-    )
+def _stream_of_values(array, per_token, whole, i, vectors, number):
+    if whole and not per_token:
+        return Stream(vectors, (number + _OF_SEQUENCE) * lanes(vectors), 0)
+    return _stream(array, whole, i, vectors, number)
 
 
 @inlined_or_none
-def _copied(stream, count, vectors, number):
-    store(vectors, number * lanes(vectors), load_first(stream.array, stream.at, count, 0.0))
-    return Stream(vectors, number * lanes(vectors), 0)
+def mask_of(mask, i, stop, scratch):
+    """The stream of a batch's mask from token number i on; None if there is none."""
+    step = lanes(scratch.vectors)
+    if stop - i >= step:
+        return Stream(mask, i, step)
+    return Stream(scratch.flags, _RAGGED, 0)
 
 
 @inlined
-def deliver_ragged(grad, i, count, scratch):
-    """Copy the gradient of `ragged` tokens to where that of token number i belongs, if there is a place for it."""
+def mask_or_ones(mask, i, stop, scratch):
+    """The stream of a batch's mask from token number i on; of ones, as many as there are tokens, if there is none."""
+    if mask is not None:
+        return mask_of(mask, i, stop, scratch)
+    step = lanes(scratch.vectors)
+    if stop - i >= step:
+        return Stream(scratch.flags, _ONES, 0)
+    for lane in range(WIDTH):
+        scratch.flags[_RAGGED + lane] = lane < stop - i
+    return Stream(scratch.flags, _RAGGED, 0)
+
+
+@inlined
+def end_block(grad, start, stop, scratch):
+    """Copy the gradient of the ragged end of a block to where it belongs, if there is a place for it."""
     if grad is not None:
-        store_first(grad, i, count, load(scratch.vectors, _GRAD * lanes(scratch.vectors)))
+        count = (stop - start) % lanes(grad)
+        if count > 0:
+            store_first(grad, stop - count, count, load(scratch.vectors, _GRAD * lanes(grad)))
+
+
+@inlined
+def within_end(x, i, stop):
+    """x of the vector of token number i, in lanes, and 0 in those beyond the end."""
+    return from_bits(bits(x) & ~beyond(x, stop - i))
 
 
 # --- a vector of tokens -----------------------------------------------------------------------------------------------
