@@ -131,7 +131,7 @@ def _run(way, terms, tokens, vectors, factor, scratch):
         clipped = count_clipped(way, terms.surrogate, rho, a, clipped)
         kl, penalty_slope = _add_penalty(way, terms.kl, terms.weighting, rho, l, kl)
 
-        term = surrogate_term(way, terms.surrogate, _ratio_that_matters(way, rho, a), a, logp)
+        term = surrogate_term(way, terms.surrogate, _ratio_that_matters(way, rho, a), a, zero_where(absent, logp))
         value = weighted_in(way, w, term.value)
         policy += value
         if lanes(scratch.vectors) > 8:  # see `_policy_sum`
