@@ -2,8 +2,8 @@
 
 How the data flows, file by file; each imports only from lines below its own::
 
-    __main__  _command            the command (_parser: its arguments); rollouts in files (_pictures draws)
-    _demonstration  _measure      its demonstration on synthetic samples
+    __main__                      the command: over files (_command, _pictures), its demonstration (_demonstration,
+    _parser                       _measure); its arguments
     trl                           `FastGRPOTrainer`: TRL's, with the loss below
     torch                         `grpo_loss` for tensors
     _warm_up                      `warm_up`: compiling beforehand

@@ -74,10 +74,12 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
 
 
 def closest(word: str, allowed: Iterable[str]) -> list[str]:
-    """The word allowed that is most like another one; none if it is like none."""
+    """The word allowed that begins with another one, or is most like it; none if none is like it."""
     from difflib import get_close_matches
 
-    return get_close_matches(word.lower(), allowed, 1)
+    words = sorted(allowed, key=len)
+    begun = [known for known in words if known.startswith(word) and len(word.strip("-")) > 1]
+    return begun[:1] or get_close_matches(word.lower(), words, 1)
 
 
 # --- keywords ---------------------------------------------------------------------------------------------------------

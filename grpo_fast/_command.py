@@ -37,10 +37,7 @@ def run_evaluate(arguments: argparse.Namespace) -> str:
     columns = _columns_of(arguments.columns)
     if _form_of(arguments, columns) is Form.LOG_PROBABILITIES:
         options = of_tokens
-        if options["kl"] is None and arguments.importance_weighted is not None:
-            raise UsageError(
-                "--importance-weighted and --no-importance-weighted are about a KL term: add --kl or --beta"
-            )
+        _refuse_weighting_of_nothing(arguments, with_kl=options["kl"] is not None)
     else:
         _refuse_for_probabilities(arguments, ("epsilon", "beta", "importance_weighted"))
         options = _given(arguments, ("epsilon", "beta", "importance_weighted"))
@@ -53,9 +50,21 @@ def run_evaluate(arguments: argparse.Namespace) -> str:
 
 def _loss_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options for files of log-probabilities, checked."""
-    options = {"surrogate": _surrogate(arguments), "kl": _kl(arguments)} | _given(arguments, BY_NAME)
+    options = {"surrogate": _surrogate(arguments), "kl": _kl(arguments)} | _by_name(arguments)
     Options(**options)
     return options
+
+
+def _by_name(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those options of log-probabilities that are named and given as `grpo_loss` has them."""
+    if arguments.normalizer == 0:  # which is right only where no token counts, and then for nothing
+        raise UsageError("--normalizer must be above 0, got 0")
+    return _given(arguments, BY_NAME)
+
+
+def _refuse_weighting_of_nothing(arguments: argparse.Namespace, with_kl: bool) -> None:
+    if arguments.importance_weighted is not None and not with_kl:
+        raise UsageError("--importance-weighted and --no-importance-weighted are about a KL term: add --kl or --beta")
 
 
 def _surrogate(arguments: argparse.Namespace) -> Any:
@@ -84,10 +93,9 @@ def run_sweep(arguments: argparse.Namespace) -> str:
     """What ``grpo-fast sweep`` prints; draws a picture if one was asked for."""
     if arguments.plot:
         _refuse_unless_it_can_be_drawn(arguments.plot)
-    of_tokens = ("epsilon_high", "delta", "kl", *BY_NAME)
     with in_terms_of_the_shell():
         for epsilon in arguments.epsilons:
-            Clip(epsilon, arguments.epsilon_high, arguments.delta)
+            Options(Clip(epsilon, arguments.epsilon_high, arguments.delta), **_by_name(arguments))
         for beta in arguments.betas or []:
             KL_TERMS["k3"](beta)
     _refuse_names_of_columns(arguments.files)
@@ -95,8 +103,10 @@ def run_sweep(arguments: argparse.Namespace) -> str:
     if _form_of(arguments, columns) is Form.LOG_PROBABILITIES:
         term = KL_TERMS[arguments.kl or "k3"]
         weighted = arguments.importance_weighted is not False
-        options = _given(arguments, of_tokens) | {"kl": partial(term, importance_weighted=weighted)}
+        options = _given(arguments, ("epsilon_high", "delta")) | _by_name(arguments)
+        options["kl"] = partial(term, importance_weighted=weighted)
         betas = arguments.betas or ([0.0, BETA] if arguments.kl else [0.0])
+        _refuse_weighting_of_nothing(arguments, with_kl=any(betas))
     else:
         _refuse_for_probabilities(arguments, ("importance_weighted",))
         options = _given(arguments, ("importance_weighted",))

@@ -12,7 +12,7 @@ from typing import Any, Never
 from . import __version__
 from ._advice import flag_of
 from ._checks import did_you_mean
-from ._columns import ARGUMENTS
+from ._columns import ARGUMENTS, REQUIRED
 from ._warm_up import DTYPES
 from .terms import AGGREGATIONS, BETA, CISPO, EPSILON, K1, K2, K3, LEVELS, SAPO, Clip
 
@@ -319,5 +319,7 @@ def _arguments_and_columns(text: str) -> list[tuple[str, str | None]]:
         if name not in ARGUMENTS:
             meant = did_you_mean(name, ARGUMENTS)
             raise argparse.ArgumentTypeError(f"NAME must be one of {', '.join(ARGUMENTS)}, got {name!r}{meant}")
+        if not column and name in REQUIRED:
+            raise argparse.ArgumentTypeError(f"{name} must be a column, got {part!r}")
         pairs.append((name, column or None))
     return pairs

@@ -53,7 +53,7 @@ def form_of(files: list[str], columns: Columns | None) -> Form:
             },
         )
     if forms == [Form.PROBABILITIES] and columns.get("mask") is not None:
-        raise no_mask(f"columns names a mask, {columns['mask']!r}")
+        raise no_mask(f"{columns['mask']!r} is named as the mask")
     return forms[0]
 
 

@@ -267,6 +267,9 @@ def test_columns(arrays, tmp_path, capsys):
         (["sweep", "FILE", "--plot", "missing/out.svg"], "--plot: there is no folder missing for out.svg"),
         (["sweep", "FILE", "--beta", "-1"], "error: --beta must be"),
         (["sweep", "FILE", "--epsilon-high", "1"], "--epsilon-high: not for probability columns"),
+        (["evaluate", "TOKENS", "--normalizer", "0"], "--normalizer must be above 0, got 0"),
+        (["sweep", "TOKENS", "--normalizer", "-1"], "error: --normalizer must be a number in [0, inf), got -1.0"),
+        (["sweep", "TOKENS", "--no-importance-weighted"], "are about a KL term: add --kl or --beta"),
         (["sweep", "TOKENS", "--delta", "1.2"], "--delta must be a number above 1 + --epsilon-high = 1.2, got 1.2"),
         (["demo", "--epsilon", "-2"], "error: --epsilon must be a number in [0, inf], got -2.0"),
     ],
@@ -293,12 +296,16 @@ def test_bad_input_is_one_line_in_terms_of_the_shell(arguments, message, probabi
         ("evaluate", "the following arguments are required: FILE (grpo-fast evaluate --help says more)"),
         ("evalute x", "must be one of evaluate, sweep, compile, demo, got 'evalute': did you mean 'evaluate'?"),
         ("evaluate x --epsilon-hihg 1", "unknown option --epsilon-hihg: did you mean '--epsilon-high'?"),
-        ("evaluate x --eps 1", "unknown option --eps"),  # no abbreviations: they would change with every new option
+        (
+            "evaluate x --eps 1",
+            "unknown option --eps: did you mean '--epsilon'?",
+        ),  # no abbreviations: they would change with every new option
         ("evaluate x --aggregation token_mean", "--aggregation: must be one of token-mean, "),
         ("evaluate x --aggregation token_mean", "got 'token_mean': did you mean 'token-mean'?"),
         ("evaluate x --columns A", "--columns: must be NAME=COLUMN, with commas between several, got 'A'"),
         ("evaluate x --columns logps=a,b", "--columns: must be NAME=COLUMN, with commas between several, got 'b'"),
         ("evaluate x --columns lgps=a", "got 'lgps': did you mean 'logps'?"),
+        ("evaluate x --columns logps=,mask=m", "--columns: logps must be a column, got 'logps='"),
         ("sweep x --epsilon a,b", "must be numbers with commas between, got 'a,b'"),
         ("demo --samples 0", "--samples: must be a whole number, at least 1, got '0'"),
         ("compile --dtype float16", "--dtype: must be one of float64, float32, got 'float16'"),
@@ -421,7 +428,8 @@ def test_ctrl_c_is_one_line(subcommand, rollouts, monkeypatch, capsys):
 @pytest.mark.skipif(os.name != "posix", reason="Ctrl-C is sent as POSIX does")
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_ctrl_c_ends_the_process_while_it_compiles(workers, rollouts, tmp_path):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "NUMBA_CACHE_DIR": str(tmp_path)}
+    cache = tmp_path / "cache"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "NUMBA_CACHE_DIR": str(cache)}
     line = [sys.executable, "-m", "grpo_fast", "evaluate", rollouts, "--workers", workers]
     process = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     said = ""
@@ -432,6 +440,7 @@ def test_ctrl_c_ends_the_process_while_it_compiles(workers, rollouts, tmp_path):
     assert (process.returncode, out) == (130, "")
     assert err.endswith("grpo-fast: interrupted\n")
     assert "Traceback" not in err
+    assert not list(cache.rglob("*token_level.token_level.*"))  # nobody waited for it
 
 
 def test_whoever_reads_no_more_is_no_error(rollouts):

@@ -208,7 +208,7 @@ def test_probabilities_take_no_mask(name, of_lists, suffix, tmp_path):
         refused(f"a.{suffix}: column '{name}' looks like a mask, but {advice}", path, columns=columns)
     refused(f"column '{name}' looks like a mask, but {advice}", path, call=sweep, **GRID)
     for columns in ({"rhos": "rhos", "mask": name}, {"mask": name}, {"rhos": "rhos", "mask": [name]}):
-        refused(rf"columns names a mask, .*'{name}'.*, but {advice}", path, columns=columns)
+        refused(rf"'{name}'.* is named as the mask, but {advice}", path, columns=columns)
     expected = evaluate(write(tmp_path / f"b.{suffix}", rows.drop_columns([name])))
     for columns in ({"mask": None}, {"mask": None, "rhos": "rhos"}):
         assert evaluate(path, columns=columns) == expected
