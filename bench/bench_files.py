@@ -15,7 +15,7 @@ from objective_peers import BETA, EPSILON
 from timing import clock, hand_over, measure, present, skip_if_missing
 
 from grpo_fast import evaluate, reference
-from grpo_fast.__main__ import synthetic_samples
+from grpo_fast._demonstration import synthetic_samples
 
 NAMES = ["rhos", "A", "pi_theta_old", "pi_theta_ref"]
 

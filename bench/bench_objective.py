@@ -14,7 +14,7 @@ from timing import clock, copies_of, hand_over, measure, present, rotating, skip
 
 import grpo_fast
 from grpo_fast import reference
-from grpo_fast.__main__ import synthetic_samples
+from grpo_fast._demonstration import synthetic_samples
 
 SIZES = (3, 10, 100, 1_000, 10_000, 100_000, 1_000_000, 10_000_000, 20_000_000, 40_000_000)
 CASES = list(itertools.product(SIZES, ("float64", "float32")))

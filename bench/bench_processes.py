@@ -23,7 +23,7 @@ SCRIPTS = {
 }
 MEMORY = {
     "grpo_objective": (
-        "import grpo_fast\nfrom grpo_fast.__main__ import synthetic_samples\n"
+        "import grpo_fast\nfrom grpo_fast._demonstration import synthetic_samples\n"
         "samples = synthetic_samples({n}, {dtype!r}, 0)\n"
         "grpo_fast.grpo_objective(*(x[:100_000] for x in samples))",
         "grpo_fast.grpo_objective(*samples)",

@@ -14,7 +14,7 @@ from roofs import read, read_and_write
 from timing import clock, hand_over, measure
 
 import grpo_fast
-from grpo_fast.__main__ import synthetic_samples
+from grpo_fast._demonstration import synthetic_samples
 
 ALL = numba.config.NUMBA_NUM_THREADS
 THREADS = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n < ALL] + [ALL]

@@ -23,7 +23,7 @@ from pages import TESTS, table, write_between
 
 from grpo_fast import CISPO, K2, K3, SAPO, Clip, evaluate, group_advantages, grpo_loss, grpo_objective, grpo_stats
 from grpo_fast import grpo_sweep as sweep
-from grpo_fast.__main__ import synthetic_samples
+from grpo_fast._demonstration import synthetic_samples
 
 Work = Callable[[], Any]
 Array = NDArray[np.float64]

@@ -2,20 +2,24 @@
 
 How the data flows, file by file; each imports only from lines below its own::
 
-    __main__  _command  _measure  the command: the demonstration, and rollouts in files (_pictures draws)
+    __main__                      the command: over files (_command, _pictures), its demonstration (_demonstration,
+    _parser                       _measure); its arguments
     trl                           `FastGRPOTrainer`: TRL's, with the loss below
     torch                         `grpo_loss` for tensors
-    files                         `evaluate`, `sweep`: files → batches (_plan, _rollouts, _formats, _workers) → sums
+    _warm_up                      `warm_up`: compiling beforehand
+    files                         `evaluate`, `sweep`: files (_paths) → columns (_plan, _columns) → batches (_rollouts,
+                                  _formats, _others) → jobs (_jobs) → sums (_workers)
     objective  loss               arrays → checked arrays (_loss_inputs) → kernels → `Stats`
-    stats                         exact sums → diagnostics
+    stats                         exact sums (_additive) → diagnostics
     _kernels                      the kernels; their map is the docstring of that folder
     reference  advantages         the mathematics once more, in NumPy, independent of the kernels; from rewards
     terms                         the options
-    _checks                       what arguments may be
+    _checks  _advice              what arguments may be; errors that say what to write
 """
 
 from . import reference
 from ._kernels.blocks import BLOCK
+from ._warm_up import warm_up
 from .advantages import group_advantages
 from .files import evaluate
 from .loss import LossResult, grpo_loss
@@ -41,5 +45,6 @@ __all__ = [
     "grpo_stats",
     "grpo_sweep",
     "reference",
+    "warm_up",
 ]
 __version__ = "0.1.0"

@@ -3,8 +3,9 @@
 Values in arrays are looked at here only after a kernel has found that something is wrong with them.
 """
 
+import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[Any]
 Chosen = TypeVar("Chosen", bound=str)
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 FLOAT64 = np.dtype(np.float64)
 FLOAT32 = np.dtype(np.float32)
@@ -61,8 +63,49 @@ def flag(name: str, value: object) -> bool:
 def one_of(name: str, value: Chosen, allowed: tuple[str, ...]) -> Chosen:
     """``value``, or the ValueError if it is none of the words allowed."""
     if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        meant = did_you_mean(str(value), allowed)
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}{meant}")
     return value
+
+
+def did_you_mean(word: str, allowed: Iterable[str]) -> str:
+    """The end of a message about a word that is unknown: the one it is like, if any."""
+    return "".join(f": did you mean {like!r}?" for like in closest(word, allowed))
+
+
+def closest(word: str, allowed: Iterable[str]) -> list[str]:
+    """The word allowed that begins with another one, or is most like it; none if none is like it."""
+    from difflib import get_close_matches
+
+    words = sorted(allowed, key=len)
+    begun = [known for known in words if known.startswith(word) and len(word.strip("-")) > 1]
+    return begun[:1] or get_close_matches(word.lower(), words, 1)
+
+
+# --- keywords ---------------------------------------------------------------------------------------------------------
+def hides_unknown(function: Function) -> Function:
+    """The decorator of a function whose ``**unknown`` is there for `refuse_unknown`: no signature shows it."""
+    signature = inspect.signature(function)
+    known = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    function.__signature__ = signature.replace(parameters=known)  # type: ignore[attr-defined]  # as `inspect` reads it
+    return function
+
+
+def refuse_unknown(function: Callable[..., Any], unknown: Mapping[str, Any]) -> None:
+    """Raise the TypeError for the first keyword that ``function`` does not have, with the one that was meant."""
+    known = inspect.signature(function).parameters
+    for name in unknown:
+        hint = part_of(name, known) or did_you_mean(name, known)
+        raise TypeError(f"{function.__name__} has no argument {name!r}{hint}")
+
+
+def part_of(name: str, known: Container[str]) -> str:
+    """The end of a message about an argument that belongs into one of an option that is ``known``; empty if none."""
+    if name in ("epsilon", "epsilon_high", "delta") and "surrogate" in known:
+        return f": it is a part of surrogate, as in surrogate=Clip({name}=…)"
+    if name in ("beta", "importance_weighted") and "kl" in known:
+        return f": it is a part of kl, as in kl=K3({'' if name == 'beta' else 'beta, '}{name}=…)"
+    return ""
 
 
 # --- arrays -----------------------------------------------------------------------------------------------------------
@@ -115,7 +158,9 @@ def same_shape(
         raise ValueError(f"{', '.join(shapes)} must have the same shape, got {', '.join(map(str, shapes.values()))}")
     shape = next(iter(shapes.values()))
     if 0 in shape:
-        raise ValueError(f"{', '.join(shapes)} must hold at least one sample, got shape {shape}")
+        raise ValueError(
+            f"{', '.join(shapes)} must hold at least one sample, got shape {shape}: the mean of none is no number"
+        )
     dtype = FLOAT32 if np.result_type(*converted.values()) in (FLOAT32, np.float16) else FLOAT64
     return tuple(flat(a, dtype) for a in converted.values()), shape
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 from ._kernels.blocks import BLOCK
+from ._others import encrypted_as_plain, refusal
+from ._paths import printable
 
 try:
     import pyarrow as pa
@@ -23,11 +25,6 @@ types: Any = pa.types
 _FEW_ROWS = 64  # with lists in them: reading fewer at a time takes longer, and more of them take no less time
 #: The exceptions that pyarrow raises about bad data.
 UNREADABLE = (pa.ArrowException, OSError)
-
-
-def printable(path: str) -> str:
-    """The path as messages have it: bytes in it that are not UTF-8, which nobody could print, as backslashes."""
-    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def _source(path: str) -> Any:
@@ -174,12 +171,12 @@ def opened(path: str) -> File:
     with open(path, "rb") as file:
         magic = file.read(6)
     file_format = _ParquetFile if magic[:4] == b"PAR1" else _ArrowFile if magic == b"ARROW1" else None
-    if file_format is not None:
-        try:
-            return file_format(path)
-        except UNREADABLE as error:
-            raise ValueError(f"{printable(path)}: cannot be read: {error}") from error
-    raise ValueError(
-        f"{printable(path)}: neither a Parquet nor an Arrow IPC file: it begins with {magic!r}. (A stream of "
-        f"Arrow IPC is refused since one that was cut off looks complete: write it with pyarrow.ipc.new_file.)"
-    )
+    if file_format is None:
+        raise refusal(path, magic)
+    try:
+        return file_format(path)
+    except UNREADABLE as error:
+        message = f"{printable(path)}: cannot be read: {error}"
+        if "ncrypt" in message or "decrypt" in message:  # of columns, under a footer in plain
+            message += f". To write it in plain: {encrypted_as_plain(printable(path))}"
+        raise ValueError(message) from error

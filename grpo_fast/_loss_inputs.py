@@ -37,7 +37,8 @@ class Inputs(NamedTuple):
         """The inputs of these arguments, which are those of `grpo_loss`; see there for what is raised."""
         array = real("logps", logps)
         if array.ndim not in (1, 2):
-            raise ValueError(f"logps must be (B, T) or (N,), got shape {array.shape}")
+            flat_fits = ": logps.ravel() is (N,)" if array.ndim else ""
+            raise ValueError(f"logps must be (B, T) or (N,), got shape {array.shape}{flat_fits}")
         dtype = FLOAT32 if array.dtype.newbyteorder("=") == np.float32 else FLOAT64
         bounds = _bounds(array.shape, cu_seqlens)
         expected = _Expected(array.shape, dtype, bounds)
@@ -90,7 +91,8 @@ class _Expected(NamedTuple):
             return flat(value, self.dtype)
         array = np.atleast_1d(real(name, value))
         if array.shape != self.shape:
-            raise ValueError(f"{name} must have shape {self.shape} as logps, got {array.shape}")
+            flat_fits = f": {name}.ravel() has it" if (array.size,) == self.shape else ""
+            raise ValueError(f"{name} must have shape {self.shape} as logps, got {array.shape}{flat_fits}")
         return flat(array, self.dtype)
 
     def per_token_or_sequence(self, name: str, value: Any) -> tuple[bool, Array]:
@@ -113,8 +115,10 @@ class _Expected(NamedTuple):
                 f"there are as many, and {array.shape} could be either"
             )
         if not per_token and not per_sequence:
+            flat_fits = f": {name}.ravel() has one per sequence" if array.size == sequences else ""
             raise ValueError(
-                f"{name} must have shape {self.shape} as logps or {(sequences,)}, one per sequence, got {array.shape}"
+                f"{name} must have shape {self.shape} as logps or {(sequences,)}, one per sequence, "
+                f"got {array.shape}{flat_fits}"
             )
         return per_token, flat(array, self.dtype)
 
@@ -133,7 +137,7 @@ def _bounds(shape: tuple[int, ...], cu_seqlens: ArrayLike | None) -> Array:
     if len(shape) != 1 or bounds.ndim != 1 or bounds.size < 1 or bounds.dtype.kind not in "iu":
         raise ValueError(
             f"cu_seqlens must be a one-dimensional array of at least one int, beside logps of shape (N,); "
-            f"got {bounds.dtype} {bounds.shape} beside logps {shape}{': logps[0] is' if shape[:1] == (1,) else ''}"
+            f"got {bounds.dtype} {bounds.shape} beside logps {shape}{_flat_fits(shape, bounds)}"
         )
     if bounds[0] != 0 or bounds[-1] != size:
         cut = f"; without padding at the end: logps[:{bounds[-1]}]" if 0 <= bounds[-1] < size else ""
@@ -145,6 +149,15 @@ def _bounds(shape: tuple[int, ...], cu_seqlens: ArrayLike | None) -> Array:
         i = int(falling.argmax()) + 1
         raise ValueError(f"cu_seqlens must not fall, got cu_seqlens[{i}] = {bounds[i]} after {bounds[i - 1]}")
     return flat(bounds, np.dtype(np.int64))
+
+
+def _flat_fits(shape: tuple[int, ...], bounds: Array) -> str:
+    """The end of a message about packed arrays that have dimensions too many."""
+    if shape[:1] == (1,):
+        return ": logps[0] is"
+    if len(shape) == 1 and bounds.ndim > 1:
+        return ": cu_seqlens.ravel() is"
+    return ": logps.ravel() is, and logps[mask] without padding" if len(shape) == 2 else ""
 
 
 @lru_cache(maxsize=16)

@@ -73,26 +73,63 @@ def _replaced_when_complete(path: str) -> Iterator[str]:
 
 
 def draw_sweep(result: Sweep, path: str, files: Sequence[str]) -> None:
-    """Draw objective and clip fractions over ε into a file at ``path``; ``files`` are those it was made of."""
+    """Draw objective and clip fractions over ε into a file at ``path``; ``files`` are those it was made of.
+
+    Of a single ε, the objective is drawn over β, and the fractions are bars.
+    """
     from matplotlib.ticker import PercentFormatter
 
     with picture(path, 9, 3.9) as figure:
         title = f"{_name_of(files)}: {_size_of(result)}"
         figure.suptitle(title, x=0.01, ha="left", parse_math=False)  # a $ in the name of a file is one
         left, right = figure.subplots(1, 2)
-        for beta, objective in zip(result.betas, result.objective.T, strict=True):
-            left.plot(result.epsilons, objective, marker="o", label=f"β = {beta:g}")
-        right.plot(result.epsilons, result.clip_ratio_low, marker="o", label="ρ < 1 − ε, A < 0")
-        right.plot(result.epsilons, result.clip_ratio_high, marker="o", label="ρ > 1 + ε, A > 0")
-        of_one = [0.0] * (len(result.epsilons) == 1)  # what a single ε gives is large or small beside 0 alone
-        left.set(title="objective", ylim=_limits(np.append(result.objective, of_one)))
+        if len(result.epsilons) > 1:
+            _draw_over_epsilon(result, left, right)
+        else:
+            _draw_one_epsilon(result, left, right)
         clipped = np.append(result.clip_ratio_low, result.clip_ratio_high)
         right.set(title=f"clipped {_unit_of(result)}", ylim=_from_zero(clipped))
         right.yaxis.set_major_formatter(PercentFormatter(1.0))
-        for axes in (left, right):
-            axes.set(xlabel="ε", xlim=_from_zero(result.epsilons))
-            axes.locator_params("x", nbins=6)
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
+
+
+_CLIPPED = ("ρ < 1 − ε, A < 0", "ρ > 1 + ε, A > 0")
+
+
+def _draw_over_epsilon(result: Sweep, left: Any, right: Any) -> None:
+    """A curve for each β, and for what is clipped on either side."""
+    colors = _ordered_colors(len(result.betas))
+    for beta, objective, color in zip(result.betas, result.objective.T, colors, strict=True):
+        left.plot(result.epsilons, objective, marker="o", color=color, label=f"β = {beta:g}")
+    for fractions, label in zip((result.clip_ratio_low, result.clip_ratio_high), _CLIPPED, strict=True):
+        right.plot(result.epsilons, fractions, marker="o", label=label)
+    left.set(title="objective", ylim=_limits(result.objective))
+    for axes in (left, right):
+        axes.set(xlabel="ε", xlim=_from_zero(result.epsilons))
+        axes.locator_params("x", nbins=6)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3 if axes is right else 4)
+
+
+def _draw_one_epsilon(result: Sweep, left: Any, right: Any) -> None:
+    """The objective over β, and a bar for what is clipped on either side."""
+    left.plot(result.betas, result.objective[0], marker="o")
+    from_zero = np.append(result.objective, 0.0)  # what a single number is large or small beside
+    limits = _limits(from_zero if len(result.betas) == 1 else result.objective)
+    left.set(title=f"objective, ε = {result.epsilons[0]:g}", xlabel="β", xlim=_from_zero(result.betas), ylim=limits)
+    fractions = [float(result.clip_ratio_low[0]), float(result.clip_ratio_high[0])]
+    bars = right.bar(_CLIPPED, fractions, width=0.5, color=_ordered_colors(2))
+    right.bar_label(bars, [f"{fraction:.3%}" for fraction in fractions], padding=2)
+    right.grid(visible=False, axis="x")
+
+
+def _ordered_colors(count: int) -> list[Any]:
+    """So many colours: those of the style; where it has too few, steps on the way between two of them."""
+    from matplotlib import rcParams
+    from matplotlib.colors import LinearSegmentedColormap
+
+    cycle = rcParams["axes.prop_cycle"].by_key()["color"]
+    if count <= len(cycle):
+        return list(cycle[:count])
+    return list(LinearSegmentedColormap.from_list("", cycle[:2])(np.linspace(0, 1, count)))
 
 
 def _name_of(files: Sequence[str]) -> str:

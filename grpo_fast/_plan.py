@@ -1,88 +1,19 @@
-"""Which rollout files there are, what they hold, and which of their columns and row groups will be read: a `Plan`.
+"""What rollout files hold, and which of their columns and row groups will be read: a `Plan`.
 
 Only footers are read here. One file, though a long one: each rule about columns is one function, most of it messages.
 """
 
-import glob
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from enum import Enum
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-from ._formats import is_list, opened, printable, types
-
-Path: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
-Paths: TypeAlias = Path | Iterable[Path]
-#: Which column each argument is; a mask may be the product of several.
-Columns: TypeAlias = Mapping[str, str | Sequence[str] | None]
+from ._advice import AdvisedError, Keywords
+from ._checks import closest
+from ._columns import OPTIONAL, PER_SEQUENCE, Columns, Form, check_mapping, no_mask
+from ._formats import is_list, opened, types
+from ._paths import printable
 
 
-# --- which files, and what they hold ----------------------------------------------------------------------------------
-def find(paths: Paths) -> list[str]:
-    """The files that ``paths``, which may be globs, name, in order.
-
-    Raises
-    ------
-    TypeError
-        There is something else than paths.
-    FileNotFoundError, ValueError
-        A path or glob names no file, or two name the same one, which would count twice.
-    """
-    files: dict[str, str] = {}  # by their real paths
-    if isinstance(paths, (str, bytes, os.PathLike)):
-        paths = [paths]
-    elif not isinstance(paths, Iterable):
-        raise TypeError(f"paths must be a path or an iterable of them, got {paths!r}")
-    for path in paths:
-        if not isinstance(path, (str, bytes, os.PathLike)):
-            raise TypeError(f"paths must be a path or an iterable of them, got {path!r} among them")
-        pattern = os.fsdecode(path)
-        matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-        if not matches:
-            raise FileNotFoundError(f"no such file: {printable(pattern)}")
-        for name in matches:
-            if os.path.isdir(name):
-                example = printable(os.path.join(name, "*.parquet"))
-                raise ValueError(f"{printable(name)} is a directory; name its files, for example {example}")
-            if os.path.realpath(name) in files:
-                raise ValueError(f"{printable(name)} is named twice and would be counted twice")
-            files[os.path.realpath(name)] = name
-    if not files:
-        raise ValueError("paths must name at least one file, got none")
-    return list(files.values())
-
-
-class Form(Enum):
-    """What files hold: probabilities, for `grpo_stats`, or log-probabilities, for `grpo_loss`.
-
-    The values are the arguments that a file may have as columns; the first one marks a file as of that form.
-    """
-
-    PROBABILITIES = ("rhos", "A", "pi_theta_old", "pi_theta_ref")
-    LOG_PROBABILITIES = ("logps", "old_logps", "advantages", "ref_logps", "mask", "rollout_is_weights")
-
-    @property
-    def arguments(self) -> tuple[str, ...]:
-        """The arguments that can be columns."""
-        names: tuple[str, ...] = self.value
-        return names
-
-
-#: The arguments of both forms.
-_ARGUMENTS = Form.PROBABILITIES.arguments + Form.LOG_PROBABILITIES.arguments
-#: There is nothing to compute without these: ``columns`` cannot map them to None.
-_REQUIRED = ("rhos", "A", "logps", "advantages")
-#: Read where a file has such a column; a column for any other argument must be there.
-_OPTIONAL = ("mask", "rollout_is_weights")
-#: The end of an error about a mask beside probabilities.
-_NO_MASK = (
-    "files of probabilities take no mask: leave out what is masked when they are written; columns={'mask': None} "
-    "(--columns mask=) ignores it"
-)
-#: One number for each sequence, unless they are lists.
-PER_SEQUENCE = ("advantages", "rollout_is_weights")
-
-
+# --- what files hold --------------------------------------------------------------------------------------------------
 def form_of(files: list[str], columns: Columns | None) -> Form:
     """The form of the arguments that ``columns`` names; without it, the form of the first file that has rows.
 
@@ -94,7 +25,7 @@ def form_of(files: list[str], columns: Columns | None) -> Form:
     FileNotFoundError, PermissionError
         As `open` raises them.
     """
-    _check_mapping(columns)
+    check_mapping(columns)
     columns = columns or {}
     named = [argument for argument in columns if argument != "mask"]  # which probabilities may have to ignore
     where = "columns"
@@ -108,14 +39,21 @@ def form_of(files: list[str], columns: Columns | None) -> Form:
         if len(forms) > 1 and columns:
             forms = [Form.LOG_PROBABILITIES]
     if len(forms) != 1:
-        which = "both" if forms else "neither"
-        advice = "name the columns of one of them" if named else "choose with columns={'logps': 'logps'}, for example"
-        raise ValueError(
-            f"{where} must have either rhos, A, … (probabilities) or logps, advantages, … "
-            f"(log-probabilities), got {which} in {', '.join(names) or 'nothing'}: {advice}"
+        # Of a column by another name, most of all by its name: people have them.
+        example = Keywords({"columns": {"logps": "logps" if "logps" in names else "name_of_the_column"}})
+        raise AdvisedError(
+            "{where} must have either rhos, A, … (probabilities) or logps, advantages, … "
+            "(log-probabilities), got {which} in {names}: {advice}{example}",
+            {
+                "where": where,
+                "which": "both" if forms else "neither",
+                "names": ", ".join(names) or "nothing",
+                "advice": "name the columns of one of them" if named else "choose with, for example, ",
+                "example": "" if named else example,
+            },
         )
     if forms == [Form.PROBABILITIES] and columns.get("mask") is not None:
-        raise ValueError(f"columns names a mask, {columns['mask']!r}, but {_NO_MASK}")
+        raise no_mask(f"{columns['mask']!r} is named as the mask")
     return forms[0]
 
 
@@ -130,24 +68,6 @@ def _columns_of_first_rows(files: list[str]) -> tuple[str, list[str]]:
 
 def _no_rows(files: list[str]) -> ValueError:
     return ValueError(f"{', '.join(map(printable, files))}: no rows")
-
-
-def _check_mapping(columns: Columns | None) -> None:
-    """Raise a TypeError or ValueError unless ``columns`` maps arguments to columns, or those allowed to None.
-
-    A mask may be several columns.
-    """
-    if columns is not None and not isinstance(columns, Mapping):
-        raise TypeError(f"columns must map arguments to names of columns, got {columns!r}")
-    for argument, column in (columns or {}).items():
-        if argument not in _ARGUMENTS:
-            raise ValueError(f"columns must name arguments among {', '.join(_ARGUMENTS)}; got {argument!r}")
-        if argument == "mask" and isinstance(column, (list, tuple)) and column:
-            if all(isinstance(name, str) for name in column):
-                continue
-        elif isinstance(column, str) or (column is None and argument not in _REQUIRED):
-            continue
-        raise TypeError(f"columns[{argument!r}] must be the name of a column, got {column!r}")
 
 
 # --- which columns and row groups are read ----------------------------------------------------------------------------
@@ -251,10 +171,10 @@ class _Shard(NamedTuple):
 def layout_of(name: str, schema: Any, wanted: Mapping[str, tuple[str, ...]], explicit: set[str]) -> ColumnLayout:
     """The layout of the file of that name, given its ``schema``; a ValueError if a column is missing or does not fit.
 
-    ``wanted`` are the columns by argument, of which only the mask may have several. Those of `_OPTIONAL` arguments may
+    ``wanted`` are the columns by argument, of which only the mask may have several. Those of `OPTIONAL` arguments may
     be missing unless in ``explicit``.
     """
-    may_be_missing = set(_OPTIONAL) - explicit
+    may_be_missing = set(OPTIONAL) - explicit
     pairs = [
         (argument, column)
         for argument, several in wanted.items()
@@ -299,14 +219,18 @@ def _refuse_unused_masks(name: str, schema: Any, form: Form, layout: ColumnLayou
         return
     which = f"{name}: column {unused[0]!r} looks like a mask"
     if form is Form.PROBABILITIES:
-        raise ValueError(f"{which}, but {_NO_MASK}")
+        raise no_mask(which)
     used = [layout.columns["mask"]] if "mask" in layout.columns else []
     every = used + unused
-    uses = f"{every[0]!r}}} uses it" if len(every) == 1 else f"{every}}} uses {'both' if len(every) == 2 else 'all'}"
-    ignored = "it" if len(unused) == 1 else ", ".join(map(repr, unused))
-    raise ValueError(
-        f"{which} and is not used: columns={{'mask': {uses} (several are multiplied), "
-        f"{{'mask': {used or None}}} ignores {ignored}"
+    raise AdvisedError(
+        "{which} and is not used: {use} uses {how_many} (several are multiplied), {ignore} ignores {ignored}",
+        {
+            "which": which,
+            "use": Keywords({"columns": {"mask": every if len(every) > 1 else every[0]}}),
+            "how_many": {1: "it", 2: "both"}.get(len(every), "all"),
+            "ignore": Keywords({"columns": {"mask": used or None}}),
+            "ignored": "it" if len(unused) == 1 else ", ".join(map(repr, unused)),
+        },
     )
 
 
@@ -324,10 +248,21 @@ def _has_column(name: str, schema: Any, argument: str, column: str, *, may_be_mi
         return True
     if not count and may_be_missing:
         return False
-    what = "there more than once" if count else "missing"
-    called = "" if column == argument else f" (for {argument})"
-    unused = f"; if there is none, columns={{{argument!r}: None}}" if argument == "old_logps" else ""
-    raise ValueError(f"{name}: column {column!r}{called} is {what}; it has {', '.join(schema.names)}{unused}")
+    where = f"{name}: column {column!r}{'' if column == argument else f' (for {argument})'}"
+    names = ", ".join(schema.names)
+    if count:
+        raise ValueError(f"{where} is there more than once; it has {names}")
+    like = {argument: next(iter(closest(column, schema.names)), None)}
+    struct = next((repr(field.name) for field in schema if types.is_struct(field.type)), None)
+    clauses = {
+        "{where} is missing; it has {names}": True,
+        "if it is this one, {like}": like[argument],
+        "if there is none, {none}": argument == "old_logps",
+        "{struct} is a struct: table.flatten() makes columns of its fields": struct,
+    }
+    values = {"like": Keywords({"columns": like}), "none": Keywords({"columns": {argument: None}})}
+    template = "; ".join(clause for clause, holds in clauses.items() if holds)
+    raise AdvisedError(template, {"where": where, "names": names, "struct": struct, **values})
 
 
 def _holds_lists(name: str, schema: Any, argument: str, column: str) -> bool:

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ._checks import Array, refuse_unless_mask
-from ._formats import UNREADABLE, File, is_list, is_list_view, opened, printable, types
-from ._plan import PER_SEQUENCE, ColumnLayout, RowGroup, layout_of
+from ._columns import PER_SEQUENCE
+from ._formats import UNREADABLE, File, is_list, is_list_view, opened, types
+from ._paths import printable
+from ._plan import ColumnLayout, RowGroup, layout_of
 
 
 # --- row groups, batch by batch ---------------------------------------------------------------------------------------

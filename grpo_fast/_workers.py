@@ -2,8 +2,11 @@
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from ._kernels.notices import watched_by
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -45,23 +48,39 @@ def map_unordered(executor: Executor, work: Callable[[S], T], items: Iterable[S]
 
 
 class Progress:
-    """A context in which a bar on stderr shows how many of ``rows`` are done, if ``shown``.
+    """A context in which a bar on stderr shows how many of ``rows`` are done, if ``shown``, and says while it compiles.
 
-    Entering it gives the function to call with the number of rows that have been done since the last call.
+    Entering it gives the function to call with the number of rows that have been done since the last call. The time of
+    compiling is left out of the rate, and so of the time that is still to come. ``at_first`` is what the bar says until
+    the first rows are done.
     """
 
-    def __init__(self, rows: int, shown: bool) -> None:
-        self._bar = None
+    def __init__(self, rows: int, shown: bool, at_first: str = "") -> None:
+        self._bar: Any = None
+        self._stack = ExitStack()
         if shown:
             try:
                 from tqdm import tqdm
             except ImportError as error:
                 raise ImportError("progress needs tqdm: pip install 'grpo_fast[data]'") from error
-            self._bar = tqdm(total=rows, unit=" rows", unit_scale=True)
+            self._bar = tqdm(total=rows, unit=" rows", unit_scale=True, desc=at_first or None)
 
     def __enter__(self) -> Callable[[int], object]:
-        return self._bar.update if self._bar is not None else lambda rows: None
+        if self._bar is None:
+            return lambda rows: None
+        self._stack.enter_context(watched_by(self._compiling))
+        self._stack.callback(self._bar.close)
+        return self._advance
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._stack.close()
+
+    def _advance(self, rows: int) -> None:
+        if self._bar.desc:
+            self._bar.set_description_str("", refresh=False)
+        self._bar.update(rows)
+
+    def _compiling(self, begins: bool) -> None:
+        self._bar.set_description_str("compiling: " if begins else "")
+        if not begins:
+            self._bar.unpause()  # its clock goes on from here

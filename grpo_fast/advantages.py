@@ -1,16 +1,19 @@
 """Rewards → advantages: how much better a completion is than the others of its group (the same prompt)."""
 
-from typing import Any, Literal, TypeAlias
+from __future__ import annotations
+
+from typing import Any, Literal, Never, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ._checks import as_array, flag, not_negative, number, one_of
+from ._checks import as_array, flag, hides_unknown, not_negative, number, one_of, refuse_unknown
 
 Scale: TypeAlias = Literal["group", "batch", "none"]
 LARGEST = 1e100  # of a reward; its square, and the sum of as many squares as memory holds, stay inside float64
 
 
+@hides_unknown
 @np.errstate(all="ignore")  # float16 and float32 may not hold the difference of two rewards; tiny ones underflow
 def group_advantages(
     rewards: ArrayLike,
@@ -21,6 +24,7 @@ def group_advantages(
     leave_one_out: bool = False,
     ddof: int = 1,
     eps: float = 1e-4,
+    **unknown: Never,
 ) -> NDArray[np.floating]:
     """Advantages relative to the group: reward minus the group's mean, by default over its standard deviation.
 
@@ -67,6 +71,8 @@ def group_advantages(
     GRPO (DeepSeekMath), arXiv:2402.03300, section 4.1.2. "none": Dr. GRPO, arXiv:2503.20783. Leave one out:
     arXiv:2402.14740. "batch": arXiv:2508.08221.
     """
+    if unknown:
+        refuse_unknown(group_advantages, unknown)
     rewards = _checked_rewards(rewards)
     ddof, eps = _checked_options(scale, leave_one_out, ddof, eps)
     group, first = _groups(rewards, group_size, group_ids)
@@ -113,9 +119,10 @@ def _groups(
     """The group of each reward, 0 … groups − 1, and where each group's first reward stands."""
     ways = (rewards.ndim == 2) + (group_size is not None) + (group_ids is not None)
     if ways != 1 or rewards.ndim not in (1, 2):
+        flat = ": rewards.ravel() is 1-D" if rewards.ndim > 1 else ""
         raise ValueError(
             "rewards must be 2-D (groups, G), or 1-D with either group_size or group_ids; "
-            f"got shape {rewards.shape}, {group_size=}, group_ids {'not ' if group_ids is None else ''}given"
+            f"got shape {rewards.shape}, {group_size=}, group_ids {'not ' if group_ids is None else ''}given{flat}"
         )
     if group_ids is not None:
         ids = as_array("group_ids", group_ids, "ints or strings")

@@ -1,53 +1,67 @@
 """The objective over rollouts in files, larger than memory or on many machines: `evaluate` and `sweep`.
 
-First the two functions; then what is computed of one batch; then how batches are taken in turns with reading, and row
-groups are spread over an executor. (A third of the file is what the two functions promise.)
+First the two functions, most of which is what they promise; then how batches are taken in turns with reading, and row
+groups are spread over an executor. What is computed of one batch is in `_jobs`.
 """
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Executor
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Never
 
-import numpy as np
 from numpy.typing import ArrayLike
 
 from . import _workers
-from ._checks import Array, flag
-from ._kernels.blocks import BLOCK
+from ._checks import hides_unknown, refuse_unknown
+from ._columns import Columns, Form
+from ._jobs import Job, Work, evaluation, refuse_sequences, sweeping
 from ._kernels.threads import serially
-from .loss import grpo_loss
-from .objective import grid_of, grpo_stats, grpo_sweep
+from .objective import grid_of
 from .stats import Stats, Sweep
-from .terms import BETA, EPSILON, K3, KL, Clip, Options
+from .terms import KL, Aggregation, Level, Surrogate
 
 if TYPE_CHECKING:
-    from ._plan import Columns, Form, Paths, RowGroup
+    from ._paths import Paths
+    from ._plan import RowGroup
     from ._rollouts import RowBatch
 
-#: What is computed of a batch; None if there is nothing in it.
-Job: TypeAlias = Callable[[dict[str, Array]], Any]
 
-
+@hides_unknown
 def evaluate(
-    paths: "Paths",
+    paths: Paths,
     *,
-    columns: "Columns | None" = None,
+    epsilon: float | None = None,
+    beta: float | None = None,
+    importance_weighted: bool | None = None,
+    surrogate: Surrogate | None = None,
+    kl: KL | None = None,
+    importance_sampling_level: Level | None = None,
+    aggregation: Aggregation | None = None,
+    normalizer: float | None = None,
+    columns: Columns | None = None,
     batch_size: int | None = None,
     executor: Executor | None = None,
     progress: bool = False,
-    **options: Any,
+    **unknown: Never,
 ) -> Stats:
     """The objective and every diagnostic over Parquet or Arrow IPC files of any size, in bounded memory.
 
     A row is a sequence if its columns hold lists (of one length within the row), and otherwise one sample or token.
+    Files of log-probabilities have no KL term without a ``kl``, and ``ref_logps`` is not read then.
 
     Parameters
     ----------
     paths : str, bytes, path, or an iterable of them
         Files, or globs of files. No file twice.
+    epsilon, beta, importance_weighted
+        Of files of probabilities: as in `grpo_stats`, and None as its defaults; with ``beta=0`` their last two columns
+        are not read.
+    surrogate, kl, importance_sampling_level, aggregation, normalizer
+        Of files of log-probabilities: as in `grpo_loss`, and None as its defaults. Flat ones have no sequences: token
+        level, ``"token-mean"`` or ``"token-sum"``.
     columns : mapping of argument to column, or None
         Where the files call a column otherwise than the argument of `grpo_stats` or `grpo_loss`. With None as the
         column, ``old_logps`` (then all is on-policy), ``mask`` and ``rollout_is_weights`` are left out. The files hold
@@ -66,11 +80,6 @@ def evaluate(
         Its processes must see the same paths. None computes on this thread, while pyarrow reads ahead on others.
     progress : bool
         Whether to show a bar on stderr (needs tqdm).
-    **options
-        Of probabilities ``epsilon``, ``beta`` and ``importance_weighted``; with ``beta=0`` their last two columns are
-        not read. Of log-probabilities ``surrogate``, ``kl``, ``importance_sampling_level``, ``aggregation`` and
-        ``normalizer``; without a ``kl``, ``ref_logps`` is not read. Flat ones have no sequences: token level,
-        ``"token-mean"`` or ``"token-sum"``.
 
     Returns
     -------
@@ -91,21 +100,41 @@ def evaluate(
     ImportError
         pyarrow, or for ``progress`` tqdm, is missing: ``pip install 'grpo_fast[data]'``.
     """
-    preparation = partial(_evaluation, options=options)
+    if unknown:
+        refuse_unknown(evaluate, unknown)
+    options = _given(
+        epsilon=epsilon,
+        beta=beta,
+        importance_weighted=importance_weighted,
+        surrogate=surrogate,
+        kl=kl,
+        importance_sampling_level=importance_sampling_level,
+        aggregation=aggregation,
+        normalizer=normalizer,
+    )
+    preparation = partial(evaluation, options=options)
     stats: Stats = _sum_over_files(paths, columns, batch_size, executor, progress, preparation)
     return stats
 
 
+@hides_unknown
 def sweep(
-    paths: "Paths",
+    paths: Paths,
     *,
     epsilons: ArrayLike,
     betas: ArrayLike,
-    columns: "Columns | None" = None,
+    importance_weighted: bool | None = None,
+    epsilon_high: float | None = None,
+    delta: float | None = None,
+    kl: Callable[[float], KL] | None = None,
+    importance_sampling_level: Level | None = None,
+    aggregation: Aggregation | None = None,
+    normalizer: float | None = None,
+    columns: Columns | None = None,
     batch_size: int | None = None,
     executor: Executor | None = None,
     progress: bool = False,
-    **options: Any,
+    **unknown: Never,
 ) -> Sweep:
     """The objective for every ε × β over files, from one read of the data.
 
@@ -114,11 +143,15 @@ def sweep(
     paths, columns, batch_size, executor, progress
         As in `evaluate`.
     epsilons, betas : (E,), (B,) array-like, or a single number
-        As in `grpo_sweep`.
-    **options
-        Of probabilities ``importance_weighted``. Of log-probabilities, which are clipped at token level: ``kl``, a KL
-        term without its β (K1, K2 or K3, the default; ``functools.partial(K3, importance_weighted=False)``),
-        ``aggregation`` and ``normalizer``.
+        As in `grpo_sweep`. Of log-probabilities, those of ``Clip(ε, epsilon_high, delta)`` and ``kl(β)``.
+    importance_weighted : bool, optional
+        Of files of probabilities, as in `grpo_sweep`.
+    epsilon_high, delta : float, optional
+        Of files of log-probabilities: the same over the grid; without ``epsilon_high`` it is ε.
+    kl : K1, K2, K3 or another function of β that returns a KL term, optional
+        Of files of log-probabilities: K3 unless given; ``functools.partial(K3, importance_weighted=False)``.
+    importance_sampling_level, aggregation, normalizer
+        Of files of log-probabilities, as in `evaluate`.
 
     Returns
     -------
@@ -130,160 +163,67 @@ def sweep(
     TypeError, ValueError, FileNotFoundError, PermissionError, ImportError
         As `evaluate`.
     """
+    if unknown:
+        refuse_unknown(sweep, unknown)
+    options = _given(
+        importance_weighted=importance_weighted,
+        epsilon_high=epsilon_high,
+        delta=delta,
+        kl=kl,
+        importance_sampling_level=importance_sampling_level,
+        aggregation=aggregation,
+        normalizer=normalizer,
+    )
     grid = grid_of(epsilons, betas)
-    preparation = partial(_sweeping, grid=grid, options=options)
+    preparation = partial(sweeping, grid=grid, options=options)
     result: Sweep = _sum_over_files(paths, columns, batch_size, executor, progress, preparation)
     return result
 
 
-# --- what is computed of a batch --------------------------------------------------------------------------------------
-#: The arguments that only a KL term needs.
-_PI, _REF = {"pi_theta_old", "pi_theta_ref"}, {"ref_logps"}
-
-
-class _Work(NamedTuple):
-    """A job, and what it needs to know of the files."""
-
-    job: Job
-    unread: set[str]  # the arguments whose columns it does not need
-    options: Options | None  # of log-probabilities
-
-
-def _evaluation(form: "Form", *, options: dict[str, Any]) -> _Work:
-    """What `evaluate` computes, or the error for an option that is not one of that form."""
-    from ._plan import Form
-
-    if form is Form.PROBABILITIES:
-        _refuse_others(options, "probability", ("epsilon", "beta", "importance_weighted"))
-        clip = Clip(options.get("epsilon", EPSILON))
-        k3 = K3(options.get("beta", BETA), options.get("importance_weighted", True))
-        return _Work(partial(_stats_of_samples, epsilon=clip.epsilon, k3=k3), set() if k3.beta else _PI, None)
-    _refuse_others(options, "log-probability", Options._fields)
-    checked = Options(**options)
-    return _Work(partial(_stats_of_tokens, options=checked), set() if checked.kl else _REF, checked)
-
-
-def _sweeping(form: "Form", *, grid: tuple[tuple[float, ...], ...], options: dict[str, Any]) -> _Work:
-    """What `sweep` computes, likewise."""
-    from ._plan import Form
-
-    with_kl = any(grid[1])
-    if form is Form.PROBABILITIES:
-        _refuse_others(options, "probability", ("importance_weighted",))
-        weighted = flag("importance_weighted", options.get("importance_weighted", True))
-        job = partial(_sweep_of_samples, grid=grid, importance_weighted=weighted)
-        return _Work(job, set() if with_kl else _PI, None)
-    _refuse_others(options, "log-probability", ("kl", "aggregation", "normalizer"))
-    term: Callable[[float], KL] = options.get("kl", K3)
-    if not callable(term):
-        raise TypeError(f"kl must be K1, K2, K3 or a function of β that returns one, got {term!r}")
-    checked = Options(**options | {"kl": term(1.0) if with_kl else None})
-    return _Work(partial(_sweep_of_tokens, grid=grid, options=checked), set() if with_kl else _REF, checked)
-
-
-def _refuse_others(options: Mapping[str, Any], kind: str, allowed: tuple[str, ...]) -> None:
-    """Raise the TypeError for the first option that is not allowed, if any."""
-    for name in options:
-        if name not in allowed:
-            raise TypeError(f"options of {kind} columns are {', '.join(allowed)}; got {name}")
-
-
-def _stats_of_samples(arrays: dict[str, Array], *, epsilon: float, k3: K3) -> Stats | None:
-    samples = _samples_of(arrays)
-    return grpo_stats(*samples, epsilon, **k3._asdict()) if samples[0].size else None
-
-
-def _sweep_of_samples(
-    arrays: dict[str, Array], *, grid: tuple[tuple[float, ...], ...], importance_weighted: bool
-) -> Sweep | None:
-    samples = _samples_of(arrays)
-    return grpo_sweep(*samples, *grid, importance_weighted=importance_weighted) if samples[0].size else None
-
-
-def _samples_of(arrays: dict[str, Array]) -> tuple[Array, Array, Any, Any]:
-    """The arguments of `grpo_stats`, None for probabilities that were not read."""
-    return arrays["rhos"], arrays["A"], arrays.get("pi_theta_old"), arrays.get("pi_theta_ref")
-
-
-def _stats_of_tokens(arrays: dict[str, Array], *, options: Options) -> Stats:
-    return _stats_by_options(arrays, [options])[0]
-
-
-def _sweep_of_tokens(arrays: dict[str, Array], *, grid: Any, options: Options) -> Sweep:
-    by_epsilon = [options._replace(surrogate=Clip(epsilon), kl=None) for epsilon in grid[0]]
-    by_epsilon[0] = by_epsilon[0]._replace(kl=options.kl)  # the KL term is the same for every ε
-    results = _stats_by_options(arrays, by_epsilon)
-    first = results[0]
-    return Sweep(
-        grid=grid,
-        options=first.options,
-        tokens=first.tokens,
-        sequence_count=first.sequence_count,
-        surrogate_numerators=tuple(stats.numerator.surrogate for stats in results),
-        kl_numerator=first.numerator.kl,
-        kl_sum=first.sums.kl,
-        clipped_low=tuple(stats.clipped.low for stats in results),
-        clipped_high=tuple(stats.clipped.high for stats in results),
-    )
-
-
-def _stats_by_options(arrays: dict[str, Array], several: Iterable[Options]) -> list[Stats]:
-    """The Stats of a batch of tokens under each of several options."""
-    size, flat = arrays["logps"].size, "cu_seqlens" not in arrays
-    if flat:  # blocks as sequences, so that a mask does not move them, wherever a batch begins
-        arrays = arrays | {"cu_seqlens": np.append(np.arange(0, size, BLOCK, dtype=np.int64), size)}
-    batch: dict[str, Any] = {"old_logps": None, **arrays}
-    results = [grpo_loss(**batch, **options._asdict()).stats for options in several]
-    return [replace(stats, sequence_count=None) for stats in results] if flat else results
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that are not None, as which none of them has a meaning of its own."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 # --- how it is spread over time and machines --------------------------------------------------------------------------
 def _sum_over_files(
-    paths: "Paths",
-    columns: "Columns | None",
+    paths: Paths,
+    columns: Columns | None,
     batch_size: int | None,
     executor: Executor | None,
     progress: bool,
-    preparation: Callable[["Form"], _Work],
+    preparation: Callable[[Form], Work],
 ) -> Any:
     """The results of all batches, added; the common arguments of `evaluate` and `sweep` are theirs.
 
-    ``preparation`` is `_evaluation` or `_sweeping`. Whatever can be checked without reading rows is checked first.
+    ``preparation`` is `evaluation` or `sweeping`. Whatever can be checked without reading rows is checked first.
     """
-    from . import _formats, _plan
+    from . import _paths, _plan
 
     if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
         raise ValueError(f"batch_size must be an int of at least 1, or None, got {batch_size!r}")
     if executor is not None and not hasattr(executor, "submit"):
         raise TypeError(f"executor must be a concurrent.futures.Executor, got {executor!r}")
-    files = _plan.find(paths)
+    files = _paths.find(paths)
     form = _plan.form_of(files, columns)
     job, unread, options = preparation(form)
     rows_are_sequences, row_groups, rows = _plan.plan(files, form, unread, columns)
     if options and not rows_are_sequences:
-        _refuse_sequences(_formats.printable(row_groups[0].path), options)
+        refuse_sequences(_paths.printable(row_groups[0].path), options)
     if executor is None:
         results = _results_of_batches(row_groups, batch_size, job, use_threads=True)
     else:
         work = partial(_sum_over_row_group, batch_size=batch_size, job=job)
         results = _workers.map_unordered(executor, work, row_groups)
-    with closing(results), _workers.Progress(rows, progress) as advance:
+    at_first = "" if executor is None else "workers start: "
+    with closing(results), _workers.Progress(rows, progress, at_first) as advance:
         _, total = _sum_of(results, advance)
     if total is None:
-        raise ValueError(f"{', '.join(map(_formats.printable, files))}: no samples")
+        raise ValueError(f"{', '.join(map(_paths.printable, files))}: no samples")
     return total
 
 
-def _refuse_sequences(name: str, options: Options) -> None:
-    if options.importance_sampling_level != "token" or options.aggregation not in ("token-mean", "token-sum"):
-        raise ValueError(
-            f"{name}: the columns are flat, which does not say where sequences begin: importance_sampling_level must "
-            f"be 'token' and aggregation 'token-mean' or 'token-sum', got {options.importance_sampling_level!r} and "
-            f"{options.aggregation!r}. For the others, store each sequence as a list"
-        )
-
-
-def _sum_over_row_group(row_group: "RowGroup", *, batch_size: int | None, job: Job) -> tuple[int, Any]:
+def _sum_over_row_group(row_group: RowGroup, *, batch_size: int | None, job: Job) -> tuple[int, Any]:
     """The number of rows of one row group, and its batches' results, added: the task of an executor's worker."""
     return _sum_of(_results_of_batches([row_group], batch_size, job, use_threads=False))
 
@@ -305,7 +245,7 @@ def _sum_of(
 
 
 def _results_of_batches(
-    row_groups: Iterable["RowGroup"], batch_size: int | None, job: Job, *, use_threads: bool
+    row_groups: Iterable[RowGroup], batch_size: int | None, job: Job, *, use_threads: bool
 ) -> Generator[tuple[int, Any]]:
     """Yield the number of rows and the result of each batch; the next one is read meanwhile, on another thread."""
     from . import _rollouts
@@ -323,7 +263,7 @@ def _results_of_batches(
             yield batch.records.num_rows, result
 
 
-def _at_first_bad_row(batch: "RowBatch", job: Job, error: ValueError) -> ValueError:
+def _at_first_bad_row(batch: RowBatch, job: Job, error: ValueError) -> ValueError:
     """The error of the first bad row alone, with where it is; or ``error``, which the whole batch raised.
 
     The row is found by halving; an index in its error's message counts from the beginning of the row.

@@ -1,13 +1,15 @@
 """The loss from log-probabilities: `grpo_loss`, with its gradient and every diagnostic."""
 
+from __future__ import annotations
+
 import math
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ._checks import Array
+from ._checks import Array, hides_unknown, refuse_unknown
 from ._kernels import sequence_level, threads, token_level
 from ._kernels.blocks import BLOCK, blocks_in
 from ._kernels.formulas import WEIGHTINGS
@@ -25,14 +27,78 @@ _RANGES = 16
 _LONG = 1 << 16
 
 
-class LossResult(NamedTuple):
-    """What `grpo_loss` returns."""
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    Gradient = TypeVar("Gradient", bound=NDArray[Any] | None, default=NDArray[Any] | None)
+else:
+    from typing import TypeVar
+
+    Gradient = TypeVar("Gradient")
+
+
+class LossResult(NamedTuple, Generic[Gradient]):
+    """What `grpo_loss` returns; it prints as a table."""
 
     loss: float  # what an optimiser minimises
-    grad: NDArray[Any] | None  # ∂loss/∂logps, in the shape of logps
+    grad: Gradient  # ∂loss/∂logps, in the shape of logps; None unless asked for
     stats: Stats
 
+    def __repr__(self) -> str:
+        grad: Array | None = self.grad
+        return f"{self.stats}\n{'grad':<24} {None if grad is None else f'{grad.dtype} {grad.shape}'}"
 
+
+class LossOptions(TypedDict, total=False):
+    """The keywords of `grpo_loss` but for ``grad``, which decides what it returns; for those who check types."""
+
+    mask: ArrayLike | None
+    cu_seqlens: ArrayLike | None
+    surrogate: Surrogate
+    kl: KL | None
+    importance_sampling_level: Level
+    rollout_is_weights: ArrayLike | None
+    aggregation: Aggregation
+    normalizer: float | None
+
+
+@overload
+def grpo_loss(
+    logps: ArrayLike,
+    old_logps: ArrayLike | None,
+    advantages: ArrayLike,
+    ref_logps: ArrayLike | None = None,
+    *,
+    grad: Literal[False] = False,
+    **options: Unpack[LossOptions],
+) -> LossResult[None]: ...
+
+
+@overload
+def grpo_loss(
+    logps: ArrayLike,
+    old_logps: ArrayLike | None,
+    advantages: ArrayLike,
+    ref_logps: ArrayLike | None = None,
+    *,
+    grad: Literal[True] | NDArray[Any],
+    **options: Unpack[LossOptions],
+) -> LossResult[NDArray[Any]]: ...
+
+
+@overload
+def grpo_loss(
+    logps: ArrayLike,
+    old_logps: ArrayLike | None,
+    advantages: ArrayLike,
+    ref_logps: ArrayLike | None = None,
+    *,
+    grad: bool | NDArray[Any],
+    **options: Unpack[LossOptions],
+) -> LossResult: ...
+
+
+@hides_unknown
 def grpo_loss(
     logps: ArrayLike,
     old_logps: ArrayLike | None,
@@ -48,8 +114,12 @@ def grpo_loss(
     aggregation: Aggregation = "seq-mean-token-mean",
     normalizer: float | None = None,
     grad: bool | NDArray[Any] = False,
-) -> LossResult:
+    **unknown: Any,
+) -> LossResult[Any]:
     """The loss of GRPO and its family, its gradient and its diagnostics, in one pass over memory.
+
+    Without a ``kl`` there is no KL term: ``ref_logps`` may be given and is ignored. With ``grad=array`` the gradient is
+    written into that array.
 
     ::
 
@@ -130,6 +200,8 @@ def grpo_loss(
     >>> round(result.loss, 6)
     0.2
     """
+    if unknown:
+        refuse_unknown(grpo_loss, unknown)
     options = Options(surrogate, kl, importance_sampling_level, aggregation, normalizer)
     if kl is None:
         ref_logps = None

@@ -1,14 +1,16 @@
 """The objective from probabilities: `grpo_objective`, every diagnostic with it, and the grid over ε and β."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any, Never
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ._checks import first_problem, same_shape
+from ._checks import first_problem, hides_unknown, refuse_unknown, same_shape
 from ._kernels import sample_blocks, sweep_blocks, threads
 from ._kernels.blocks import BLOCK, blocks_in
 from ._kernels.exact import Exact, rounded_sum
@@ -18,15 +20,17 @@ from .stats import Stats, Sweep, objective_of
 from .terms import BETA, EPSILON, K3, Clip, Options
 
 
+@hides_unknown
 def grpo_objective(
     rhos: ArrayLike,
     A: ArrayLike,
-    pi_theta_old: ArrayLike,
-    pi_theta_ref: ArrayLike,
+    pi_theta_old: ArrayLike | None,
+    pi_theta_ref: ArrayLike | None,
     epsilon: float = EPSILON,
     beta: float = BETA,
     *,
     importance_weighted: bool = True,
+    **unknown: Never,
 ) -> float:
     """The GRPO objective over N samples, in one pass over memory.
 
@@ -80,6 +84,8 @@ def grpo_objective(
     >>> round(grpo_objective([1.2, 0.8, 1.1], [1.0, 1.0, 1.0], [0.9, 1.1, 1.0], [1.0, 0.5, 1.5]), 5)
     1.03277
     """
+    if unknown:
+        refuse_unknown(grpo_objective, unknown)
     terms = _terms(epsilon, beta, importance_weighted)
     arrays, shape = _arrays((rhos, A, pi_theta_old, pi_theta_ref), terms.beta != 0.0)
     n = arrays[0].size
@@ -97,15 +103,17 @@ def grpo_objective(
     return objective_of(surrogate / n, kl / n, terms.beta)
 
 
+@hides_unknown
 def grpo_stats(
     rhos: ArrayLike,
     A: ArrayLike,
-    pi_theta_old: ArrayLike,
-    pi_theta_ref: ArrayLike,
+    pi_theta_old: ArrayLike | None,
+    pi_theta_ref: ArrayLike | None,
     epsilon: float = EPSILON,
     beta: float = BETA,
     *,
     importance_weighted: bool = True,
+    **unknown: Never,
 ) -> Stats:
     """The objective and every diagnostic, in the same pass.
 
@@ -118,6 +126,8 @@ def grpo_stats(
         Its ``objective`` is that of `grpo_objective`, to the bit. The results of shards add to that of the whole
         exactly if the shards are cut at multiples of ``grpo_fast.BLOCK`` samples, and to rounding otherwise.
     """
+    if unknown:
+        refuse_unknown(grpo_stats, unknown)
     terms = _terms(epsilon, beta, importance_weighted)
     with_kl = terms.beta != 0.0 or pi_theta_old is not None or pi_theta_ref is not None
     arrays, shape = _arrays((rhos, A, pi_theta_old, pi_theta_ref), with_kl)
@@ -128,15 +138,17 @@ def grpo_stats(
     return Stats.of(options, totals, sequence_count=None)
 
 
+@hides_unknown
 def grpo_sweep(
     rhos: ArrayLike,
     A: ArrayLike,
-    pi_theta_old: ArrayLike,
-    pi_theta_ref: ArrayLike,
+    pi_theta_old: ArrayLike | None,
+    pi_theta_ref: ArrayLike | None,
     epsilons: ArrayLike,
     betas: ArrayLike,
     *,
     importance_weighted: bool = True,
+    **unknown: Never,
 ) -> Sweep:
     """The objective for every pair of ε and β from one read of the data.
 
@@ -159,6 +171,8 @@ def grpo_sweep(
     TypeError, ValueError
         As `grpo_objective`.
     """
+    if unknown:
+        refuse_unknown(grpo_sweep, unknown)
     grid = grid_of(epsilons, betas)
     k3 = K3(1.0, importance_weighted)
     with_kl = any(grid[1])
@@ -201,7 +215,8 @@ def _axis(name: str, values: ArrayLike) -> list[float]:
     except ValueError:  # ragged
         array = np.array([])
     if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iuf":
-        raise ValueError(f"{name} must be a number or a one-dimensional array of numbers, got {values!r}")
+        flat = f": {name}.ravel() is one" if array.ndim > 1 and array.size else ""
+        raise ValueError(f"{name} must be a number or a one-dimensional array of numbers, got {values!r}{flat}")
     return list(array.tolist())
 
 
@@ -262,7 +277,7 @@ def _totals(arrays: tuple[Any, ...], terms: _Terms, diagnostics: bool | None) ->
     return merged(accumulators)
 
 
-def _refuse(arrays: tuple[Any, ...], shape: tuple[int, ...]) -> NoReturn:
+def _refuse(arrays: tuple[Any, ...], shape: tuple[int, ...]) -> Never:
     """Raise the ValueError for the first illegal sample."""
     message = first_problem(_problems, [a for a in arrays if a is not None], shape)
     assert message, "a kernel found an illegal sample that the checks here do not know"

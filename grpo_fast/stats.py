@@ -6,19 +6,41 @@ of the whole to the last bit.
 
 import math
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ._additive import Additive, added_by, each, if_known, same
 from ._kernels.exact import Exact
 from ._kernels.sums import Clipped, Numerator, Sums, Totals
 from .terms import CISPO, Clip, Options
 
 #: What `Stats` makes of a kernel's sums when it is first asked for.
 _MADE_LATER = ("sums", "numerator", "clipped", "least_ratio", "largest_ratio")
+
+#: The key of each diagnostic in `Stats.as_dict`, and its attribute. TRL logs "kl", "clip_ratio/low_mean",
+#: "clip_ratio/high_mean", "clip_ratio/region_mean" and "cispo_clip_ratio" under the same keys; the others are ours.
+KEYS = {
+    "objective": "objective",
+    "loss": "loss",
+    "surrogate": "surrogate",
+    "kl": "kl",
+    "clip_ratio/low_mean": "clip_ratio_low",
+    "clip_ratio/high_mean": "clip_ratio_high",
+    "clip_ratio/region_mean": "clip_ratio_region",
+    "clip_ratio/delta_mean": "clip_ratio_delta",
+    "cispo_clip_ratio": "cispo_clip_ratio",
+    "ratio/mean": "ratio_mean",
+    "ratio/min": "ratio_min",
+    "ratio/max": "ratio_max",
+    "ess": "ess",
+    "approx_kl": "approx_kl",
+    "tokens": "tokens",
+    "sequences": "sequences",
+}
 
 #: Below it, squares have lost digits, being subnormal.
 _LEAST_SQUARES = sys.float_info.min / sys.float_info.epsilon
@@ -29,57 +51,13 @@ def objective_of(surrogate: float, kl: float, beta: float) -> float:
     return surrogate - beta * kl if beta else surrogate
 
 
-def _added_by(how: Callable[[Any, Any], Any]) -> Any:
-    return field(metadata={"added_by": how})
-
-
-class _Additive:
-    """Dataclasses that add field by field: with +, unless a field says how, or says that it must be the same."""
-
-    def __add__(self, other: object) -> Self:
-        if type(other) is not type(self):
-            return NotImplemented
-        total = {}
-        for f in fields(self):  # type: ignore[arg-type]
-            a, b = getattr(self, f.name), getattr(other, f.name)
-            how = f.metadata.get("added_by")
-            if how is _same and a != b:
-                name, a, b = _difference(f.name, a, b)
-                raise ValueError(f"{type(self).__name__} of different {name} cannot be added: {a} and {b}")
-            total[f.name] = how(a, b) if how else a + b
-        return type(self)(**total)
-
-    def __radd__(self, other: object) -> Self:  # sum() begins with 0
-        return self if other == 0 else NotImplemented
-
-
-def _difference(name: str, a: Any, b: Any) -> tuple[str, Any, Any]:
-    """The name and the values of a field; of options, of the first one that differs."""
-    if isinstance(a, Options):
-        return next((x, y, z) for x, y, z in zip(a._fields, a, b, strict=True) if y != z)
-    return name, a, b
-
-
-def _same(a: Any, _: Any) -> Any:
-    return a
-
-
-def _if_known(a: int | None, b: int | None) -> int | None:
-    return None if a is None or b is None else a + b
-
-
-def _each(a: Any, b: Any) -> Any:
-    """The sums of two tuples, field by field."""
-    total = (x + y for x, y in zip(a, b, strict=True))
-    return a._make(total) if hasattr(a, "_make") else tuple(total)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stats(_Additive):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Stats(Additive):
     """The objective and its diagnostics over N unmasked tokens (or samples), from exact sums.
 
     ``a + b`` and ``sum(shards)`` are exact and need the same options; without a ``normalizer`` the denominators add,
     too, so that the sum is that of the whole batch. All means are over unmasked tokens. What does not apply is NaN.
+    It prints as a table.
 
     Attributes
     ----------
@@ -108,14 +86,14 @@ class Stats(_Additive):
     """
 
     # Those of _MADE_LATER must have no defaults: as attributes of the class these would hide `__getattr__`.
-    options: Options = _added_by(_same)  # noqa: RUF009 - a dataclass field
+    options: Options = added_by(same)  # noqa: RUF009 - a dataclass field
     tokens: int
-    sequence_count: int | None = _added_by(_if_known)
-    sums: Sums = _added_by(_each)  # noqa: RUF009 - a dataclass field; of Exact
-    numerator: Numerator = _added_by(_each)  # noqa: RUF009 - of the objective; of Exact
-    clipped: Clipped = _added_by(_each)  # noqa: RUF009
-    least_ratio: float = _added_by(min)
-    largest_ratio: float = _added_by(max)
+    sequence_count: int | None = added_by(if_known)
+    sums: Sums = added_by(each)  # noqa: RUF009 - a dataclass field; of Exact
+    numerator: Numerator = added_by(each)  # noqa: RUF009 - of the objective; of Exact
+    clipped: Clipped = added_by(each)  # noqa: RUF009
+    least_ratio: float = added_by(min)
+    largest_ratio: float = added_by(max)
 
     @classmethod
     def of(cls, options: Options, totals: Totals, sequence_count: int | None) -> Self:
@@ -224,32 +202,27 @@ class Stats(_Additive):
         return math.nan if self.sequence_count is None else self.sequence_count
 
     def as_dict(self) -> dict[str, float]:
-        """The diagnostics under the keys that TRL logs, where it has one."""
-        return {
-            "objective": self.objective,
-            "loss": self.loss,
-            "surrogate": self.surrogate,
-            "kl": self.kl,
-            "clip_ratio/low_mean": self.clip_ratio_low,
-            "clip_ratio/high_mean": self.clip_ratio_high,
-            "clip_ratio/region_mean": self.clip_ratio_region,
-            "clip_ratio/delta_mean": self.clip_ratio_delta,
-            "cispo_clip_ratio": self.cispo_clip_ratio,
-            "ratio/mean": self.ratio_mean,
-            "ratio/min": self.ratio_min,
-            "ratio/max": self.ratio_max,
-            "ess": self.ess,
-            "approx_kl": self.approx_kl,
-            "tokens": self.tokens,
-            "sequences": self.sequences,
+        """The diagnostics by the keys of `KEYS`, less those that the options rule out; a mean over nothing is NaN.
+
+        So the keys are the same on all ranks and at all steps: without a KL term there is no "kl", without sequences no
+        "sequences", without a `Clip` no "clip_ratio/…", without a `CISPO` no "cispo_clip_ratio".
+        """
+        surrogate = type(self.options.surrogate)
+        ruled_out = {
+            "kl": self.options.kl is None,
+            "sequences": self.sequence_count is None,
+            "cispo_clip_ratio": surrogate is not CISPO,
+            **dict.fromkeys(("clip_ratio_low", "clip_ratio_high", "clip_ratio_region"), surrogate is not Clip),
+            "clip_ratio_delta": surrogate is not Clip,
         }
+        return {key: getattr(self, name) for key, name in KEYS.items() if not ruled_out.get(name)}
 
-    def __str__(self) -> str:
-        return "\n".join(f"{key:<24} {value:.9g}" for key, value in self.as_dict().items() if not math.isnan(value))
+    def __repr__(self) -> str:
+        return "\n".join(f"{key:<24} {value:.9g}" for key, value in self.as_dict().items())
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sweep(_Additive):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Sweep(Additive):
     """The objective for every ε × β, from one read of the data; exact sums, so that shards add.
 
     Attributes
@@ -266,15 +239,15 @@ class Sweep(_Additive):
     tokens : int
     """
 
-    grid: tuple[tuple[float, ...], tuple[float, ...]] = _added_by(_same)
-    options: Options = _added_by(_same)  # noqa: RUF009 - a dataclass field; but for ε and β, the same over the grid
+    grid: tuple[tuple[float, ...], tuple[float, ...]] = added_by(same)
+    options: Options = added_by(same)  # noqa: RUF009 - a dataclass field; but for ε and β, the same over the grid
     tokens: int
-    surrogate_numerators: tuple[Exact, ...] = _added_by(_each)  # of the objective, for each ε
+    surrogate_numerators: tuple[Exact, ...] = added_by(each)  # of the objective, for each ε
     kl_numerator: Exact
     kl_sum: Exact
-    clipped_low: tuple[int, ...] = _added_by(_each)
-    clipped_high: tuple[int, ...] = _added_by(_each)
-    sequence_count: int | None = _added_by(_if_known)
+    clipped_low: tuple[int, ...] = added_by(each)
+    clipped_high: tuple[int, ...] = added_by(each)
+    sequence_count: int | None = added_by(if_known)
 
     @property
     def epsilons(self) -> NDArray[np.float64]:
@@ -301,3 +274,35 @@ class Sweep(_Additive):
     @property
     def clip_ratio_high(self) -> NDArray[np.float64]:
         return np.array(self.clipped_high) / (self.tokens or math.nan)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The grid as numbers and lists of them, for JSON or a data frame, under the keys of `Stats.as_dict`.
+
+        Those that the options rule out are left out: "kl" where all β are 0, "sequences" where there are none.
+        """
+        values = {
+            "epsilons": self.epsilons.tolist(),
+            "betas": self.betas.tolist(),
+            "objective": self.objective.tolist(),
+            "clip_ratio/low_mean": self.clip_ratio_low.tolist(),
+            "clip_ratio/high_mean": self.clip_ratio_high.tolist(),
+            "tokens": self.tokens,
+        }
+        if any(self.grid[1]):
+            values["kl"] = self.kl
+        if self.sequence_count is not None:
+            values["sequences"] = self.sequence_count
+        return values
+
+    def __repr__(self) -> str:
+        head = ["epsilon", "clipped low", "clipped high", *(f"beta {beta:g}" for beta in self.grid[1])]
+        columns = zip(self.epsilons, self.clip_ratio_low, self.clip_ratio_high, self.objective, strict=True)
+        rows = [[f"{x:.6g}" for x in (epsilon, low, high, *objectives)] for epsilon, low, high, objectives in columns]
+        mean_kl = f"mean KL {self.kl:.6g}, " if any(self.grid[1]) else ""
+        sequences = "" if self.sequence_count is None else f" in {self.sequence_count:,} sequences"
+        below = f"objective by epsilon and beta; {mean_kl}{self.tokens:,} tokens{sequences}"
+        return f"{_aligned([head, *rows])}\n\n{below}"
+
+
+def _aligned(lines: Iterable[Sequence[str]]) -> str:
+    return "\n".join("".join(f"{cell:>14}" for cell in line) for line in lines)

@@ -2,13 +2,14 @@
 
 A term is a NamedTuple whose fields are floats or bools: Numba reads it as it is and compiles one kernel for each
 class, while the numbers stay run-time values. Every way to make one (call, ``_replace``, copy, unpickle) goes through
-its constructor, so a kernel never meets an invalid term, nor a None or an int that would make it another type.
+its constructor, so a kernel never meets an invalid term, nor a None or an int that would make it another type. It
+prints as it is called, with as little as makes it again: ``K3(beta=0.04)``.
 
 Notation, per token: ρ = π_θ/π_old (for a whole sequence at sequence level), A the advantage, l = log π_θ − log π_ref.
 """
 
 import math
-from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias, TypeVar, get_args
 
 from ._checks import flag, not_negative, number, one_of, positive
 
@@ -22,6 +23,19 @@ BETA = 0.01
 
 
 # --- what all options share -------------------------------------------------------------------------------------------
+_Class = TypeVar("_Class", bound=type)
+#: The classes below, by name. They outlive `importlib.reload`, and a notebook's autoreload: kernels and other modules
+#: know an option by its class, and a second ``Clip`` would be unknown to them.
+_FIRST: dict[str, Any] = globals().get("_FIRST", {})
+
+
+def _kept(option: _Class) -> _Class:
+    """The decorator of each class of options: the first class of its name."""
+    kept: _Class = _FIRST.setdefault(option.__name__, option)
+    return kept
+
+
+@_kept
 class _Option(tuple[Any, ...]):
     """Makes a NamedTuple equal only to those of its class, and every way to make one go through its constructor."""
 
@@ -39,8 +53,23 @@ class _Option(tuple[Any, ...]):
     def __hash__(self) -> int:
         return hash((type(self), super().__hash__()))
 
+    def __repr__(self) -> str:
+        # The first field, and those others that are not what they are when left out.
+        fields: Any = dict(zip(self._fields, self, strict=True))  # type: ignore[attr-defined]  # of NamedTuples
+        shown: dict[str, Any] = {}
+        for name, value in fields.items():
+            if not shown or getattr(type(self)(**shown), name) != value:
+                shown[name] = value
+        return f"{type(self).__name__}({', '.join(f'{name}={_literal(value)}' for name, value in shown.items())})"
+
+
+def _literal(value: object) -> str:
+    """What makes the value in Python's source; of infinity, which has no literal, a call."""
+    return "float('inf')" if value == math.inf else repr(value)
+
 
 # --- the policy term s(ρ, A) ------------------------------------------------------------------------------------------
+@_kept
 class Clip(_Option, NamedTuple("Clip", [("epsilon", float), ("epsilon_high", float), ("delta", float)])):
     """PPO's clipped surrogate, as GRPO uses it; with δ also bounded where A < 0 (dual clip, two-sided clip).
 
@@ -87,6 +116,7 @@ class Clip(_Option, NamedTuple("Clip", [("epsilon", float), ("epsilon_high", flo
         return super().__new__(cls, epsilon, high, bound)
 
 
+@_kept
 class CISPO(_Option, NamedTuple("CISPO", [("ratio_max", float), ("ratio_min", float)])):
     """The policy gradient weighted with a clipped ratio: no token loses its gradient.
 
@@ -121,6 +151,7 @@ class CISPO(_Option, NamedTuple("CISPO", [("ratio_max", float), ("ratio_min", fl
         return super().__new__(cls, high, low)
 
 
+@_kept
 class SAPO(_Option, NamedTuple("SAPO", [("tau_pos", float), ("tau_neg", float)])):
     """A sigmoid gate around ρ = 1 in place of the clip: the gradient fades out instead of being cut.
 
@@ -153,6 +184,7 @@ class SAPO(_Option, NamedTuple("SAPO", [("tau_pos", float), ("tau_neg", float)])
 
 
 # --- the KL term k(l) -------------------------------------------------------------------------------------------------
+@_kept
 class _KL(_Option, NamedTuple("_KL", [("beta", float), ("importance_weighted", bool)])):
     """What the three estimators of KL(π_θ ‖ π_ref) share; l = log π_θ − log π_ref (Schulman 2020, `kl-approx`_).
 
@@ -165,6 +197,7 @@ class _KL(_Option, NamedTuple("_KL", [("beta", float), ("importance_weighted", b
         return super().__new__(cls, not_negative("beta", beta), flag("importance_weighted", importance_weighted))
 
 
+@_kept
 class K1(_KL):
     """The plain estimator: unbiased in value, of either sign, high variance.
 
@@ -193,6 +226,7 @@ class K1(_KL):
     __slots__ = ()
 
 
+@_kept
 class K2(_KL):
     """The squared estimator: biased in value, and its gradient alone is, on-policy, that of the KL.
 
@@ -221,6 +255,7 @@ class K2(_KL):
     __slots__ = ()
 
 
+@_kept
 class K3(_KL):
     """GRPO's estimator: unbiased in value, never negative, low variance.
 
@@ -256,10 +291,19 @@ KL: TypeAlias = K1 | K2 | K3
 
 _SURROGATES, _KLS = get_args(Surrogate), get_args(KL)
 
+
+def _instead(value: object, option: str) -> str:
+    """The end of a message: what was meant by a number, or by a class, in place of an option."""
+    if isinstance(value, type) and value in (*_SURROGATES, *_KLS):
+        return f": make one, such as {value.__name__}({'' if value in _SURROGATES else '0.04'})"
+    return f": did you mean {option}({value!r})?" if isinstance(value, (int, float)) else ""
+
+
 #: The surrogate where none is given.
 DEFAULT_SURROGATE: Surrogate = Clip()
 
 
+@_kept
 class Options(
     _Option,
     NamedTuple(
@@ -292,9 +336,9 @@ class Options(
         normalizer: float | None = None,
     ) -> Self:
         if type(surrogate) not in _SURROGATES:
-            raise TypeError(f"surrogate must be a Clip, CISPO or SAPO, got {surrogate!r}")
+            raise TypeError(f"surrogate must be a Clip, CISPO or SAPO, got {surrogate!r}{_instead(surrogate, 'Clip')}")
         if kl is not None and type(kl) not in _KLS:
-            raise TypeError(f"kl must be a K1, K2, K3 or None, got {kl!r}")
+            raise TypeError(f"kl must be a K1, K2, K3 or None, got {kl!r}{_instead(kl, 'K3')}")
         return super().__new__(
             cls,
             surrogate,

@@ -4,11 +4,12 @@ First the function, then the operator behind it, of which a schema takes tensors
 in and out of it: options as a kind and its numbers, tensors as arrays, `Stats` as bytes.
 """
 
+import inspect
 import pickle
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
 
-from ._checks import not_negative
+from ._checks import hides_unknown, not_negative, refuse_unknown
 from .loss import grpo_loss as loss_of_arrays
 from .stats import Stats
 from .terms import CISPO, DEFAULT_SURROGATE, K1, K2, K3, KL, SAPO, Aggregation, Clip, Level, Options, Surrogate
@@ -21,6 +22,56 @@ except ImportError as error:
 Tensor: TypeAlias = torch.Tensor
 
 
+class LossOptions(TypedDict, total=False):
+    """The keywords of `grpo_loss` but for ``return_stats``, which decides what it returns; for who checks types."""
+
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    surrogate: Surrogate
+    kl: KL | None
+    importance_sampling_level: Level
+    rollout_is_weights: Tensor | None
+    aggregation: Aggregation
+    normalizer: float | Tensor | None
+
+
+@overload
+def grpo_loss(
+    logps: Tensor,
+    old_logps: Tensor | None,
+    advantages: Tensor,
+    ref_logps: Tensor | None = None,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[LossOptions],
+) -> Tensor: ...
+
+
+@overload
+def grpo_loss(
+    logps: Tensor,
+    old_logps: Tensor | None,
+    advantages: Tensor,
+    ref_logps: Tensor | None = None,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[LossOptions],
+) -> tuple[Tensor, Stats]: ...
+
+
+@overload
+def grpo_loss(
+    logps: Tensor,
+    old_logps: Tensor | None,
+    advantages: Tensor,
+    ref_logps: Tensor | None = None,
+    *,
+    return_stats: bool,
+    **options: Unpack[LossOptions],
+) -> Tensor | tuple[Tensor, Stats]: ...
+
+
+@hides_unknown
 def grpo_loss(
     logps: Tensor,
     old_logps: Tensor | None,
@@ -36,11 +87,13 @@ def grpo_loss(
     aggregation: Aggregation = "seq-mean-token-mean",
     normalizer: float | Tensor | None = None,
     return_stats: bool = False,
+    **unknown: Any,
 ) -> Tensor | tuple[Tensor, Stats]:
-    """The loss of `grpo_fast.grpo_loss` as a scalar tensor to call ``backward()`` on.
+    """The loss of `grpo_fast.grpo_loss` as a scalar tensor to call ``backward()`` on; with the `Stats`, if asked for.
 
-    The gradient ∂loss/∂logps is computed in the forward pass, if ``logps`` requires one and gradients are enabled; it
-    is all that is kept for the backward pass. The options, shapes and formulas are those of `grpo_fast.grpo_loss`.
+    Without a ``kl`` there is no KL term: ``ref_logps`` may be given and is ignored. The gradient ∂loss/∂logps is
+    computed in the forward pass, if ``logps`` requires one and gradients are enabled; it is all that is kept for the
+    backward pass. The options, shapes and formulas are those of `grpo_fast.grpo_loss`.
 
     Parameters
     ----------
@@ -72,7 +125,8 @@ def grpo_loss(
         As `grpo_fast.grpo_loss`, and: an argument is not a tensor, not dense, not on the CPU, or not of a dtype named
         above.
     RuntimeError
-        The gradient is to be differentiated once more: it is known here as numbers, not as a function of ``logps``.
+        The gradient is to be differentiated once more: it is known here as numbers, not as a function of ``logps``. Or
+        it is to be had by `torch.func` or in forward mode, which need such a function, too.
 
     Notes
     -----
@@ -81,7 +135,11 @@ def grpo_loss(
     is. Otherwise, as from ``(loss / steps).backward()``, a scaled one is made beside it; a ``normalizer`` that counts
     the steps spares that.
     """
+    if unknown:
+        refuse_unknown(grpo_loss, unknown)
     Options(surrogate, kl, importance_sampling_level, aggregation)  # refuses bad options before anything is copied
+    if not torch.compiler.is_compiling():
+        _refuse_transforms(logps)
     _refuse_unless_plain("logps", logps)
     if logps.dtype in _HALVES:
         logps = logps.float()
@@ -203,6 +261,21 @@ _DTYPES = (torch.float32, torch.float64, *_HALVES, *_INTS)
 _OPTIONS: dict[str, Callable[..., Any]] = {option.__name__: option for option in (Clip, CISPO, SAPO, K1, K2, K3)}
 
 
+def _refuse_transforms(logps: Any) -> None:
+    """Raise the RuntimeError where the gradient is wanted otherwise than in reverse; it would be refused, or 0."""
+    interpreters = getattr(getattr(torch._C, "_functorch", None), "get_interpreter_stack", lambda: None)() or ()
+    transforms = [str(interpreter.key()).rpartition(".")[2] for interpreter in interpreters]
+    forward_mode = torch.autograd.forward_ad
+    tangent = None
+    if getattr(forward_mode, "_current_level", -1) >= 0 and torch.is_tensor(logps):
+        tangent = forward_mode.unpack_dual(logps).tangent
+    if "Grad" in transforms or "Jvp" in transforms or tangent is not None:
+        raise RuntimeError(
+            "grpo_loss has a gradient for loss.backward() and torch.autograd.grad alone: its derivatives by torch.func "
+            "(grad, vjp, jacrev, jvp, …) and in forward mode are not known; take torch.autograd.grad(loss, logps)"
+        )
+
+
 def _refuse_unless_plain(name: str, tensor: Any) -> None:
     """Raise the TypeError unless it is a dense tensor on the CPU, of a dtype that can be computed with."""
     if not torch.is_tensor(tensor):
@@ -250,7 +323,15 @@ def _bytes_of(stats: Stats) -> Tensor:
     return torch.frombuffer(bytearray(pickle.dumps(stats)), dtype=torch.uint8)
 
 
-@torch.compiler.disable
+#: What `torch.compile` says where a graph must end; before PyTorch 2.7 nothing can be said.
+_REASON = (
+    "grpo_loss(…, return_stats=True) returns Python numbers, which no graph can hold: leave return_stats out, or "
+    "compile without fullgraph=True"
+)
+_CAN_BE_SAID = "reason" in inspect.signature(torch.compiler.disable).parameters
+
+
+@torch.compiler.disable(**({"reason": _REASON} if _CAN_BE_SAID else {}))
 def _stats_of(pickled: Tensor) -> Stats:
     """The `Stats` of which `_bytes_of` made these."""
     stats: Stats = pickle.loads(pickled.numpy(force=True).tobytes())

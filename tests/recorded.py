@@ -25,6 +25,7 @@ sys.path.append(str(Path(__file__).with_name("helpers")))  # where pytest does n
 from combinations import COMBINATIONS, TOKEN
 
 from grpo_fast import K3, Sweep, grpo_loss, grpo_objective, grpo_stats, grpo_sweep
+from grpo_fast.stats import KEYS
 
 PATH = Path(__file__).with_name("recorded.json")
 PROBABILITIES = "rhos", "A", "pi_theta_old", "pi_theta_ref"
@@ -119,7 +120,7 @@ def call(row, kind, lengths):
 
 def spelled(stats):
     """All that is said of a batch."""
-    numbers = {name: float(value).hex() for name, value in stats.as_dict().items()}
+    numbers = {key: float(getattr(stats, name)).hex() for key, name in KEYS.items()}
     return numbers | {"exact sums": digest(sums(stats).encode())}
 
 

@@ -85,7 +85,7 @@ def test_different_options_do_not_add():
     for option, other in (("surrogate", {"epsilon": 0.3}), ("kl", {"beta": 0.02})):
         with pytest.raises(ValueError, match=f"Stats of different {option} cannot be added: .* and .*"):
             stats + grpo_stats(*arrays, **other)
-    with pytest.raises(ValueError, match=r"different kl cannot be added: K3\(beta=0.01, .*\) and K2\(beta=0.01, .*\)"):
+    with pytest.raises(ValueError, match=r"different kl cannot be added: K3\(beta=0.01\) and K2\(beta=0.01\)"):
         stats + replace(stats, options=stats.options._replace(kl=K2(0.01)))
     with pytest.raises(ValueError, match="Sweep of different grid"):
         grpo_sweep(*arrays, [0.1], [0.1]) + grpo_sweep(*arrays, [0.2], [0.1])

@@ -1,20 +1,37 @@
 """The command line, mostly over files: results on stdout, the bar on stderr, exit codes, nothing half-written."""
 
+import inspect
 import json
 import os
+import re
+import shlex
+import signal
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 from interpreter import python
 from samples import samples
 
-import grpo_fast.__main__
-from grpo_fast import K2, K3, Clip, grpo_loss, grpo_stats
-from grpo_fast.__main__ import main, synthetic_samples
+import grpo_fast
+from grpo_fast import (
+    CISPO,
+    K2,
+    K3,
+    SAPO,
+    Clip,
+    _command,
+    _demonstration,
+    _jobs,
+    _parser,
+    evaluate,
+    grpo_loss,
+    grpo_stats,
+)
+from grpo_fast.__main__ import main
+from grpo_fast._columns import ARGUMENTS
+from grpo_fast.files import sweep
 
 pa = pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[data]'")
 from rollout_files import PROBABILITIES, table, tokens, write  # noqa: E402
@@ -43,6 +60,14 @@ def command(*arguments):
     return subprocess.run(done, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
+def exit_code_of(arguments):
+    """That of the process."""
+    try:
+        return main(arguments)
+    except SystemExit as ended:  # by argparse
+        return ended.code
+
+
 def expected_of(arrays, epsilon, beta):
     return grpo_loss(**arrays, surrogate=Clip(epsilon), kl=K3(beta)).stats
 
@@ -50,8 +75,7 @@ def expected_of(arrays, epsilon, beta):
 def test_evaluate_in_processes(rollouts, arrays):
     done = command("evaluate", rollouts, "--beta", "0.04", "--json", "--workers", "2")
     assert done.returncode == 0, done.stderr
-    expected = {name: None if np.isnan(x) else x for name, x in expected_of(arrays, 0.2, 0.04).as_dict().items()}
-    assert json.loads(done.stdout) == expected
+    assert json.loads(done.stdout) == expected_of(arrays, 0.2, 0.04).as_dict()
     assert "30.0/30.0" in done.stderr
 
 
@@ -76,10 +100,82 @@ def test_evaluate_prints_what_stats_print(probabilities, capsys):
     assert "1.00k/1.00k" in err
 
 
-def test_the_defaults_are_those_of_the_functions(probabilities, capsys):
+def evaluated(capsys, *arguments):
+    """What ``grpo-fast evaluate`` finds."""
+    assert main(["evaluate", *arguments, "--no-progress", "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_defaults_are_those_of_the_functions(rollouts, arrays, probabilities, capsys):
+    assert evaluated(capsys, rollouts) == grpo_loss(**arrays).stats.as_dict()
     path, arrays = probabilities
-    assert main(["evaluate", path, "--no-progress"]) == 0
-    assert capsys.readouterr().out == f"{grpo_stats(**arrays)}\n"
+    assert evaluated(capsys, path) == grpo_stats(**arrays).as_dict()
+    assert main(["sweep", rollouts, "--no-progress", "--json"]) == 0
+    assert "kl" not in json.loads(capsys.readouterr().out)
+    assert main(["sweep", path, "--no-progress", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["betas"] == [0, 0.01]
+
+
+@pytest.mark.parametrize(
+    ("line", "options"),
+    [
+        ("--surrogate cispo --ratio-max 5", {"surrogate": CISPO(5)}),
+        ("--surrogate cispo --ratio-max 2 --ratio-min 0.5", {"surrogate": CISPO(2, 0.5)}),
+        ("--surrogate sapo --tau-pos 2 --tau-neg 3", {"surrogate": SAPO(2, 3)}),
+        ("--surrogate clip --epsilon-high 0.28", {"surrogate": Clip(0.2, 0.28)}),
+        ("--kl k3", {"kl": K3(0.01)}),
+        ("--kl k3 --no-importance-weighted", {"kl": K3(0.01, False)}),
+        ("--kl k3 --beta 0 --importance-weighted", {"kl": K3(0)}),
+        ("--kl none --beta 0", {}),
+        ("--beta 0", {}),
+        ("--level sequence", {"importance_sampling_level": "sequence"}),
+        ("--importance-sampling-level sequence", {"importance_sampling_level": "sequence"}),
+        ("--aggregation token-sum --normalizer 7", {"aggregation": "token-sum", "normalizer": 7}),
+    ],
+)
+def test_all_options_of_the_loss(line, options, rollouts, arrays, capsys):
+    assert evaluated(capsys, rollouts, *line.split()) == grpo_loss(**arrays, **options).stats.as_dict()
+
+
+@pytest.mark.parametrize(
+    ("line", "options"),
+    [
+        ("--epsilon-high 0.3 --delta 4", {"surrogate": Clip(0.1, 0.3, 4)}),
+        ("--level sequence", {"importance_sampling_level": "sequence"}),
+        ("--aggregation token-mean --normalizer 3", {"aggregation": "token-mean", "normalizer": 3}),
+    ],
+)
+def test_what_is_the_same_over_the_grid(line, options, rollouts, arrays, capsys):
+    grid = ["--epsilons", "0.1", "--betas", "0,0.04"]
+    assert main(["sweep", rollouts, *grid, *line.split(), "--no-progress", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    for beta, objective in zip((0, 0.04), found["objective"][0], strict=True):
+        stats = grpo_loss(**arrays, **{"surrogate": Clip(0.1)} | options, kl=K3(beta) if beta else None).stats
+        assert objective == stats.objective
+        assert found["clip_ratio/high_mean"] == [stats.clip_ratio_high]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--columns logps=policy,ref_logps=base FILE",
+        "--columns logps=policy --columns ref_logps=base FILE",
+        "--columns logps=policy FILE --columns ref_logps=base",
+        "FILE --beta 0.04 --columns logps=policy,ref_logps=base",
+        "--columns=logps=policy,ref_logps=base FILE",
+    ],
+)
+def test_columns_may_be_named_anywhere(line, arrays, tmp_path, capsys):
+    renamed = table(arrays).rename_columns(["policy", "old_logps", "advantages", "base"])
+    path = str(write(tmp_path / "rollouts.parquet", renamed))
+    words = [path if word == "FILE" else word for word in line.split()]
+    assert evaluated(capsys, *words, "--kl", "k3", "--beta", "0.04") == expected_of(arrays, 0.2, 0.04).as_dict()
+
+
+def test_files_may_stand_between_options(arrays, tmp_path, capsys):
+    one, two = (str(write(tmp_path / f"{name}.parquet", table(arrays))) for name in "ab")
+    expected = grpo_loss(**arrays).stats
+    assert evaluated(capsys, one, "--epsilon", "0.2", two) == (expected + expected).as_dict()
 
 
 @pytest.mark.parametrize("form", ["probabilities", "tokens"])
@@ -120,17 +216,16 @@ def test_several_masks(tmp_path, capsys):
     path = str(write(tmp_path / "a.parquet", rows))
     assert main(["evaluate", path, "--no-progress"]) == 2
     assert "column 'completion_mask' looks like a mask and is not used" in capsys.readouterr().err
-    both = ["--columns", "mask=completion_mask", "mask=tool_mask"]
+    both = ["--columns", "mask=completion_mask,mask=tool_mask"]
     assert main(["evaluate", path, "--no-progress", "--json", *both]) == 0
     assert json.loads(capsys.readouterr().out)["tokens"] == arrays["mask"].sum()
-    only = [*both[:2], "mask="]
-    assert main(["evaluate", path, "--beta", "0.04", "--no-progress", "--json", *only]) == 0
-    assert json.loads(capsys.readouterr().out)["tokens"] == arrays["mask"].sum()
-    assert main(["evaluate", path, "--no-progress", *both[:2]]) == 2
-    assert "column 'tool_mask' looks like a mask and is not used" in capsys.readouterr().err
-    assert main(["evaluate", path, "--beta", "0.04", "--no-progress", "--json", "--columns", "mask="]) == 0
-    assert json.loads(capsys.readouterr().out)["tokens"] == arrays["mask"].size
-    assert main(["evaluate", path, "--no-progress", "--columns", "logps=logps", "logps=old_logps"]) == 2
+    one = ["--columns", "mask=completion_mask"]
+    assert evaluated(capsys, path, *one, "--columns", "mask=")["tokens"] == arrays["mask"].sum()
+    assert main(["evaluate", path, "--no-progress", *one]) == 2
+    message = "column 'tool_mask' looks like a mask and is not used: --columns mask=completion_mask,mask=tool_mask uses"
+    assert message in capsys.readouterr().err
+    assert evaluated(capsys, path, "--columns", "mask=")["tokens"] == arrays["mask"].size
+    assert main(["evaluate", path, "--no-progress", "--columns", "logps=logps,logps=old_logps"]) == 2
     assert "--columns names two columns for logps, got logps and old_logps" in capsys.readouterr().err
 
 
@@ -146,31 +241,98 @@ def test_columns(arrays, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["evaluate", "nothing.parquet"], "no such file: nothing.parquet"),
-        (["evaluate", "FILE", "--epsilon", "-2"], "epsilon must be"),
+        (["evaluate", "FILE", "--epsilon", "-2"], "error: --epsilon must be a number in [0, inf], got -2.0"),
         (["evaluate", "FILE", "--kl", "k3"], "--kl: not for probability columns"),
+        (["evaluate", "FILE", "--surrogate", "sapo"], "--surrogate: not for probability columns"),
         (["evaluate", "FILE", "--columns", "A=B"], r"column 'B' (for A) is missing"),
-        (["evaluate", "FILE", "--batch-size", "0"], "batch_size must be"),
-        (["evaluate", "FILE", "--workers", "-1"], "--workers must be"),
+        (["evaluate", "FILE", "--columns", "mask=m"], "--columns mask= ignores it"),
+        (["evaluate", "FILE", "--batch-size", "0"], "--batch-size: must be a whole number, at least 1, got '0'"),
+        (["evaluate", "FILE", "--workers", "-1"], "--workers: must be a whole number, at least 0, got '-1'"),
+        (["evaluate", "FILE", "mask=m"], "no such file: mask=m; as a column it stands behind a comma, or --columns"),
+        (["evaluate", "FOLDER"], "is a directory; name its files, for example FOLDER/*.parquet"),
+        (["evaluate", "TOKENS", "--delta", "1"], "--delta must be a number above 1 + --epsilon-high = 1.2, got 1.0"),
+        (["evaluate", "TOKENS", "--normalizer", "-1"], "error: --normalizer must be a number in [0, inf), got -1.0"),
+        (["evaluate", "TOKENS", "--ratio-max", "2"], "--ratio-max is an option of --surrogate cispo, got --surrogate"),
+        (["evaluate", "TOKENS", "--no-importance-weighted"], "are about a KL term: add --kl or --beta"),
+        (["evaluate", "TOKENS", "--kl", "none", "--beta", "1"], "got --beta 1 with --kl none"),
+        (["evaluate", "TOKENS", "--columns", "logps=lgps"], "if it is this one, --columns logps=logps"),
+        (["evaluate", "TOKENS", "--columns", "old_logps=x"], "if there is none, --columns old_logps="),
+        (
+            ["evaluate", "FLAT"],
+            "take --aggregation token-mean or --aggregation token-sum, at token level, got --import",
+        ),
+        (["evaluate", "BOTH"], "got both in logps, rhos: choose with, for example, --columns logps=logps"),
+        (["evaluate", "JSON"], "is JSON: convert it with python -c 'import pyarrow.json, pyarrow.parquet; pyarrow.par"),
         (["sweep", "FILE", "--plot", "out.txt"], "--plot must end in .png, .svg or .pdf, got out.txt"),
-        (["sweep", "FILE", "--beta", "-1"], "beta must be"),
+        (["sweep", "FILE", "--plot", "missing/out.svg"], "--plot: there is no folder missing for out.svg"),
+        (["sweep", "FILE", "--beta", "-1"], "error: --beta must be"),
+        (["sweep", "FILE", "--epsilon-high", "1"], "--epsilon-high: not for probability columns"),
+        (["evaluate", "TOKENS", "--normalizer", "0"], "--normalizer must be above 0, got 0"),
+        (["sweep", "TOKENS", "--normalizer", "-1"], "error: --normalizer must be a number in [0, inf), got -1.0"),
+        (["sweep", "TOKENS", "--no-importance-weighted"], "are about a KL term: add --kl or --beta"),
+        (["sweep", "TOKENS", "--delta", "1.2"], "--delta must be a number above 1 + --epsilon-high = 1.2, got 1.2"),
+        (["demo", "--epsilon", "-2"], "error: --epsilon must be a number in [0, inf], got -2.0"),
     ],
 )
-def test_bad_input_is_one_line(arguments, message, probabilities, capsys):
-    assert main([probabilities[0] if word == "FILE" else word for word in arguments]) == 2
+def test_bad_input_is_one_line_in_terms_of_the_shell(arguments, message, probabilities, rollouts, tmp_path, capsys):
+    files = {"FILE": probabilities[0], "TOKENS": rollouts, "FOLDER": str(tmp_path)}
+    flat = pa.table({name: [-1.0, -2.0] for name in ("logps", "old_logps", "advantages")})
+    both = pa.table({"logps": [-1.0], "rhos": [1.0]})
+    for name, rows in (("FLAT", flat), ("BOTH", both)):
+        files[name] = str(write(tmp_path / f"{name}.parquet", rows))
+    files["JSON"] = str(tmp_path / "a.jsonl")
+    Path(files["JSON"]).write_text('{"logps": [-1.0]}\n')
+    assert exit_code_of([files.get(word, word) for word in arguments]) == 2
     out, err = capsys.readouterr()
+    message = message.replace("FOLDER", files["FOLDER"])
     assert out == ""
     assert err.startswith("grpo-fast: error: ")
     assert (message in err, err.count("\n")) == (True, 1)
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [["evaluate"], ["sweep", "x", "--epsilon", "a,b"], ["evaluate", "x", "--columns", "A"], ["--samples", "0"]],
+    ("line", "message"),
+    [
+        ("evaluate", "the following arguments are required: FILE (grpo-fast evaluate --help says more)"),
+        ("evalute x", "must be one of evaluate, sweep, compile, demo, got 'evalute': did you mean 'evaluate'?"),
+        ("evaluate x --epsilon-hihg 1", "unknown option --epsilon-hihg: did you mean '--epsilon-high'?"),
+        (
+            "evaluate x --eps 1",
+            "unknown option --eps: did you mean '--epsilon'?",
+        ),  # no abbreviations: they would change with every new option
+        ("evaluate x --aggregation token_mean", "--aggregation: must be one of token-mean, "),
+        ("evaluate x --aggregation token_mean", "got 'token_mean': did you mean 'token-mean'?"),
+        ("evaluate x --columns A", "--columns: must be NAME=COLUMN, with commas between several, got 'A'"),
+        ("evaluate x --columns logps=a,b", "--columns: must be NAME=COLUMN, with commas between several, got 'b'"),
+        ("evaluate x --columns lgps=a", "got 'lgps': did you mean 'logps'?"),
+        ("evaluate x --columns logps=,mask=m", "--columns: logps must be a column, got 'logps='"),
+        ("sweep x --epsilon a,b", "must be numbers with commas between, got 'a,b'"),
+        ("demo --samples 0", "--samples: must be a whole number, at least 1, got '0'"),
+        ("compile --dtype float16", "--dtype: must be one of float64, float32, got 'float16'"),
+        ("--samples 9", "unknown option --samples; a subcommand comes first, as in grpo-fast demo --samples …"),
+    ],
 )
-def test_what_argparse_refuses(arguments, capsys):
+def test_what_cannot_be_parsed_is_one_line_with_what_was_meant(line, message, capsys):
     with pytest.raises(SystemExit, match="2"):
-        main(arguments)
-    assert "error:" in capsys.readouterr().err
+        main(line.split())
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("grpo-fast: error: ")
+    assert (message in err, err.count("\n")) == (True, 1)
+
+
+def test_a_picture_that_cannot_be_is_refused_before_anything_is_read(monkeypatch, capsys):
+    def read(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(_command, "sweep", read)
+    monkeypatch.setattr(_command, "find_spec", lambda name: None)
+    for path, message in (
+        ("missing/a.svg", "there is no folder missing for a.svg"),
+        ("a.svg", "pip install 'grpo_fast[plot]'"),
+    ):
+        assert main(["sweep", "x.parquet", "--plot", path]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_bad_file_among_good_ones_prints_no_result(probabilities, tmp_path):
@@ -201,46 +363,101 @@ def test_nothing_half_written(error, probabilities, tmp_path, monkeypatch, capsy
 
 
 def test_ctrl_c_while_reading(probabilities, monkeypatch, capsys):
-    import grpo_fast.files
-
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(grpo_fast.files, "grpo_stats", interrupted)
+    monkeypatch.setattr(_jobs, "grpo_stats", interrupted)
     assert main(["evaluate", probabilities[0], "--no-progress"]) == 130
     assert capsys.readouterr() == ("", "grpo-fast: interrupted\n")
 
 
-# --- the demonstration ------------------------------------------------------------------------------------------------
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(grpo_fast.__main__, "side_by_side", partial(grpo_fast.__main__.side_by_side, seconds=0))
-
-
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_demonstration(dtype, quick, capsys):
-    assert main(["--samples", "5000", "--dtype", dtype, "--seed", "7"]) == 0
+# --- help -------------------------------------------------------------------------------------------------------------
+def test_alone_it_prints_help(capsys):
+    assert main([]) == 0
     out, err = capsys.readouterr()
-    stats = grpo_stats(*synthetic_samples(5000, dtype, seed=7))
-    assert f"5,000 synthetic samples, {dtype}, epsilon 0.2, beta 0.01, seed 7\n" in out
-    assert f"\n{stats}\n" in out
-    assert f"\n{stats.objective:.15g}\n" in out
-    assert out.endswith("by the NumPy reference in float64: they agree\n")
+    assert out.startswith("usage: grpo-fast SUBCOMMAND")
+    assert all(f"\n    {name}" in out for name in ("evaluate", "sweep", "compile", "demo"))
     assert err == ""
 
 
-def test_a_demonstration_that_disagrees(quick, monkeypatch, capsys):
-    monkeypatch.setattr(grpo_fast.__main__, "grpo_objective", lambda *_: 0.5)
-    assert main(["--samples", "5000"]) == 1
-    assert "they DISAGREE" in capsys.readouterr().out
+@pytest.mark.parametrize("subcommand", ["evaluate", "sweep"])
+def test_help_names_the_columns_and_shows_an_example(subcommand, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([subcommand, "--help"])
+    out = capsys.readouterr().out
+    assert all(re.search(rf"^    .*\b{name}\b", out, re.M) for name in ARGUMENTS)
+    examples = re.findall(r"^  (grpo-fast .*)$", out, re.M)
+    assert examples
+    for example in examples:  # they can be parsed
+        assert _parser.parsed(shlex.split(example)[1:]).subcommand == subcommand
 
 
-def test_a_demonstration_of_bad_input(capsys):
-    assert main(["--samples", "10", "--epsilon", "-2"]) == 2
-    assert "grpo-fast: error: epsilon must be" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["sweep", "--help"], ["evaluate", "--help"]])
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["sweep", "--help"], ["evaluate", "--help"], ["--version"]])
 def test_help_where_only_ascii_can_be_written(arguments):
     script = f"import sys; sys.argv[1:] = {arguments!r}; from grpo_fast.__main__ import main; main()"
-    assert "usage: grpo-fast" in python(script, PYTHONIOENCODING="ascii")
+    expected = grpo_fast.__version__ if "--version" in arguments else "usage: grpo-fast"
+    assert expected in python(script, PYTHONIOENCODING="ascii")
+
+
+def test_options_are_named_and_default_as_the_arguments(capsys):
+    keywords = {
+        "evaluate": set(inspect.signature(evaluate).parameters) - {"paths", "executor"},
+        "sweep": set(inspect.signature(sweep).parameters) - {"paths", "executor"},
+    }
+    for subcommand, names in keywords.items():
+        parsed = vars(_parser.parsed([subcommand, "x.parquet"]))
+        assert names <= set(parsed)
+        of_surrogates = {name for surrogate in _parser.SURROGATES.values() for name in surrogate._fields}
+        assert set(parsed) - names - of_surrogates <= {"subcommand", "files", "workers", "json", "plot"}
+
+
+# --- Ctrl-C, and whoever reads no more --------------------------------------------------------------------------------
+@pytest.mark.parametrize("subcommand", ["evaluate", "sweep", "compile", "demo"])
+def test_ctrl_c_is_one_line(subcommand, rollouts, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    for module, name in ((_command, "evaluate"), (_command, "sweep"), (_command, "steps")):
+        monkeypatch.setattr(module, name, interrupted)
+    monkeypatch.setattr(_demonstration, "synthetic_samples", interrupted)
+    assert main([subcommand, *[rollouts] * (subcommand in ("evaluate", "sweep"))]) == 130
+    assert capsys.readouterr().err == "grpo-fast: interrupted\n"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="Ctrl-C is sent as POSIX does")
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_ctrl_c_ends_the_process_while_it_compiles(workers, rollouts, tmp_path):
+    cache = tmp_path / "cache"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "NUMBA_CACHE_DIR": str(cache)}
+    line = [sys.executable, "-m", "grpo_fast", "evaluate", rollouts, "--workers", workers]
+    process = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    said = ""
+    while ("compiling" if workers == "0" else "workers start") not in said:
+        said += process.stderr.read(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert err.endswith("grpo-fast: interrupted\n")
+    assert "Traceback" not in err
+    assert not list(cache.rglob("*token_level.token_level.*"))  # nobody waited for it
+
+
+def test_whoever_reads_no_more_is_no_error(rollouts):
+    script = f"""
+import os, sys
+reading, writing = os.pipe()
+os.close(reading)
+os.dup2(writing, 1)
+from grpo_fast.__main__ import main
+print("code", main(["evaluate", {rollouts!r}, "--no-progress"]), file=sys.stderr)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    assert done.stderr == "code 0\n"

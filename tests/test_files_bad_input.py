@@ -1,14 +1,22 @@
 """What is bad in a file is refused, with file, row group, row and column; and arguments that do not fit, by name."""
 
+import gzip
+import io
+import json
+import pickle
+import re
+
 import numpy as np
 import pytest
 from interpreter import python
 
-from grpo_fast import BLOCK, K3
+from grpo_fast import BLOCK, K3, _columns, evaluate
 from grpo_fast.files import sweep
 
 pa = pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[data]'")
 from rollout_files import FORMATS, GRID, OPTIONS, probabilities, refused, table, tokens, write  # noqa: E402
+
+from grpo_fast import _formats  # noqa: E402 - needs pyarrow
 
 
 def rows_of(arrays):
@@ -96,6 +104,8 @@ def test_arguments_that_do_not_fit(tmp_path):
     refused("executor must be", path, executor=2, error=TypeError)
     allowed = "options of probability columns are epsilon, beta, importance_weighted; got kl"
     refused(allowed, path, kl=K3(0.1), error=TypeError)
+    in_surrogate = r"got epsilon: it is a part of surrogate, as in surrogate=Clip\(epsilon=…\)"
+    refused(in_surrogate, other, epsilon=0.1, error=TypeError)
     refused("importance_weighted must be True or False, got 0", path, importance_weighted=0, error=TypeError)
     refused("columns are .*; got importance_weighted", other, importance_weighted=False, error=TypeError)
     refused("options of log-probability columns are surrogate, .*; got epsilon", other, epsilon=0.1, error=TypeError)
@@ -103,21 +113,24 @@ def test_arguments_that_do_not_fit(tmp_path):
     refused("beta must be", path, beta=-1)
     refused("^aggregation must be one of", other, aggregation="mean")
     refused("^epsilon must be", path, call=sweep, epsilons=-2, betas=0)
-    refused("columns are importance_weighted; got epsilon", path, call=sweep, epsilon=0.1, **GRID, error=TypeError)
-    message = "^importance_weighted must be True or False, got None"
-    refused(message, path, call=sweep, importance_weighted=None, **GRID, error=TypeError)
-    refused("columns are kl, aggregation, normalizer; got sur", other, call=sweep, surrogate=1, **GRID, error=TypeError)
+    refused("columns are importance_weighted; got kl", path, call=sweep, kl=K3, **GRID, error=TypeError)
+    message = "^importance_weighted must be True or False, got 1"
+    refused(message, path, call=sweep, importance_weighted=1, **GRID, error=TypeError)
+    refused(
+        "kl, .*aggregation, normalizer; got imp", other, call=sweep, importance_weighted=True, **GRID, error=TypeError
+    )
+    refused("delta must be a number above", other, call=sweep, delta=1.15, **GRID)
     refused("kl must be K1, K2, K3 or a function", other, call=sweep, kl=K3(0.1), **GRID, error=TypeError)
 
 
 def test_files_of_another_format(tmp_path):
     text, stream = tmp_path / "a.csv", tmp_path / "b.arrow"
     text.write_text("rhos,A\n1,1\n")
-    refused(r"a.csv: neither a Parquet nor an Arrow IPC file: it begins with b'rhos,A'", text)
+    refused(r"a.csv is text: convert it with pyarrow", text)
     whole = table(probabilities(10))
     with pa.ipc.new_stream(stream, whole.schema) as file:
         file.write_table(whole)
-    refused("b.arrow: neither .*stream of Arrow IPC is refused", stream)
+    refused("b.arrow is a stream of Arrow IPC, which is refused since", stream)
 
 
 def test_without_pyarrow():
@@ -131,3 +144,151 @@ except ImportError as error:
     print(error)
 """
     assert python(script) == "reading rollouts needs pyarrow: pip install 'grpo_fast[data]'\n"
+
+
+# --- what is no file of rollouts --------------------------------------------------------------------------------------
+class DataFrame(dict):
+    """Iterating one gives the names of columns, as of pandas'."""
+
+
+class LazyFrame:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("package", "kind", "written"),
+    [
+        (
+            "pandas",
+            DataFrame,
+            "a DataFrame of pandas: write it into a file, x.to_parquet('rollouts.parquet'), and name",
+        ),
+        (
+            "polars",
+            DataFrame,
+            "a DataFrame of polars: write it into a file, x.write_parquet('rollouts.parquet'), and na",
+        ),
+        (
+            "polars",
+            LazyFrame,
+            "a LazyFrame of polars: write it into a file, x.sink_parquet('rollouts.parquet'), and na",
+        ),
+        ("datasets", DataFrame, "a DataFrame of datasets: write it into a file, x.to_parquet('rollouts.parquet')"),
+    ],
+)
+def test_frames_say_how_they_become_files(package, kind, written):
+    class Frame(kind):
+        pass
+
+    Frame.__name__, Frame.__module__ = kind.__name__, f"{package}.core.frame"
+    message = re.escape(f"paths must be a path or an iterable of them, got {written}")
+    refused(message, Frame(), error=TypeError)
+    refused(message, Frame(), error=TypeError, call=sweep, **GRID)
+    refused(re.escape(written), [Frame()], error=TypeError)
+
+
+def test_what_is_in_memory_says_how_it_becomes_a_file(tmp_path):
+    arrays = probabilities(10)
+    message = "got a Table of pyarrow: write it into a file, pyarrow.parquet.write_table(x, 'rollouts.parquet')"
+    refused(re.escape(message), table(arrays), error=TypeError)
+    refused("a RecordBatch of pyarrow", table(arrays).to_batches()[0], error=TypeError)
+    refused("got a dict: arrays in memory are for grpo_loss", arrays, error=TypeError)
+    refused("got a ndarray: arrays in memory are for grpo_loss", arrays["A"], error=TypeError)
+    path = write(tmp_path / "a.parquet", table(arrays))
+    message = "got a BytesIO: write it into a file, pathlib.Path('rollouts.parquet').write_bytes(x.getvalue()), and na"
+    refused(re.escape(message), io.BytesIO(path.read_bytes()), error=TypeError)
+    with path.open("rb") as file:
+        refused(re.escape(f"name the file instead, {str(path)!r}"), file, error=TypeError)
+    refused("got None$", None, error=TypeError)
+    refused("got 3 among them", [path, 3], error=TypeError)
+
+
+def run(code, imports):
+    """What a message advises."""
+    exec(f"import {imports}, pyarrow, pyarrow.parquet\n{code}", {})
+
+
+def test_json_and_csv_say_what_converts_them_and_that_does(tmp_path):
+    rows = rows_of(tokens(3, longest=5))
+    expected = evaluate(write(tmp_path / "right.parquet", table(tokens(3, longest=5))), **OPTIONS)
+    lines = [json.dumps({name: column[i] for name, column in rows.items()}) for i in range(3)]
+    texts = {"a.jsonl": "\n".join(lines), "b.json": f"[{','.join(lines)}]", "c.jsonl": "\ufeff\n" + lines[0]}
+    for name, text in texts.items():
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=f"{name} is JSON: convert it with ") as raised:
+            evaluate(path)
+        if name.startswith("c"):
+            continue
+        run(str(raised.value).partition("convert it with ")[2], "json, pathlib, pyarrow.json")
+        assert evaluate(path.with_suffix(".parquet"), **OPTIONS).loss == pytest.approx(expected.loss)
+    path = tmp_path / "d.csv"
+    path.write_text("rhos,A,pi_theta_old,pi_theta_ref\n1.1,1,0.5,0.5\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"d\.csv is text: convert it with ") as raised:
+        evaluate(path)
+    run(str(raised.value).partition("convert it with ")[2], "pyarrow.csv")
+    assert evaluate(tmp_path / "d.parquet").tokens == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "x is empty"),
+        (gzip.compress(b"PAR1"), "x is compressed with gzip: gunzip --keep .*x first"),
+        (b"\x28\xb5\x2f\xfd0000", "x is compressed with zstd: zstd --decompress .*x first"),
+        (b"BZh91AY", "x is compressed with bzip2: bunzip2 --keep .*x first"),
+        (b"PARE0000", r"x is encrypted Parquet: .*read_table\(.*, decryption_properties=…\), 'plain.parquet'\)"),
+        (b"PK\x03\x0400", r"x is a zip archive, as .npz and .pt are: load it, and give its arrays to grpo_loss"),
+        (b"\x93NUMPY\x01", r"x is a NumPy array: load it"),
+        (b"FEA1\x00\x00", r"x is Feather of version 1: .*pyarrow.feather.read_table"),
+        (b"\x00\x01\x02", r"x is neither a Parquet nor an Arrow IPC file: it begins with b'\\x00\\x01\\x02'"),
+    ],
+)
+def test_other_files_say_what_they_are(content, message, tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(content)
+    refused(message, path)
+
+
+def test_encrypted_columns_say_so(tmp_path, monkeypatch):
+    def raises(path):
+        raise pa.ArrowInvalid("Cannot decrypt ColumnMetadata. FileDecryption is not setup correctly")
+
+    monkeypatch.setattr(_formats, "_ParquetFile", raises)
+    path = tmp_path / "x.parquet"
+    path.write_bytes(b"PAR1")
+    refused("x.parquet: cannot be read: Cannot decrypt .* To write it in plain: pyarrow.parquet.write_table", path)
+
+
+@pytest.mark.parametrize("place", ["a.parquet", "deep/er/a.parquet", "a.arrow", "nothing.txt"])
+def test_a_directory_names_what_is_in_it(place, tmp_path):
+    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / place).touch()
+    pattern = {"a": "*", "deep": "**/*"}.get(place.partition("/")[0].partition(".")[0], "*")
+    suffix = "arrow" if place.endswith("arrow") else "parquet"
+    refused(re.escape(f"is a directory; name its files, for example {tmp_path}/{pattern}.{suffix}"), tmp_path)
+
+
+def test_errors_travel_from_workers():
+    error = _columns.no_mask("why")
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == str(error)
+    assert "columns={'mask': None} ignores it" in str(again)
+    assert "--columns mask= ignores it" in again.in_shell()
+
+
+def test_a_name_that_is_nearly_right_is_told(tmp_path):
+    path = write(tmp_path / "rollouts.parquet", table(tokens(3)))
+    with pytest.raises(FileNotFoundError, match=r"no such file: .*rolouts.parquet: did you mean 'rollouts.parquet'\?"):
+        evaluate(tmp_path / "rolouts.parquet")
+    with pytest.raises(FileNotFoundError, match=r"no such file: .*nowhere/rollouts.parquet$"):
+        evaluate(tmp_path / "nowhere" / "rollouts.parquet")
+    renamed = pa.table({"policy_logps": [[0.1]], "advantages": [1.0], "ref_logps": [[0.1]]})
+    path = write(tmp_path / "a.parquet", renamed)
+    message = r"'policy_logp' \(for logps\) is missing; .*; if it is this one, columns={'logps': 'policy_logps'}$"
+    refused(message, path, columns={"logps": "policy_logp"})
+    nested = pa.table({"r": pa.array([{"logps": [-1.0]}]), "advantages": [1.0]})
+    path = write(tmp_path / "b.parquet", nested)
+    refused(r"'r' is a struct: table.flatten\(\) makes columns of its fields", path, columns={"logps": "r.logps"})
+    flat = write(tmp_path / "c.parquet", nested.flatten())
+    assert evaluate(flat, columns={"logps": "r.logps", "old_logps": None}).tokens == 1

@@ -68,18 +68,55 @@ def test_any_grid_can_be_drawn(epsilons, tmp_path):
     assert "ε" in drawn(tmp_path, grpo_sweep(*samples(100), epsilons, [0.0, 0.04]), "samples.parquet")
 
 
-def test_the_axes_of_a_single_epsilon_begin_at_zero(tmp_path, monkeypatch):
+def axes_of(result, tmp_path):
+    """What is drawn, left and right."""
     from matplotlib.figure import Figure
 
     figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: (figures.append(self), Path(path).touch()))
-    result = grpo_sweep(*samples(1000), [0.2], [0.0, 1e-9])
-    draw_sweep(result, str(tmp_path / "sweep.svg"), ["samples.parquet"])
-    for axes in figures[0].axes:
-        (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-        assert left == 0 < 0.2 < right < 0.25
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda self, path, **_: (figures.append(self), Path(path).touch()))
+        draw_sweep(result, str(tmp_path / "sweep.svg"), ["samples.parquet"])
+    figures[0].draw_without_rendering()
+    return figures[0].axes
+
+
+def test_of_a_single_epsilon_the_objective_is_over_beta_and_the_fractions_are_bars(tmp_path):
+    result = grpo_sweep(*samples(1000), [0.2], [0.0, 0.01, 0.04])
+    left, right = axes_of(result, tmp_path)
+    assert (left.get_title("left"), left.get_xlabel()) == ("objective, ε = 0.2", "β")
+    assert left.lines[0].get_xydata().tolist() == [
+        [beta, y] for beta, y in zip(result.betas, result.objective[0], strict=True)
+    ]
+    assert [bar.get_height() for bar in right.patches] == [result.clip_ratio_low[0], result.clip_ratio_high[0]]
+    assert [text.get_text() for text in right.texts] == [f"{bar.get_height():.3%}" for bar in right.patches]
+    assert right.get_ylim()[0] == 0
+    assert [label.get_text() for label in right.get_xticklabels()] == ["ρ < 1 − ε, A < 0", "ρ > 1 + ε, A > 0"]
+
+
+@pytest.mark.parametrize("betas", [[0.04], [0.0, 1e-9]])
+def test_of_a_single_epsilon_nothing_is_enlarged(betas, tmp_path):
+    result = grpo_sweep(*samples(1000), [0.2], betas)
+    (low, high), largest = axes_of(result, tmp_path)[0].get_ylim(), np.abs(result.objective).max()
+    assert high - low >= 0.999 * largest / 20
+    if len(betas) == 1:
         assert low <= 0 <= high
-        assert axes.get_legend().get_bbox_to_anchor().y1 < axes.bbox.y0  # below the axes, off the curves
+
+
+@pytest.mark.parametrize("count", [1, 3, 7, 12])
+def test_every_beta_has_a_color_of_its_own_and_a_name_below_the_axes(count, tmp_path):
+    betas = [0.01 * i for i in range(count)]
+    left, right = axes_of(grpo_sweep(*samples(1000), [0.1, 0.2], betas), tmp_path)
+    assert len({matplotlib.colors.to_hex(line.get_color()) for line in left.lines}) == count
+    assert [text.get_text() for text in left.get_legend().texts] == [f"β = {beta:g}" for beta in betas]
+    for axes in (left, right):
+        assert axes.get_legend().get_window_extent().y1 < axes.get_window_extent().y0
+        assert axes.get_xlim()[0] == 0
+        assert axes.get_window_extent().height > 100  # pixels that are left for the curves
+        assert contrasts_suffice(line.get_color() for line in axes.lines)
+
+
+def contrasts_suffice(colors):
+    return all(contrast(color, page) >= 3 for color in colors for page in ("#ffffff", "#0d1117"))
 
 
 def test_limits():

@@ -52,3 +52,50 @@ def test_a_tensor_of_another_kind(name, case):
 def test_refuses(changes, error, message):
     with pytest.raises(error, match=f"^{message}"):
         grpo_loss(**{"logps": LOGPS, "old_logps": None, "advantages": torch.ones(2)} | changes)
+
+
+TRANSFORMS = {
+    "grad": lambda loss: torch.func.grad(loss)(LOGPS),
+    "vjp": lambda loss: torch.func.vjp(loss, LOGPS),
+    "jacrev": lambda loss: torch.func.jacrev(loss)(LOGPS),
+    "jacfwd": lambda loss: torch.func.jacfwd(loss)(LOGPS),
+    "jvp": lambda loss: torch.func.jvp(loss, (LOGPS,), (LOGPS,)),
+    "vmap of grad": lambda loss: torch.func.vmap(torch.func.grad(loss))(LOGPS[None]),
+    "grad of vmap": lambda loss: torch.func.grad(lambda x: torch.func.vmap(loss)(x[None]).sum())(LOGPS),
+}
+
+
+of_pytorch_itself = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+
+
+@of_pytorch_itself
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_derivative_that_is_not_known_is_refused_rather_than_0(transform):
+    with pytest.raises(RuntimeError, match=r"^grpo_loss has a gradient for loss.backward.* take torch.autograd.grad"):
+        TRANSFORMS[transform](lambda logps: grpo_loss(logps, None, torch.ones(2)))
+
+
+@of_pytorch_itself
+def test_forward_mode_is_refused():
+    from torch.autograd import forward_ad
+
+    with forward_ad.dual_level():
+        assert grpo_loss(LOGPS, None, torch.ones(2)).item() == -1  # without a tangent it is like any other
+        with pytest.raises(RuntimeError, match=r"^grpo_loss has a gradient for loss.backward.* in forward mode"):
+            grpo_loss(forward_ad.make_dual(LOGPS, LOGPS), None, torch.ones(2))
+
+
+@pytest.mark.slow
+def test_stats_in_one_graph_are_refused_with_what_to_do():
+    def loss(logps):
+        return grpo_loss(logps, None, torch.ones(2), return_stats=True)
+
+    with pytest.raises(Exception, match="leave return_stats out, or compile without fullgraph=True"):
+        torch.compile(loss, fullgraph=True)(LOGPS)
+
+
+def test_an_unknown_keyword_says_what_was_meant():
+    with pytest.raises(TypeError, match=r"^grpo_loss has no argument 'return_stat': did you mean 'return_stats'\?"):
+        grpo_loss(LOGPS, None, torch.ones(2), return_stat=True)
+    with pytest.raises(TypeError, match=r"it is a part of surrogate, as in surrogate=Clip\(epsilon=…\)"):
+        grpo_loss(LOGPS, None, torch.ones(2), epsilon=0.2)

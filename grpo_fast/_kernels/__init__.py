@@ -17,7 +17,7 @@ Each file imports only from lines below its own::
     simd  float_mode              a vector type; the processor's floating-point mode, set and given back
     compiling                     how functions become machine code
     own_stack  cache  threads     on a stack that is large enough; keeping that on disk; on how many threads it runs
-    cache_folder  notices         where on disk: a folder of the user's alone; warnings, each given once
+    cache_folder  notices         where on disk: a folder of the user's alone; what is told: warnings, compiling
 
 A lane is one number of a vector, a vector 64 bytes, a run 16 vectors, a block 4096 samples or tokens of one sequence.
 Sums are rounded within a block, always in the same order, and exact beyond it: hence the same bits for any number of

@@ -25,7 +25,7 @@ from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
 
 from .cache_folder import Folder, kernel_folder
-from .notices import warn_once
+from .notices import kernel_name, warn_once
 
 _CHECKSUM_BYTES = hashlib.sha256().digest_size
 
@@ -39,7 +39,7 @@ def use_disk_cache(dispatcher: Any) -> None:
     It must be that of a function at the top of a module in this folder: closures, for one, are in no entry's name.
     """
     function = dispatcher.py_func
-    name = f"{function.__module__.rpartition('.')[2]}.{function.__qualname__}"
+    name = kernel_name(function)
     try:
         # Now, not when something is compiled: by then the sources may be those of another version.
         dispatcher._cache = _KernelCache(Entries(kernel_folder(), f"{name}.{source()}"))

@@ -19,7 +19,7 @@ from numba.core.typed_passes import NativeLowering
 from numba.extending import overload
 
 from . import cache
-from .notices import warn_once
+from .notices import announced, kernel_name, patient_result, warn_once
 from .own_stack import on_own_stack
 
 #: Without reference counts (_nrt), since LLVM cannot remove those of arrays in a tuple, and threads contend for them;
@@ -141,6 +141,8 @@ def compiled(function: Any = None, *, parallel: bool = False, allocates: bool = 
     options["no_cfunc_wrapper"] = True
     dispatcher = numba.njit(**options)(function)
     dispatcher.compile = _safe_from_host(_with_threads_as_they_are(dispatcher.compile))
+    # Called by the above for what is in no cache.
+    dispatcher._compiler.compile = announced(kernel_name(function), dispatcher._compiler.compile)
     cache.use_disk_cache(dispatcher)
     return dispatcher
 
@@ -170,7 +172,7 @@ def _safe_from_host(work: Callable[..., Any]) -> Callable[..., Any]:
         except RuntimeError:  # the interpreter ends, and starts no more threads
             return on_this()
         try:
-            return future.result()
+            return patient_result(future)
         finally:
             compiler.shutdown(wait=False)
 

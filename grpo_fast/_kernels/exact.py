@@ -120,6 +120,9 @@ class Exact(NamedTuple):
     units: int = 0
     special: int = 0
 
+    def __repr__(self) -> str:  # rounded: it has hundreds of digits
+        return f"Exact({float(self)!r})"
+
     @classmethod
     def of_limbs(cls, rows: np.ndarray) -> "list[Exact]":
         """The sums in rows of limbs, (sums, ROW), after `carry`."""

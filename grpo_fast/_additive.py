@@ -1,0 +1,55 @@
+"""What shards add up to: dataclasses that add field by field, exactly, or say why they cannot."""
+
+from collections.abc import Callable
+from dataclasses import field, fields
+from typing import Any, Self
+
+from .terms import Options
+
+
+def added_by(how: Callable[[Any, Any], Any]) -> Any:
+    """A field of which two values are added by that function."""
+    return field(metadata={"added_by": how})
+
+
+class Additive:
+    """Dataclasses that add field by field: with +, unless a field says how, or says that it must be the same."""
+
+    def __add__(self, other: object) -> Self:
+        if type(other) is not type(self):
+            return NotImplemented
+        total = {}
+        for f in fields(self):  # type: ignore[arg-type]
+            a, b = getattr(self, f.name), getattr(other, f.name)
+            how = f.metadata.get("added_by")
+            if how is same and a != b:
+                name, a, b = _difference(f.name, a, b)
+                raise ValueError(f"{type(self).__name__} of different {name} cannot be added: {a} and {b}")
+            total[f.name] = how(a, b) if how else a + b
+        return type(self)(**total)
+
+    def __radd__(self, other: object) -> Self:  # sum() begins with 0
+        return self if other == 0 else NotImplemented
+
+
+def _difference(name: str, a: Any, b: Any) -> tuple[str, Any, Any]:
+    """The name and the values of a field; of options, of the first one that differs."""
+    if isinstance(a, Options):
+        return next((x, y, z) for x, y, z in zip(a._fields, a, b, strict=True) if y != z)
+    return name, a, b
+
+
+def same(a: Any, _: Any) -> Any:
+    """The value that both must have: others cannot be added."""
+    return a
+
+
+def if_known(a: int | None, b: int | None) -> int | None:
+    """The sum, unless one is None."""
+    return None if a is None or b is None else a + b
+
+
+def each(a: Any, b: Any) -> Any:
+    """The sums of two tuples, field by field."""
+    total = (x + y for x, y in zip(a, b, strict=True))
+    return a._make(total) if hasattr(a, "_make") else tuple(total)

@@ -1,0 +1,141 @@
+"""What is computed of each batch of a file: `evaluation` and `sweeping` make the jobs of `evaluate` and `sweep`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from ._advice import AdvisedError, Keywords
+from ._checks import Array, flag, part_of
+from ._columns import Form
+from ._kernels.blocks import BLOCK
+from .loss import grpo_loss
+from .objective import grpo_stats, grpo_sweep
+from .stats import Stats, Sweep
+from .terms import BETA, EPSILON, K3, KL, Clip, Options
+
+#: What is computed of a batch; None if there is nothing in it.
+Job: TypeAlias = Callable[[dict[str, Array]], Any]
+
+#: The arguments that only a KL term needs.
+_PI, _REF = {"pi_theta_old", "pi_theta_ref"}, {"ref_logps"}
+
+
+class Work(NamedTuple):
+    """A job, and what it needs to know of the files."""
+
+    job: Job
+    unread: set[str]  # the arguments whose columns it does not need
+    options: Options | None  # of log-probabilities
+
+
+def evaluation(form: Form, *, options: dict[str, Any]) -> Work:
+    """What `evaluate` computes, or the error for an option that is not one of that form."""
+    if form is Form.PROBABILITIES:
+        _refuse_others(options, "probability", ("epsilon", "beta", "importance_weighted"))
+        clip = Clip(options.get("epsilon", EPSILON))
+        k3 = K3(options.get("beta", BETA), options.get("importance_weighted", True))
+        return Work(partial(_stats_of_samples, epsilon=clip.epsilon, k3=k3), set() if k3.beta else _PI, None)
+    _refuse_others(options, "log-probability", Options._fields)
+    checked = Options(**options)
+    return Work(partial(_stats_of_tokens, options=checked), set() if checked.kl else _REF, checked)
+
+
+def sweeping(form: Form, *, grid: tuple[tuple[float, ...], ...], options: dict[str, Any]) -> Work:
+    """What `sweep` computes, likewise."""
+    with_kl = any(grid[1])
+    if form is Form.PROBABILITIES:
+        _refuse_others(options, "probability", ("importance_weighted",))
+        weighted = flag("importance_weighted", options.get("importance_weighted", True))
+        of_samples = partial(_sweep_of_samples, grid=grid, importance_weighted=weighted)
+        return Work(of_samples, set() if with_kl else _PI, None)
+    by_level = ("importance_sampling_level", "aggregation", "normalizer")
+    _refuse_others(options, "log-probability", ("epsilon_high", "delta", "kl", *by_level))
+    term: Callable[[float], KL] = options.get("kl", K3)
+    if not callable(term):
+        raise TypeError(f"kl must be K1, K2, K3 or a function of β that returns one, got {term!r}")
+    clips = [Clip(epsilon, options.get("epsilon_high"), options.get("delta")) for epsilon in grid[0]]
+    kl = term(1.0) if with_kl else None
+    checked = Options(clips[0], kl, **{name: options[name] for name in by_level if name in options})
+    job = partial(_sweep_of_tokens, grid=grid, clips=clips, options=checked)
+    return Work(job, set() if with_kl else _REF, checked)
+
+
+def _refuse_others(options: Mapping[str, Any], kind: str, allowed: tuple[str, ...]) -> None:
+    """Raise the TypeError for the first option that is not allowed, if any."""
+    for name in options:
+        if name not in allowed:
+            raise TypeError(f"options of {kind} columns are {', '.join(allowed)}; got {name}{part_of(name, allowed)}")
+
+
+def _stats_of_samples(arrays: dict[str, Array], *, epsilon: float, k3: K3) -> Stats | None:
+    samples = _samples_of(arrays)
+    return grpo_stats(*samples, epsilon, **k3._asdict()) if samples[0].size else None
+
+
+def _sweep_of_samples(
+    arrays: dict[str, Array], *, grid: tuple[tuple[float, ...], ...], importance_weighted: bool
+) -> Sweep | None:
+    samples = _samples_of(arrays)
+    return grpo_sweep(*samples, *grid, importance_weighted=importance_weighted) if samples[0].size else None
+
+
+def _samples_of(arrays: dict[str, Array]) -> tuple[Array, Array, Any, Any]:
+    """The arguments of `grpo_stats`, None for probabilities that were not read."""
+    return arrays["rhos"], arrays["A"], arrays.get("pi_theta_old"), arrays.get("pi_theta_ref")
+
+
+def _stats_of_tokens(arrays: dict[str, Array], *, options: Options) -> Stats:
+    return _stats_by_options(arrays, [options])[0]
+
+
+def _sweep_of_tokens(arrays: dict[str, Array], *, grid: Any, clips: list[Clip], options: Options) -> Sweep:
+    by_epsilon = [options._replace(surrogate=clip, kl=None) for clip in clips]
+    by_epsilon[0] = by_epsilon[0]._replace(kl=options.kl)  # the KL term is the same for every ε
+    results = _stats_by_options(arrays, by_epsilon)
+    first = results[0]
+    return Sweep(
+        grid=grid,
+        options=first.options,
+        tokens=first.tokens,
+        sequence_count=first.sequence_count,
+        surrogate_numerators=tuple(stats.numerator.surrogate for stats in results),
+        kl_numerator=first.numerator.kl,
+        kl_sum=first.sums.kl,
+        clipped_low=tuple(stats.clipped.low for stats in results),
+        clipped_high=tuple(stats.clipped.high for stats in results),
+    )
+
+
+def _stats_by_options(arrays: dict[str, Array], several: Iterable[Options]) -> list[Stats]:
+    """The Stats of a batch of tokens under each of several options."""
+    size, flat = arrays["logps"].size, "cu_seqlens" not in arrays
+    if flat:  # blocks as sequences, so that a mask does not move them, wherever a batch begins
+        arrays = arrays | {"cu_seqlens": np.append(np.arange(0, size, BLOCK, dtype=np.int64), size)}
+    batch: dict[str, Any] = {"old_logps": None, **arrays}
+    results = [grpo_loss(**batch, **options._asdict()).stats for options in several]
+    return [replace(stats, sequence_count=None) for stats in results] if flat else results
+
+
+def refuse_sequences(name: str, options: Options) -> None:
+    """Raise the error for options that need sequences, where the columns are flat."""
+    if options.importance_sampling_level != "token" or options.aggregation not in ("token-mean", "token-sum"):
+        raise AdvisedError(
+            "{name}: the columns are flat, which does not say where sequences begin: take {mean} or {sum}, at token "
+            "level, got {given}. For the others, store each sequence as a list",
+            {
+                "name": name,
+                "mean": Keywords({"aggregation": "token-mean"}),
+                "sum": Keywords({"aggregation": "token-sum"}),
+                "given": Keywords(
+                    {
+                        "importance_sampling_level": options.importance_sampling_level,
+                        "aggregation": options.aggregation,
+                    }
+                ),
+            },
+        )

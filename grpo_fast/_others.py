@@ -1,0 +1,59 @@
+"""Files that are of no format that is read here: what they are, and the one line that makes one that is."""
+
+import os
+
+from ._advice import AdvisedError, Code
+from ._paths import printable
+
+_STREAM = (
+    "a stream of Arrow IPC, which is refused since one that was cut off looks complete: write it with "
+    "pyarrow.ipc.new_file"
+)
+#: What begins with these bytes, with ``{path}`` and ``{plain}``, the path without its suffix, in what to do.
+_KINDS = (
+    (b"PARE", "encrypted Parquet: write it in plain first, {decrypt}"),
+    (b"\x1f\x8b", "compressed with gzip: gunzip --keep {path} first"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd: zstd --decompress {path} first"),
+    (b"BZh", "compressed with bzip2: bunzip2 --keep {path} first"),
+    (b"\xff\xff\xff\xff", _STREAM),
+    (b"FEA1", "Feather of version 1: write it again with {feather}"),
+    (b"PK\x03\x04", "a zip archive, as .npz and .pt are: load it, and give its arrays to grpo_loss(**arrays).stats"),
+    (b"\x93NUMPY", "a NumPy array: load it, and give the arrays to grpo_loss(**arrays).stats"),
+    (b"{", "JSON: convert it with {json_lines}"),
+    (b"[", "JSON: convert it with {json_array}"),
+)
+
+
+def refusal(path: str, magic: bytes) -> AdvisedError:
+    """The error for a file that begins with these bytes, neither those of Parquet nor of Arrow IPC."""
+    name, plain = printable(path), printable(os.path.splitext(path)[0])
+    start = magic.removeprefix(b"\xef\xbb\xbf").lstrip()
+    kind = next((kind for prefix, kind in _KINDS if start.startswith(prefix)), None)
+    if not magic:
+        kind = "empty"
+    elif kind is None and name.lower().endswith((".csv", ".tsv", ".txt")):
+        kind = "text: convert it with {csv}"
+    elif kind is None:
+        kind = "neither a Parquet nor an Arrow IPC file: it begins with {magic}"
+    target = f"{plain}.parquet"
+    write, imports = "pyarrow.parquet.write_table({}, {!r})", "pyarrow.{}, pyarrow.parquet"
+    values = {
+        "name": name,
+        "path": name,
+        "magic": repr(magic),
+        "decrypt": encrypted_as_plain(name),
+        "feather": Code(write.format(f"pyarrow.feather.read_table({name!r})", target), imports.format("feather")),
+        "json_lines": Code(write.format(f"pyarrow.json.read_json({name!r})", target), imports.format("json")),
+        "json_array": Code(
+            write.format(f"pyarrow.Table.from_pylist(json.loads(pathlib.Path({name!r}).read_text()))", target),
+            "json, pathlib, pyarrow.parquet",
+        ),
+        "csv": Code(write.format(f"pyarrow.csv.read_csv({name!r})", target), imports.format("csv")),
+    }
+    return AdvisedError("{name} is " + kind, values)
+
+
+def encrypted_as_plain(name: str) -> str:
+    """The call that reads an encrypted Parquet file and writes it in plain."""
+    read = f"pyarrow.parquet.read_table({name!r}, decryption_properties=…)"
+    return f"pyarrow.parquet.write_table({read}, 'plain.parquet')"

@@ -1,0 +1,325 @@
+"""The arguments of the command: a parser for each subcommand, whose options are named as the functions' arguments.
+
+What they make of files is in `_command`; here is what may be written, and the help.
+"""
+
+import argparse
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Never
+
+from . import __version__
+from ._advice import flag_of
+from ._checks import did_you_mean
+from ._columns import ARGUMENTS, REQUIRED
+from ._warm_up import DTYPES
+from .terms import AGGREGATIONS, BETA, CISPO, EPSILON, K1, K2, K3, LEVELS, SAPO, Clip
+
+SURROGATES: dict[str, Any] = {"clip": Clip, "cispo": CISPO, "sapo": SAPO}
+KL_TERMS: dict[str, Any] = {"k1": K1, "k2": K2, "k3": K3}
+#: Options that are named as the arguments of `grpo_loss` and go there as they are.
+BY_NAME = ("importance_sampling_level", "aggregation", "normalizer")
+PICTURES = (".png", ".svg", ".pdf")
+EPSILONS = [0.1, 0.2, 0.3]
+
+_DESCRIPTION = """\
+The GRPO objective and its diagnostics over rollouts in files (Parquet or Arrow IPC), in one read, of any size.
+
+  grpo-fast evaluate rollouts.parquet                         every diagnostic
+  grpo-fast evaluate rollouts.parquet --beta 0.04 --json      with a KL term, as JSON
+  grpo-fast sweep rollouts.parquet --plot sweep.svg           the objective over epsilon and beta
+  grpo-fast demo                                              no file at hand: synthetic samples, timed beside NumPy
+
+grpo-fast SUBCOMMAND --help says more of each. python -m grpo_fast alone is grpo-fast demo.
+"""
+_COLUMNS = """\
+columns of FILE:
+  A row is a completion, its columns lists with a number for each token:
+    logps, old_logps       log-probabilities under the policy and under the one that sampled
+    advantages             one number, or a list
+    ref_logps              with a KL term: under the reference
+    mask                   if there: 0 where a token does not count
+    rollout_is_weights     if there: one number, or a list
+  or a row is a token, with a number in each of these columns; or a sample, given as probabilities:
+    rhos, A                ratio and advantage
+    pi_theta_old, pi_theta_ref
+  Other names: --columns logps=my_logps,old_logps=their_logps. Of several masks name each, and they multiply:
+  mask=completion_mask,mask=tool_mask. With one and mask= there is no other; with mask= alone, none at all; with
+  old_logps= all is on-policy.
+
+"""
+_EXAMPLE_EVALUATE = """\
+examples:
+  grpo-fast evaluate 'run/*.parquet' --epsilon 0.2 --epsilon-high 0.28 --aggregation token-mean
+  grpo-fast evaluate rollouts.parquet --columns logps=policy_logps,mask=completion_mask --kl k3 --beta 0.04
+  grpo-fast evaluate rollouts.parquet --surrogate cispo --ratio-max 5
+"""
+_EXAMPLE_SWEEP = """\
+examples:
+  grpo-fast sweep rollouts.parquet --epsilons 0.1,0.2,0.3 --betas 0,0.01,0.04 --plot sweep.svg
+  grpo-fast sweep rollouts.parquet --epsilons 3e-4,4e-4 --importance-sampling-level sequence
+"""
+_EXAMPLE_COMPILE = """\
+What is compiled is kept for you, a version and this kind of CPU, in NUMBA_CACHE_DIR if that is set.
+
+examples:
+  grpo-fast compile --dtype float32
+  NUMBA_CACHE_DIR=/opt/kernels grpo-fast compile --surrogate cispo --kl k3
+"""
+#: What the arguments of the surrogates are, for their help.
+_ABOUT = {
+    "epsilon": f"how far the ratio may fall below 1 ({EPSILON})",
+    "epsilon_high": "how far it may rise above 1 (as --epsilon)",
+    "delta": "hard bound of the ratio where A < 0 (none)",
+    "ratio_max": "upper bound of the weight (5)",
+    "ratio_min": "its lower bound (0)",
+    "tau_pos": "temperature where A > 0 (1)",
+    "tau_neg": "temperature elsewhere (1.05)",
+}
+
+
+class UsageError(Exception):
+    """What is on the command line cannot be meant, as the message says in its terms."""
+
+
+@contextmanager
+def in_terms_of_the_shell() -> Iterator[None]:
+    """A context in which errors of options, which call them as Python does, become those of the command line."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        options = {*_ABOUT, "beta", *BY_NAME}
+        raise UsageError(re.sub(rf"\b({'|'.join(options)})\b", lambda m: flag_of(m[0]), str(error))) from error
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, with what was meant, and whose options are written out."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False, **options
+        )
+        self.add_argument("-h", "--help", action="help", help="print this help")
+
+    def error(self, message: str) -> Never:
+        self.exit(2, f"grpo-fast: error: {message} ({self.prog} --help says more)\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            allowed = [str(choice) for choice in action.choices]
+            meant = did_you_mean(str(value), allowed)
+            raise argparse.ArgumentError(action, f"must be one of {', '.join(allowed)}, got {value!r}{meant}")
+
+
+class _Subcommand(Parser):
+    """A parser whose files and options may be in any order, and which names an unknown option itself."""
+
+    _within = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._within:  # argparse's own way to mix them comes back here
+            return super().parse_known_args(args, namespace)
+        self._within = True
+        try:
+            parsed, unknown = self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._within = False
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            self.error(f"unknown option {name}{did_you_mean(name, self._option_string_actions)}")
+        return parsed, unknown
+
+
+def parsed(argv: Sequence[str]) -> argparse.Namespace | None:
+    """What is on the command line, with the ``subcommand``; None if that is nothing, and the help was printed.
+
+    What cannot be right ends the process with a message and exit code 2, ``--help`` with 0.
+    """
+    parser = Parser(prog="grpo-fast", usage="grpo-fast SUBCOMMAND …", description=_DESCRIPTION)
+    parser.add_argument("--version", action="version", version=__version__, help="print the version")
+    subparsers = parser.add_subparsers(
+        title="subcommands", metavar="SUBCOMMAND", dest="subcommand", parser_class=_Subcommand, prog="grpo-fast"
+    )
+    _add_evaluate(subparsers)
+    _add_sweep(subparsers)
+    _add_compile(subparsers)
+    _add_demo(subparsers)
+    if argv and argv[0].startswith("-") and argv[0] not in parser._option_string_actions:
+        parser.error(f"unknown option {argv[0]}; a subcommand comes first, as in grpo-fast demo {argv[0]} …")
+    arguments = parser.parse_args(argv)
+    if arguments.subcommand is None:
+        parser.print_help()
+        return None
+    return arguments
+
+
+def _subparser(subparsers: Any, name: str, about: str, usage: str, epilog: str = "") -> Any:
+    return subparsers.add_parser(
+        name,
+        help=about,
+        usage=f"grpo-fast {name} {usage}",
+        description=f"{about[0].upper()}{about[1:]}.",
+        epilog=epilog,
+    )
+
+
+def _add_evaluate(subparsers: Any) -> None:
+    about = "the objective and every diagnostic over rollouts in files"
+    parser = _subparser(subparsers, "evaluate", about, "FILE… [OPTION…]", _COLUMNS + _EXAMPLE_EVALUATE)
+    _add_files(parser)
+    _add_policy_term(parser)
+    _add_kl_term(parser)
+    _add_aggregation(parser)
+    _add_reading(parser)
+
+
+def _add_sweep(subparsers: Any) -> None:
+    about = "the objective for every epsilon and beta over rollouts in files"
+    parser = _subparser(subparsers, "sweep", about, "FILE… [OPTION…]", _COLUMNS + _EXAMPLE_SWEEP)
+    _add_files(parser)
+    grid = parser.add_argument_group("grid")
+    grid.add_argument("--epsilons", "--epsilon", type=_floats, default=EPSILONS, metavar="E,E,…", help="(0.1,0.2,0.3)")
+    grid.add_argument(
+        "--betas", "--beta", type=_floats, metavar="B,B,…", help=f"(0,{BETA}; of log-probabilities 0, unless --kl)"
+    )
+    fixed = parser.add_argument_group("the same over the grid, of log-probabilities")
+    for name in ("epsilon_high", "delta"):
+        fixed.add_argument(flag_of(name), type=float, metavar="X", help=_ABOUT[name])
+    fixed.add_argument("--kl", choices=tuple(KL_TERMS), help="estimator of the KL term (k3)")
+    _add_importance_weighted(fixed)
+    _add_aggregation(parser)
+    _add_reading(parser)
+    parser.add_argument("--plot", metavar="PICTURE", help=f"draw it into a file: {', '.join(PICTURES)}")
+
+
+def _add_compile(subparsers: Any) -> None:
+    about = "compile beforehand: for all calls in the guide's table of papers, or for one"
+    parser = _subparser(subparsers, "compile", about, "[OPTION…]", _EXAMPLE_COMPILE)
+    parser.add_argument("--surrogate", choices=tuple(SURROGATES), help="(clip)")
+    parser.add_argument("--kl", choices=tuple(KL_TERMS), help="(none)")
+    _add_level(parser)
+    for name in ("old-logps", "mask"):
+        flags = {"action": "store_false", "help": f"for calls without {name.replace('-', '_')}"}
+        parser.add_argument(f"--no-{name}", dest=name.replace("-", "_"), **flags)
+    parser.add_argument("--rollout-is-weights", action="store_true", help="for calls with them")
+    parser.add_argument(
+        "--grad", action=argparse.BooleanOptionalAction, help="for calls with the gradient, or without (both)"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="(both)")
+
+
+def _add_demo(subparsers: Any) -> None:
+    about = "the objective of synthetic samples, and how long it takes beside NumPy; needs no file"
+    parser = _subparser(subparsers, "demo", about, "[OPTION…]")
+    parser.add_argument("--samples", type=_count, default=10_000_000, metavar="N", help="how many (10 million)")
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="(float64)")
+    parser.add_argument("--epsilon", type=float, default=EPSILON, metavar="E", help="(%(default)s)")
+    parser.add_argument("--beta", type=float, default=BETA, metavar="B", help="(%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
+
+
+# --- groups of options ------------------------------------------------------------------------------------------------
+def _add_files(parser: Any) -> None:
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a Parquet or Arrow IPC file, or a glob")
+    parser.add_argument(
+        "--columns",
+        action="append",
+        type=_arguments_and_columns,
+        default=[],
+        metavar="NAME=COLUMN,…",
+        help="what other columns than those below are called; may be given again",
+    )
+
+
+def _add_policy_term(parser: Any) -> None:
+    group = parser.add_argument_group("policy term (of probabilities: --epsilon)")
+    group.add_argument("--surrogate", choices=tuple(SURROGATES), help="(clip)")
+    for kind, surrogate in SURROGATES.items():
+        for name in surrogate._fields:
+            group.add_argument(flag_of(name), type=float, metavar="X", help=f"{kind}: {_ABOUT[name]}")
+    _add_level(group)
+
+
+def _add_level(group: Any) -> None:
+    group.add_argument(
+        "--importance-sampling-level",
+        "--level",
+        choices=LEVELS,
+        help="one ratio for each token, or for each sequence (token)",
+    )
+
+
+def _add_kl_term(parser: Any) -> None:
+    group = parser.add_argument_group(
+        "KL term (of probabilities: k3; of log-probabilities: none, unless --kl or --beta)"
+    )
+    group.add_argument("--kl", choices=("none", *KL_TERMS), help="estimator (with --beta: k3)")
+    group.add_argument("--beta", type=float, metavar="B", help=f"its weight ({BETA}); 0: no KL term, unless --kl")
+    _add_importance_weighted(group)
+
+
+def _add_importance_weighted(group: Any) -> None:
+    group.add_argument(
+        "--importance-weighted",
+        action=argparse.BooleanOptionalAction,
+        help="whether the ratio multiplies the KL term; not in DeepSeekMath (it does)",
+    )
+
+
+def _add_aggregation(parser: Any) -> None:
+    group = parser.add_argument_group("aggregation, of log-probabilities")
+    group.add_argument("--aggregation", choices=AGGREGATIONS, metavar="HOW", help=", ".join(AGGREGATIONS))
+    group.add_argument("--normalizer", type=float, metavar="X", help="what to divide by instead of what is counted")
+    if parser.prog.endswith("sweep"):
+        _add_level(group)
+
+
+def _add_reading(parser: Any) -> None:
+    group = parser.add_argument_group("reading and printing")
+    group.add_argument("--batch-size", type=_count, metavar="ROWS", help="rows read at a time (about 16 MiB)")
+    group.add_argument("--workers", type=_workers, default=0, metavar="N", help="processes (this one)")
+    group.add_argument("--no-progress", dest="progress", action="store_false", help="no bar on stderr")
+    group.add_argument("--json", action="store_true", help="print JSON, in which a mean over nothing is null")
+
+
+# --- types of values --------------------------------------------------------------------------------------------------
+def _floats(text: str) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers with commas between, got {text!r}") from None
+
+
+def _whole(text: str, least: int) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least {least}, got {text!r}")
+    return number
+
+
+def _count(text: str) -> int:
+    return _whole(text, 1)
+
+
+def _workers(text: str) -> int:
+    return _whole(text, 0)
+
+
+def _arguments_and_columns(text: str) -> list[tuple[str, str | None]]:
+    """The pairs of names in ``NAME=COLUMN,NAME=COLUMN``; in ``NAME=``, None as the column."""
+    pairs = []
+    for part in text.split(","):
+        name, equals, column = part.partition("=")
+        if not equals:
+            raise argparse.ArgumentTypeError(f"must be NAME=COLUMN, with commas between several, got {part!r}")
+        if name not in ARGUMENTS:
+            meant = did_you_mean(name, ARGUMENTS)
+            raise argparse.ArgumentTypeError(f"NAME must be one of {', '.join(ARGUMENTS)}, got {name!r}{meant}")
+        if not column and name in REQUIRED:
+            raise argparse.ArgumentTypeError(f"{name} must be a column, got {part!r}")
+        pairs.append((name, column or None))
+    return pairs

@@ -1,0 +1,77 @@
+"""What a user writes who checks types: `test_types` runs mypy --strict over it; what it refuses is marked so."""
+
+from functools import partial
+from typing import Any, assert_type
+
+import numpy as np
+from numpy.typing import NDArray
+
+from grpo_fast import (
+    CISPO,
+    K3,
+    SAPO,
+    Clip,
+    LossResult,
+    Stats,
+    Sweep,
+    evaluate,
+    group_advantages,
+    grpo_loss,
+    grpo_objective,
+    grpo_stats,
+    grpo_sweep,
+    warm_up,
+)
+from grpo_fast.files import sweep
+
+logps: NDArray[np.float32] = np.zeros((2, 3), np.float32)
+advantages = group_advantages([[1, 0]])
+
+# --- the gradient is there if it was asked for ------------------------------------------------------------------------
+without = grpo_loss(logps, None, advantages, mask=logps == 0, surrogate=Clip(0.2))
+assert_type(without, LossResult[None])
+assert_type(grpo_loss(logps, logps, [1.0, 2.0], grad=False).grad, None)
+made = grpo_loss(logps, logps, [1.0, 2.0], logps, kl=K3(0.04), normalizer=7, grad=True)
+assert_type(made.grad, NDArray[Any])
+written = grpo_loss(logps, logps, [1.0, 2.0], grad=np.empty_like(logps), importance_sampling_level="sequence")
+norm = float(np.linalg.norm(written.grad) + np.linalg.norm(made.grad))
+
+
+def step(want: bool) -> LossResult:
+    return grpo_loss(logps, logps, [1.0, 2.0], surrogate=CISPO(5) if want else SAPO(), grad=want)
+
+
+maybe = step(True)
+print(maybe.grad.sum())  # type: ignore[union-attr]
+loss, grad, stats = step(False)
+assert_type(loss, float)
+assert_type(stats, Stats)
+assert_type(stats + stats, Stats)
+log: dict[str, float] = stats.as_dict()
+
+# --- what is no option is refused -------------------------------------------------------------------------------------
+grpo_loss(logps, None, [1.0], aggregation="mean")  # type: ignore[call-overload]
+grpo_loss(logps, None, [1.0], kl=0.04)  # type: ignore[call-overload]
+grpo_loss(logps, None, [1.0], epsilon=0.2)  # type: ignore[call-overload]
+grpo_objective([1.0], [1.0], [1.0], [1.0], epslon=0.2)  # type: ignore[arg-type]
+evaluate("rollouts.parquet", epsilom=0.2)  # type: ignore[arg-type]
+evaluate("rollouts.parquet", importance_sampling_level="tokens")  # type: ignore[arg-type]
+evaluate(3)  # type: ignore[arg-type]
+
+
+# --- the other functions ----------------------------------------------------------------------------------------------
+def others() -> None:
+    assert_type(grpo_objective([1.0], [1.0], None, None, beta=0), float)
+    assert_type(grpo_stats([1.0], [1.0], [1.0], [1.0], 0.2, 0.01, importance_weighted=False), Stats)
+    grid = grpo_sweep([1.0], [1.0], [1.0], [1.0], epsilons=[0.1, 0.2], betas=0.04)
+    assert_type(grid, Sweep)
+    assert_type(grid.objective, NDArray[np.float64])
+    assert_type(
+        evaluate(["a.parquet", b"b.arrow"], epsilon=0.2, columns={"mask": ["a", "b"], "old_logps": None}), Stats
+    )
+    assert_type(evaluate("a.parquet", surrogate=Clip(0.2), kl=K3(0.04), aggregation="token-mean", progress=True), Stats)
+    assert_type(
+        sweep("a.parquet", epsilons=np.linspace(0.1, 0.3, 3), betas=0, kl=partial(K3, importance_weighted=False)), Sweep
+    )
+    assert_type(sweep("a.parquet", epsilons=0.1, betas=[0], kl=K3, epsilon_high=0.3, delta=4), Sweep)
+    warm_up(kl=K3(0.04), dtype="float32", grad=True)
