@@ -9,7 +9,10 @@ import pickle
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
 
+import numpy as np
+
 from ._checks import hides_unknown, not_negative, refuse_unknown
+from .loss import LossResult
 from .loss import grpo_loss as loss_of_arrays
 from .stats import Stats
 from .terms import CISPO, DEFAULT_SURROGATE, K1, K2, K3, KL, SAPO, Aggregation, Clip, Level, Options, Surrogate
@@ -137,7 +140,6 @@ def grpo_loss(
     """
     if unknown:
         refuse_unknown(grpo_loss, unknown)
-    Options(surrogate, kl, importance_sampling_level, aggregation)  # refuses bad options before anything is copied
     if not torch.compiler.is_compiling():
         _refuse_transforms(logps)
     _refuse_unless_plain("logps", logps)
@@ -146,30 +148,102 @@ def grpo_loss(
     if logps.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"logps must be float32, float64, bfloat16 or float16, got {logps.dtype}")
     denominator: Any = normalizer
-    if torch.is_tensor(normalizer) and denominator.numel() != 1:
-        raise ValueError(f"normalizer must be one number, got shape {tuple(denominator.shape)}")
-    if normalizer is not None and not torch.is_tensor(normalizer):
-        denominator = torch.tensor(not_negative("normalizer", normalizer), dtype=torch.float64, device="cpu")
-    loss, _, stats = _operator(
-        logps,
+    if torch.is_tensor(normalizer):
+        denominator = _constant("normalizer", normalizer)
+        if denominator.numel() != 1:
+            raise ValueError(f"normalizer must be one number, got shape {tuple(denominator.shape)}")
+    constants = (
         _constant("old_logps", old_logps),
         _constant("advantages", advantages, optional=False),
         _constant("ref_logps", None if kl is None else ref_logps),
         _constant("mask", mask),
         _constant("cu_seqlens", cu_seqlens),
         _constant("rollout_is_weights", rollout_is_weights),
-        _constant("normalizer", denominator),
-        *_kind_and_numbers(surrogate),
-        *_kind_and_numbers(kl),
-        importance_sampling_level,
-        aggregation,
-        logps.requires_grad and torch.is_grad_enabled(),
-        bool(return_stats),
     )
-    return (loss, _stats_of(stats)) if return_stats else loss
+    grad = logps.requires_grad and torch.is_grad_enabled()
+    if _is_traced(logps):
+        Options(surrogate, kl, importance_sampling_level, aggregation)  # refuses bad ones before they become text
+        if denominator is not None and not torch.is_tensor(denominator):
+            denominator = torch.tensor(not_negative("normalizer", denominator), dtype=torch.float64, device="cpu")
+        terms = (*_kind_and_numbers(surrogate), *_kind_and_numbers(kl))
+        loss, _, stats = _operator(
+            logps, *constants, denominator, *terms, importance_sampling_level, aggregation, grad, bool(return_stats)
+        )
+        return (loss, _stats_of(stats)) if return_stats else loss
+    result = _result(logps, constants, denominator, surrogate, kl, importance_sampling_level, aggregation, grad)
+    # By way of NumPy, a scalar is made in a fifth of the time, and on the CPU, whatever PyTorch's default device is.
+    loss = torch.from_numpy(np.asarray(result.loss, np.float64 if logps.dtype is torch.float64 else np.float32))
+    if result.grad is not None:
+        loss = _Known.apply(logps, loss, torch.from_numpy(result.grad))
+    return (loss, result.stats) if return_stats else loss
 
 
-# --- the operator -----------------------------------------------------------------------------------------------------
+def _result(
+    logps: Tensor,
+    constants: tuple[Tensor | None, ...],
+    normalizer: Any,
+    surrogate: Surrogate,
+    kl: KL | None,
+    importance_sampling_level: Level,
+    aggregation: Aggregation,
+    grad: bool,
+) -> LossResult:
+    """The `LossResult` of tensors; ``constants`` are those of `_operator`, in its order."""
+    old_logps, advantages, ref_logps, mask, cu_seqlens, rollout_is_weights = map(_array, constants)
+    return loss_of_arrays(
+        _array(logps),
+        old_logps,
+        advantages,
+        ref_logps,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        surrogate=surrogate,
+        kl=kl,
+        importance_sampling_level=importance_sampling_level,
+        rollout_is_weights=rollout_is_weights,
+        aggregation=aggregation,
+        normalizer=normalizer.item() if torch.is_tensor(normalizer) else normalizer,
+        grad=grad,
+    )
+
+
+# --- when it is called ------------------------------------------------------------------------------------------------
+class _Known(torch.autograd.Function):  # type: ignore[misc]  # torch is not looked at
+    """A loss whose gradient was computed with it: half the time of the operator, which is for graphs."""
+
+    @staticmethod
+    def forward(ctx: Any, logps: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx: Any, by: Tensor) -> tuple[Tensor | None, None, None]:
+        return _gradient(ctx, by), None, None
+
+
+def _gradient(ctx: Any, by: Tensor) -> Tensor:
+    """∂loss/∂logps times what comes to the loss."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "grpo_loss can be differentiated once: its gradient is known as numbers, not as a function of logps; "
+            "differentiate it without create_graph=True"
+        )
+    gradient: Tensor
+    (gradient,) = ctx.saved_tensors
+    # One pass less over memory, and half of it. While a graph is traced a tensor holds no number to ask for; then it is
+    # of another class.
+    if type(by) is Tensor and by.item() == 1:
+        return gradient
+    return gradient * by
+
+
+def _is_traced(logps: Tensor) -> bool:
+    """Whether a graph is made of this call, and not a loss."""
+    modes = getattr(torch._C, "_len_torch_dispatch_stack", int)
+    return torch.compiler.is_compiling() or type(logps) not in (Tensor, torch.nn.Parameter) or modes() > 0
+
+
+# --- when a graph is made of it: the operator ----------------------------------------------------------------------
 @torch.library.custom_op("grpo_fast::grpo_loss", mutates_args=())
 def _operator(
     logps: Tensor,
@@ -192,21 +266,9 @@ def _operator(
     """The loss, ∂loss/∂logps, and the `Stats` as bytes; the last two empty if not wanted."""
     level: Any = importance_sampling_level
     how: Any = aggregation
-    result = loss_of_arrays(
-        _array(logps),
-        _array(old_logps),
-        _array(advantages),
-        _array(ref_logps),
-        mask=_array(mask),
-        cu_seqlens=_array(cu_seqlens),
-        surrogate=_option(surrogate, surrogate_numbers),
-        kl=_option(kl, kl_numbers),
-        importance_sampling_level=level,
-        rollout_is_weights=_array(rollout_is_weights),
-        aggregation=how,
-        normalizer=None if normalizer is None else normalizer.item(),
-        grad=grad,
-    )
+    constants = old_logps, advantages, ref_logps, mask, cu_seqlens, rollout_is_weights
+    terms = _option(surrogate, surrogate_numbers), _option(kl, kl_numbers)
+    result = _result(logps, constants, normalizer, *terms, level, how, grad)
     return (
         torch.tensor(result.loss, dtype=logps.dtype, device="cpu"),
         logps.new_empty(0) if result.grad is None else torch.from_numpy(result.grad),
@@ -235,20 +297,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, by: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    """∂loss/∂logps times what comes to the loss."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "grpo_loss can be differentiated once: its gradient is known as numbers, not as a function of logps; "
-            "differentiate it without create_graph=True"
-        )
-    if by is None:
-        return None, *ctx.others
-    (gradient,) = ctx.saved_tensors
-    # One pass less over memory, and half of it. While a graph is traced a tensor holds no number to ask for; then it is
-    # of another class.
-    if type(by) is Tensor and by.item() == 1:
-        return gradient, *ctx.others
-    return gradient * by, *ctx.others
+    return None if by is None else _gradient(ctx, by), *ctx.others
 
 
 _operator.register_autograd(_backward, setup_context=_setup_context)
