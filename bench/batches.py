@@ -51,6 +51,12 @@ def packed_short(sequences: int, length: int, dtype: str, seed: int = 0) -> Batc
     return _packed(padded(sequences * length // (5 + 900), 900, dtype, seed, shortest=5))
 
 
+def packed_single(tokens: int, dtype: str, seed: int = 0) -> Batch:
+    """So many sequences of one token each."""
+    batch = full(tokens, 1, dtype, seed)
+    return Batch(*(x.reshape(-1) for x in batch[:3]), batch.advantages, cu_seqlens=np.arange(tokens + 1))
+
+
 def _packed(batch: Batch) -> Batch:
     arrays = (x[batch.mask] for x in batch[:3])
     return Batch(*arrays, batch.advantages, cu_seqlens=np.append(0, np.cumsum(batch.mask.sum(axis=1))))

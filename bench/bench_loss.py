@@ -9,24 +9,30 @@ from functools import partial
 
 import numpy as np
 import pytest
-from batches import KINDS, packed_long, packed_short
+from batches import KINDS, packed_long, packed_short, packed_single
 from loss_check import check, expected
 from loss_peers import LEVELS, PEERS, fast
 from roofs import read_and_write
 from timing import clock, hand_over, measure, present, skip_if_missing
 
-LENGTH = {16: 256, 256: 512, 4096: 4096}  # tokens, by sequences: a micro-batch, a batch, and one that fits no cache
-CASES = list(itertools.product(LENGTH, ("full", "padded"), ("float64", "float32"), LEVELS))
+#: Sequences and their length: a micro-batch, a batch, and one that fits no cache.
+SIZES = ((16, 256), (256, 512), (4096, 4096))
+#: Small ones, of which a call costs more than its tokens.
+SMALL = ((16, 16), (16, 64), (16, 1024))
+CASES = [
+    *itertools.product(SMALL, ("full", "padded"), ("float64",), ("token",)),
+    *itertools.product(SIZES, ("full", "padded"), ("float64", "float32"), LEVELS),
+]
 OTHERS = ("without gradient", "read-and-write roof")
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: ", ".join(map(str, case)))
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: "{0[0]} of {0[1]}, {1}, {2}, {3}".format(*case))
 def case(request, quick):
-    sequences, kind, dtype, level = request.param
+    (sequences, length), kind, dtype, level = request.param
     if quick and sequences > 256:
         pytest.skip("--quick")
     peers, missing = present(PEERS)
-    batch = KINDS[kind](sequences, LENGTH[sequences], dtype)
+    batch = KINDS[kind](sequences, length, dtype)
     right = expected(batch, level)
     calls = {name: bind(batch, level, True) for name, bind in peers.items()}
     for call in calls.values():
@@ -53,14 +59,15 @@ def packed(request, quick):
     dtype, level = request.param
     sequences = 64 if quick else 4096
     batches = {"long": packed_long(sequences, 4096, dtype), "short": packed_short(sequences, 4096, dtype)}
+    batches["single"] = packed_single(sequences * 512, dtype)
     calls = {name: partial(fast, batch, level, np.empty_like(batch.logps)) for name, batch in batches.items()}
     return dtype, level, {name: batch.tokens for name, batch in batches.items()}, measure(calls, request.config)
 
 
 @pytest.mark.benchmark(timer=clock)
-@pytest.mark.parametrize("name", ["long", "short"])
+@pytest.mark.parametrize("name", ["long", "short", "single"])
 def test_packed(benchmark, packed, name):
-    """Sequences of 5 … 900 tokens beside sequences of 1 … 4096."""
+    """Sequences of 5 … 900 tokens, and of a single one, beside sequences of 1 … 4096."""
     dtype, level, tokens, times = packed
     group = f"packed, {dtype}, {level} level"
     hand_over(benchmark, times, name, group, work="packed", tokens=tokens[name], dtype=dtype, level=level)

@@ -59,14 +59,36 @@ def test_start(benchmark, started, name):
     hand_over(benchmark, started, name, "a fresh process, warm disk cache", work="start")
 
 
+#: What is compiled in a process whose cache is empty: what comes before, which is not timed, and what is.
+COMPILED = {
+    "a first loss, small and large": ("", "loss(small); loss(large)"),
+    "a loss with other options": ("loss(small)", "loss(small, SAPO(), K1(0.1)); loss(large, SAPO(), K1(0.1))"),
+    "a first objective": ("", "x = np.full(9, 0.5, small.logps.dtype); grpo_fast.grpo_objective(x, x, x, x)"),
+}
+PREPARED = """
+import numpy as np, time
+import grpo_fast
+from batches import full
+from grpo_fast import K1, K3, SAPO, Clip
+small, large = full(16, 256, {dtype!r}), full(64, 4096, {dtype!r})
+def loss(batch, surrogate=Clip(), kl=K3(0.1)):
+    grpo_fast.grpo_loss(batch.logps, batch.old_logps, batch.advantages, batch.ref_logps,
+                        surrogate=surrogate, kl=kl, grad=True)
+"""
+
+
 @pytest.mark.benchmark(timer=clock)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_compile(benchmark, quick, dtype):
-    """The first call of a process for which nothing is compiled yet, large enough to be shared among the threads."""
-    script = "from loss_peers import fast\nfrom batches import padded\n" + TIMED.format(call=LOSS.format(dtype=dtype))
-    with tempfile.TemporaryDirectory() as cache:
-        times = {dtype: [seconds(script, NUMBA_CACHE_DIR=cache)]}
-    hand_over(benchmark, times, dtype, "grpo_loss, compiled for the first time", work="compile", dtype=dtype)
+@pytest.mark.parametrize("name", COMPILED)
+def test_compile(benchmark, quick, name, dtype):
+    """What a process waits for, for which nothing is compiled yet."""
+    before, call = COMPILED[name]
+    script = PREPARED.format(dtype=dtype) + before + "\n" + TIMED.format(call=call)
+    times = []
+    for _ in range(1 if quick else 3):
+        with tempfile.TemporaryDirectory() as cache:
+            times.append(seconds(script, NUMBA_CACHE_DIR=cache))
+    hand_over(benchmark, {name: times}, name, "compiled for the first time", work="compile", dtype=dtype)
 
 
 @pytest.mark.benchmark(timer=clock)

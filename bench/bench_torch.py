@@ -9,7 +9,7 @@ from typing import Any
 
 import numba
 import pytest
-from batches import Batch, padded
+from batches import Batch, full, padded
 from compiled_torch import compiled_or_missing
 from loss_peers import BETA, EPSILON, _torch_loss
 from processes import extra_memory
@@ -42,6 +42,8 @@ PEERS: dict[str, Callable[[], Callable[..., Any]]] = {
     "torch.compile": lambda: compiled_or_missing(_torch_loss),
     "torch eager": _eager,
 }
+#: Tokens of small batches, for which a call costs more than its tokens.
+SMALL = (256, 4096)
 
 
 def tensors(sequences: int) -> tuple[Any, ...]:
@@ -86,3 +88,30 @@ batch[0].grad = None
     mib = extra_memory(before, "step(loss, batch)")
     group = f"torch, {n:,} half masked, float32"
     hand_over(benchmark, times, name, group, missing, work="torch", n=n, MiB=mib)
+
+
+@pytest.fixture(scope="module", params=SMALL)
+def small(request):
+    import torch
+
+    peers, missing = present({name: PEERS[name] for name in ("grpo_fast", "torch eager")})
+    skip_if_missing("torch eager", missing)
+    logps, *others = (torch.from_numpy(x) for x in full(16, request.param // 16, "float64")[:4])
+    batch = (logps.requires_grad_(), *others, None)
+    threads = torch.get_num_threads(), numba.get_num_threads()
+    torch.set_num_threads(1)
+    numba.set_num_threads(1)
+    try:
+        times = measure({name: partial(step, peer, batch) for name, peer in peers.items()}, request.config)
+    finally:
+        torch.set_num_threads(threads[0])
+        numba.set_num_threads(threads[1])
+    return request.param, times
+
+
+@pytest.mark.benchmark(timer=clock)
+@pytest.mark.parametrize("name", ["grpo_fast", "torch eager"])
+def test_small(benchmark, small, name):
+    """Forward and backward of few float64 tokens, on one thread."""
+    n, times = small
+    hand_over(benchmark, times, name, f"torch, forward and backward, {n:,} float64", work="torch, small", n=n)

@@ -60,11 +60,11 @@ class Loop(NamedTuple):
     def name(self) -> str:
         """The step of the kernel in which it stands, and in which way."""
         steps = [name for file, name in self.functions if file in STEPS]
-        ways = [way for way, names in WAYS.items() if any(re.fullmatch(names, name) for _, name in self.functions)]
-        far = (
-            ["far"] if not ways and any(re.fullmatch("k3|reduce_ratio|exp", name) for _, name in self.functions) else []
-        )
-        return ", ".join([(steps or ["?"])[0].lstrip("_").replace("_", " "), *ways, *far])
+        called = [name for _, name in self.functions]
+        ways = [way for way, names in WAYS.items() if any(re.fullmatch(names, name) for name in called)]
+        if not ways and any(re.fullmatch("k3|reduce_ratio|reduce_exponent", name) for name in called):
+            ways = ["far"]
+        return ", ".join([(steps or ["?"])[0].lstrip("_").replace("_", " "), *ways])
 
     def made_of(self) -> str:
         """The functions that are inlined there, but for those that every loop has."""

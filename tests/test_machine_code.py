@@ -18,8 +18,8 @@ COUNTED = {
     "objective, float32": 309,
     "objective, unweighted, float64": 397,
     "objective, unweighted, float32": 307,
-    "loss, float64": 1244,
-    "loss, float32": 1211,
+    "loss, float64": 1022,
+    "loss, float32": 938,
 }
 
 AVX2 = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": ""}
@@ -48,7 +48,7 @@ def kernels(folder):
 def hot(request, kernels):
     """The loops through which every sample goes."""
     loops = [loop.instructions for loop in kernels[request.param]]
-    assert len(loops) >= 5
+    assert len(loops) >= 3
     return request.param, loops
 
 
@@ -79,7 +79,7 @@ def test_every_loop_has_a_name(kernels):
         names = [loop.name() for loop in loops]
         assert all(re.fullmatch(r"[a-z ]+(, (near|far|careful))?", loop) for loop in names), names
         ways = {loop.partition(", ")[2] for loop in names}
-        assert {"near", "far"} <= ways if name.startswith("objective") else "careful" in ways
+        assert ways >= ({"near", "far"} if name.startswith("objective") else {"near", "far", "careful"})
 
 
 def test_a_warm_cache_does_not_matter(kernels, folder, monkeypatch):
