@@ -89,8 +89,8 @@ def in_every_lane(x, y, z, out):
     store(out, 30 * step, abs_of(a))
     store(out, 31 * step, from_bits(beyond(a, 3)))
     store(out, 32 * step, b)
-    store_first(out, 31 * step, 5, a)
-    store(out, 32 * step, fma(a, b, c))  # in a test of its own
+    store_first(out, 32 * step, 5, a)
+    store(out, 33 * step, fma(a, b, c))  # in a test of its own
 
 
 def as_floats(integers):
