@@ -181,6 +181,12 @@ KILLERS = {
     "_kernels/sample_blocks.py": (("objective", "stats"), PROBABILITIES),
     "_kernels/sweep_blocks.py": (("sweep",), PROBABILITIES),
     "_kernels/tokens.py": (("loss",), f"{LOSS} test_fuzz"),
+    "_kernels/runs.py": (("loss",), f"{LOSS} test_fuzz"),
+    "_kernels/ways.py": (("loss",), f"{LOSS} test_elementary"),
+    "_kernels/tasks.py": (
+        ("objective", "sweep", "loss"),
+        "test_same_bits test_threads_and_processes test_loss_same_bits",
+    ),
     "_kernels/formulas.py": (("loss",), LOSS),
     "_kernels/token_level.py": (("loss",), LOSS),
     "_kernels/sequence_level.py": (("loss",), LOSS),

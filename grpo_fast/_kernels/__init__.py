@@ -3,7 +3,7 @@
 Each file imports only from lines below its own::
 
     token_level  sequence_level   log-probabilities: a run → sums and gradient; or collect → ρ → gradient
-    tokens                        which tokens count; where a run is read and its gradient written
+    tokens  runs                  a batch, and which tokens count; where a run is read and its gradient written
     formulas                      s, k and their slopes, picked by the class of the option
     ways                          near, far, careful: how a run is computed, by how far its log-ratios are from 0
 
@@ -24,7 +24,7 @@ Sums are rounded within a block, always in the same order, and exact beyond it: 
 threads and, since a sequence begins its own blocks, in any batch. Where numbers leave the range in which a fast way is
 right, a run of tokens, or a block of samples, is computed again in the careful way.
 
-What is masked is 0 for all that follows (`tokens.zero_where`), whatever it was. An illegal number elsewhere is not
+What is masked is 0 for all that follows (`runs.zero_where`), whatever it was. An illegal number elsewhere is not
 looked for in the fast ways: it makes a sum infinite or NaN, or leaves the range, the block is counted as suspect, and
 Python looks for the number and raises an error that names it.
 

@@ -16,6 +16,27 @@ from .compiling import compiled, inlined, subroutine
 from .elementary import exp_of_any
 from .float_mode import begin_ordinary_floats, end_ordinary_floats
 from .formulas import count_clipped, kl_term, linear_factor, passes_through_ratio, surrogate_term
+from .runs import (
+    Scratch,
+    absent_lanes,
+    begin_block,
+    end_block,
+    larger_magnitude,
+    load_distance,
+    load_log_ratio,
+    load_vector,
+    load_weights,
+    mask_of,
+    mask_or_ones,
+    one_nan,
+    plus_if_given,
+    prefetch_vector,
+    scratch_for,
+    store_gradient,
+    tokens_from,
+    within_end,
+    zero_where,
+)
 from .simd import (
     align_stack,
     bits,
@@ -33,31 +54,7 @@ from .simd import (
 )
 from .sums import Clipped, Contribution, Numerator, Sums, accumulate, accumulate_numerator
 from .tasks import run
-from .tokens import (
-    Batch,
-    LossTerms,
-    Scratch,
-    absent_lanes,
-    begin_block,
-    begin_sequence,
-    end_block,
-    larger_magnitude,
-    load_distance,
-    load_log_ratio,
-    load_vector,
-    load_weights,
-    mask_of,
-    mask_or_ones,
-    one_nan,
-    plus_if_given,
-    prefetch_vector,
-    scratch_for,
-    store_gradient,
-    tokens_from,
-    weight_of_token,
-    within_end,
-    zero_where,
-)
+from .tokens import Batch, LossTerms, begin_sequence, weight_of_token
 from .ways import CAREFUL, FAR, NEAR, far_enough, near_enough, plus_in, times, weighted_in, zero_in
 
 # --- collect ----------------------------------------------------------------------------------------------------------

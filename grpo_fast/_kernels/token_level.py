@@ -14,6 +14,29 @@ from .compiling import compiled, inlined, inlined_by_type, subroutine
 from .elementary import exp_of_any
 from .float_mode import begin_ordinary_floats, end_ordinary_floats
 from .formulas import add_weighted, count_clipped, kl_term, near_holds, surrogate_term
+from .runs import (
+    FREE_VECTORS,
+    Scratch,
+    absent_lanes,
+    begin_block,
+    end_block,
+    larger_magnitude,
+    load_distance,
+    load_log_ratio,
+    load_vector,
+    load_weights,
+    make_one_nan,
+    mask_of,
+    mask_or_ones,
+    nan_where,
+    plus_if_given,
+    prefetch_vector,
+    scratch_for,
+    store_gradient,
+    tokens_from,
+    within_end,
+    zero_where,
+)
 from .simd import (
     align_stack,
     bits,
@@ -31,33 +54,7 @@ from .simd import (
 )
 from .sums import Clipped, Contribution, Numerator, Sums, accumulate, accumulate_numerator
 from .tasks import run
-from .tokens import (
-    FREE_VECTORS,
-    Batch,
-    LossTerms,
-    Scratch,
-    absent_lanes,
-    begin_block,
-    begin_sequence,
-    end_block,
-    larger_magnitude,
-    load_distance,
-    load_log_ratio,
-    load_vector,
-    load_weights,
-    make_one_nan,
-    mask_of,
-    mask_or_ones,
-    nan_where,
-    plus_if_given,
-    prefetch_vector,
-    scratch_for,
-    store_gradient,
-    tokens_from,
-    weight_of_token,
-    within_end,
-    zero_where,
-)
+from .tokens import Batch, LossTerms, begin_sequence, weight_of_token
 from .ways import (
     CAREFUL,
     FAR,
