@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
-from ._checks import did_you_mean
+from ._checks import closest
 
 Path: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 Paths: TypeAlias = Path | Iterable[Path]
@@ -55,9 +55,11 @@ def _like(path: str) -> str:
     """The end of a message about a file that is not there: one beside it that has nearly that name, if any."""
     folder, name = os.path.split(path)
     try:
-        return did_you_mean(printable(name), map(printable, os.listdir(folder or ".")))
+        others = {os.path.splitext(other)[0]: other for other in os.listdir(folder or ".")}
     except OSError:
         return ""
+    like = closest(os.path.splitext(name)[0], others)  # without what most names end in
+    return f": did you mean {printable(others[like[0]])!r}?" if like else ""
 
 
 #: How to write what is no path into a file, by the package and the class of it.

@@ -21,7 +21,7 @@ from .terms import CISPO, Clip, Options
 #: What `Stats` makes of a kernel's sums when it is first asked for.
 _MADE_LATER = ("sums", "numerator", "clipped", "least_ratio", "largest_ratio")
 
-#: The key of each diagnostic in `Stats.as_dict`, and its attribute. TRL logs "kl", "clip_ratio/low_mean",
+#: The key of each diagnostic in `Stats.as_dict`, and its attribute. TRL logs "loss", "kl", "clip_ratio/low_mean",
 #: "clip_ratio/high_mean", "clip_ratio/region_mean" and "cispo_clip_ratio" under the same keys; the others are ours.
 KEYS = {
     "objective": "objective",
@@ -51,7 +51,7 @@ def objective_of(surrogate: float, kl: float, beta: float) -> float:
     return surrogate - beta * kl if beta else surrogate
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True)
 class Stats(Additive):
     """The objective and its diagnostics over N unmasked tokens (or samples), from exact sums.
 
@@ -221,7 +221,7 @@ class Stats(Additive):
         return "\n".join(f"{key:<24} {value:.9g}" for key, value in self.as_dict().items())
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True)
 class Sweep(Additive):
     """The objective for every ε × β, from one read of the data; exact sums, so that shards add.
 

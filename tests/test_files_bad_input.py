@@ -281,6 +281,8 @@ def test_a_name_that_is_nearly_right_is_told(tmp_path):
     path = write(tmp_path / "rollouts.parquet", table(tokens(3)))
     with pytest.raises(FileNotFoundError, match=r"no such file: .*rolouts.parquet: did you mean 'rollouts.parquet'\?"):
         evaluate(tmp_path / "rolouts.parquet")
+    with pytest.raises(FileNotFoundError, match=r"no such file: .*nope\.parquet$"):
+        evaluate(tmp_path / "nope.parquet")
     with pytest.raises(FileNotFoundError, match=r"no such file: .*nowhere/rollouts.parquet$"):
         evaluate(tmp_path / "nowhere" / "rollouts.parquet")
     renamed = pa.table({"policy_logps": [[0.1]], "advantages": [1.0], "ref_logps": [[0.1]]})
