@@ -21,7 +21,8 @@ DTYPES: tuple[DType, ...] = get_args(DType)
 #: The calls of the guide's table of papers, as arguments of `warm_up`: one of each kind, since what is compiled depends
 #: on the classes of the options and on which arrays there are, not on numbers.
 PAPERS: dict[str, dict[str, Any]] = {
-    "GRPO, DeepSeek-V3.2": {"kl": K3(0.04)},
+    "GRPO": {"kl": K3(0.04, importance_weighted=False)},
+    "DeepSeek-V3.2": {"kl": K3(0.04)},
     "DAPO, Dr. GRPO, two-sided clip": {"surrogate": Clip(0.2, 0.28)},
     "CISPO": {"surrogate": CISPO()},
     "SAPO": {"surrogate": SAPO()},
@@ -52,7 +53,7 @@ def warm_up(
     Parameters
     ----------
     surrogate, kl, importance_sampling_level
-        As in `grpo_loss`. Only their classes matter, not their numbers.
+        As in `grpo_loss`. Only their classes matter, and whether the KL term is importance-weighted, not their numbers.
     old_logps, mask, rollout_is_weights : bool
         Whether calls will have that array.
     grad : bool, or None

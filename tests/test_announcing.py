@@ -262,7 +262,7 @@ logging.basicConfig(level=logging.INFO, stream=sys.stdout)
 for lengths in ((3, 5), (40_000, 40_000), (100_000, 7)):
     n = sum(lengths)
     x = np.full(n, -1, "f4")
-    for kl in (K3(0.1), K3(0.2, importance_weighted=False)):
+    for kl in (K3(0.1), K3(0.2)):
         grpo_fast.grpo_loss(x, x, [[1.0], [2.0]], x, mask=np.ones(n), cu_seqlens=np.append(0, np.cumsum(lengths)),
                             kl=kl, grad=True)
     if n < 10:
