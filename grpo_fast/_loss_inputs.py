@@ -39,7 +39,9 @@ class Inputs(NamedTuple):
         if array.ndim not in (1, 2):
             flat_fits = ": logps.ravel() is (N,)" if array.ndim else ""
             raise ValueError(f"logps must be (B, T) or (N,), got shape {array.shape}{flat_fits}")
-        dtype = FLOAT32 if array.dtype.newbyteorder("=") == np.float32 else FLOAT64
+        dtype = array.dtype
+        if dtype is not FLOAT64 and dtype is not FLOAT32:
+            dtype = FLOAT32 if dtype.newbyteorder("=") == np.float32 else FLOAT64
         bounds = _bounds(array.shape, cu_seqlens)
         expected = _Expected(array.shape, dtype, bounds)
         advantages_per_token, flat_advantages = expected.per_token_or_sequence("advantages", advantages)
@@ -88,7 +90,8 @@ class _Expected(NamedTuple):
     def per_token(self, name: str, value: Any) -> Array:
         """The flat array of an argument that has one number for each token."""
         if self._is_as_needed(value):
-            return flat(value, self.dtype)
+            needed: Array = value.reshape(-1)
+            return needed
         array = np.atleast_1d(real(name, value))
         if array.shape != self.shape:
             flat_fits = f": {name}.ravel() has it" if (array.size,) == self.shape else ""
@@ -182,7 +185,7 @@ def _mask(shape: tuple[int, ...], mask: ArrayLike) -> Array:
 # --- the gradient -----------------------------------------------------------------------------------------------------
 def _place_for(grad: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array | None:
     """Where the gradient goes: the caller's array, a new one, or nowhere."""
-    if isinstance(grad, (bool, np.bool_)):
+    if grad is False or grad is True or isinstance(grad, np.bool_):
         return np.empty(shape, dtype) if grad else None
     if not isinstance(grad, np.ndarray):
         raise TypeError(f"grad must be False, True or an array to write into, got {grad!r}")
@@ -201,10 +204,16 @@ def _flat_gradient(place: Array) -> Array:
 
 def _refuse_overlap(grad: Array, **arguments: Any) -> None:
     """Raise the ValueError for the first of the arguments that shares memory with ``grad``, if any."""
+    alone = grad.flags.owndata
     for name, values in arguments.items():
         if values is None or isinstance(values, (list, tuple)):
             continue
-        array = values if type(values) is np.ndarray else as_array(name, values)
+        if type(values) is np.ndarray:
+            array = values
+            if alone and values.flags.owndata and values is not grad:  # a third of the time of what follows
+                continue
+        else:
+            array = as_array(name, values)
         if np.may_share_memory(grad, array) and np.shares_memory(grad, array):  # the first is quick, the second exact
             raise ValueError(f"grad must not overlap another argument, got memory of {name}")
 

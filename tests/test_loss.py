@@ -60,8 +60,8 @@ def check(arguments, grad=True, oracle=F8):
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=5),
     long=st.sampled_from([0, 0, 0, 0, 255, 700, 4095, 4096, 4097]),
-    drift=st.sampled_from([1e-7, 1e-3, 0.3, 2]),
-    ref_drift=st.sampled_from([1e-7, 1e-3, 0.3, 2]),
+    drift=st.sampled_from([1e-7, 1e-3, 0.1, 0.3, 2]),  # with 0.1, tokens are clipped in the near way, too
+    ref_drift=st.sampled_from([1e-7, 1e-3, 0.1, 0.3, 2]),
     seed=st.integers(0, 2**32 - 1),
 )
 @settings(max_examples=20)
