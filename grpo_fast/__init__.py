@@ -25,7 +25,7 @@ from .files import evaluate
 from .loss import LossResult, grpo_loss
 from .objective import grpo_objective, grpo_stats, grpo_sweep
 from .stats import Stats, Sweep
-from .terms import CISPO, K1, K2, K3, SAPO, Clip
+from .terms import CISPO, K1, K2, K3, SAPO, TV, Band, BinaryKL, Clip, Unclipped
 
 __all__ = [
     "BLOCK",
@@ -34,10 +34,14 @@ __all__ = [
     "K2",
     "K3",
     "SAPO",
+    "TV",
+    "Band",
+    "BinaryKL",
     "Clip",
     "LossResult",
     "Stats",
     "Sweep",
+    "Unclipped",
     "evaluate",
     "group_advantages",
     "grpo_loss",

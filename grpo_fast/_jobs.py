@@ -53,7 +53,7 @@ def sweeping(form: Form, *, grid: tuple[tuple[float, ...], ...], options: dict[s
         weighted = flag("importance_weighted", options.get("importance_weighted", True))
         of_samples = partial(_sweep_of_samples, grid=grid, importance_weighted=weighted)
         return Work(of_samples, set() if with_kl else _PI, None)
-    by_level = ("importance_sampling_level", "aggregation", "normalizer")
+    by_level = ("importance_sampling_level", "aggregation", "normalizer", "trust_region")
     _refuse_others(options, "log-probability", ("epsilon_high", "delta", "kl", *by_level))
     term: Callable[[float], KL] = options.get("kl", K3)
     if not callable(term):

@@ -14,12 +14,13 @@ from ._advice import flag_of
 from ._checks import did_you_mean
 from ._columns import ARGUMENTS, REQUIRED
 from ._warm_up import DTYPES
-from .terms import AGGREGATIONS, BETA, CISPO, EPSILON, K1, K2, K3, LEVELS, SAPO, Clip
+from .terms import AGGREGATIONS, BETA, CISPO, EPSILON, K1, K2, K3, LEVELS, SAPO, TV, Band, BinaryKL, Clip, Unclipped
 
-SURROGATES: dict[str, Any] = {"clip": Clip, "cispo": CISPO, "sapo": SAPO}
+SURROGATES: dict[str, Any] = {"clip": Clip, "cispo": CISPO, "sapo": SAPO, "unclipped": Unclipped}
+TRUST_REGIONS: dict[str, Any] = {"tv": TV, "binary-kl": BinaryKL, "band": Band}
 KL_TERMS: dict[str, Any] = {"k1": K1, "k2": K2, "k3": K3}
 #: Options that are named as the arguments of `grpo_loss` and go there as they are.
-BY_NAME = ("importance_sampling_level", "aggregation", "normalizer")
+BY_NAME = ("importance_sampling_level", "aggregation", "normalizer", "trust_region")
 PICTURES = (".png", ".svg", ".pdf")
 EPSILONS = [0.1, 0.2, 0.3]
 
@@ -54,6 +55,7 @@ examples:
   grpo-fast evaluate 'run/*.parquet' --epsilon 0.2 --epsilon-high 0.28 --aggregation token-mean
   grpo-fast evaluate rollouts.parquet --columns logps=policy_logps,mask=completion_mask --kl k3 --beta 0.04
   grpo-fast evaluate rollouts.parquet --surrogate cispo --ratio-max 5
+  grpo-fast evaluate rollouts.parquet --surrogate unclipped --trust-region tv,0.2
 """
 _EXAMPLE_SWEEP = """\
 examples:
@@ -239,6 +241,17 @@ def _add_policy_term(parser: Any) -> None:
         for name in surrogate._fields:
             group.add_argument(flag_of(name), type=float, metavar="X", help=f"{kind}: {_ABOUT[name]}")
     _add_level(group)
+    _add_trust_region(group)
+
+
+def _add_trust_region(group: Any) -> None:
+    group.add_argument(
+        "--trust-region",
+        type=_trust_region,
+        metavar="NAME,X,…",
+        help="which tokens keep their policy term: tv,DELTA or binary-kl,DELTA, also with a DELTA_LOW; "
+        "band,RATIO_MIN,RATIO_MAX (all)",
+    )
 
 
 def _add_level(group: Any) -> None:
@@ -273,6 +286,7 @@ def _add_aggregation(parser: Any) -> None:
     group.add_argument("--normalizer", type=float, metavar="X", help="what to divide by instead of what is counted")
     if parser.prog.endswith("sweep"):
         _add_level(group)
+        _add_trust_region(group)
 
 
 def _add_reading(parser: Any) -> None:
@@ -289,6 +303,19 @@ def _floats(text: str) -> list[float]:
         return [float(number) for number in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be numbers with commas between, got {text!r}") from None
+
+
+def _trust_region(text: str) -> Any:
+    name, *numbers = text.split(",")
+    if name not in TRUST_REGIONS:
+        meant = did_you_mean(name, list(TRUST_REGIONS))
+        raise argparse.ArgumentTypeError(f"must begin with one of {', '.join(TRUST_REGIONS)}, got {text!r}{meant}")
+    try:
+        return TRUST_REGIONS[name](*_floats(",".join(numbers)))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{name}: {error}") from None
+    except TypeError:
+        raise argparse.ArgumentTypeError(f"{name}: of other numbers than the help says, got {text!r}") from None
 
 
 def _whole(text: str, least: int) -> int:

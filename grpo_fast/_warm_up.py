@@ -13,7 +13,22 @@ from ._checks import flag, one_of
 from ._kernels.threads import WORTH_SHARING
 from .loss import grpo_loss
 from .objective import grpo_objective, grpo_stats, grpo_sweep
-from .terms import CISPO, DEFAULT_SURROGATE, K3, KL, LEVELS, SAPO, Clip, Level, Surrogate
+from .terms import (
+    CISPO,
+    DEFAULT_SURROGATE,
+    K3,
+    KL,
+    LEVELS,
+    SAPO,
+    TV,
+    Band,
+    BinaryKL,
+    Clip,
+    Level,
+    Surrogate,
+    TrustRegion,
+    Unclipped,
+)
 
 DType: TypeAlias = Literal["float64", "float32"]
 DTYPES: tuple[DType, ...] = get_args(DType)
@@ -26,6 +41,9 @@ PAPERS: dict[str, dict[str, Any]] = {
     "DAPO, Dr. GRPO, two-sided clip": {"surrogate": Clip(0.2, 0.28)},
     "CISPO": {"surrogate": CISPO()},
     "SAPO": {"surrogate": SAPO()},
+    "DPPO": {"surrogate": Unclipped(), "trust_region": TV(0.2)},
+    "DPPO, by KL": {"surrogate": Unclipped(), "trust_region": BinaryKL(0.05)},
+    "GLM-5": {"surrogate": CISPO(float("inf")), "trust_region": Band(0.5, 2.0)},
     "GSPO, LUSPO": {"importance_sampling_level": "sequence"},
     "RLOO, on-policy": {"old_logps": False},
     "truncated importance sampling": {"rollout_is_weights": True},
@@ -37,6 +55,7 @@ def warm_up(
     surrogate: Surrogate | None = None,
     kl: KL | None = None,
     importance_sampling_level: Level | None = None,
+    trust_region: TrustRegion | None = None,
     old_logps: bool = True,
     mask: bool = True,
     rollout_is_weights: bool = False,
@@ -52,7 +71,7 @@ def warm_up(
 
     Parameters
     ----------
-    surrogate, kl, importance_sampling_level
+    surrogate, kl, importance_sampling_level, trust_region
         As in `grpo_loss`. Only their classes matter, and whether the KL term is importance-weighted, not their numbers.
     old_logps, mask, rollout_is_weights : bool
         Whether calls will have that array.
@@ -66,7 +85,8 @@ def warm_up(
     TypeError, ValueError
         An option is not one that `grpo_loss` takes, a word is none of those allowed, or a flag not a bool.
     """
-    options = {"surrogate": surrogate, "kl": kl, "importance_sampling_level": importance_sampling_level}
+    options: dict[str, Any] = {"surrogate": surrogate, "kl": kl, "trust_region": trust_region}
+    options["importance_sampling_level"] = importance_sampling_level
     given = {name: value for name, value in options.items() if value is not None}
     arrays = {"old_logps": old_logps, "mask": mask, "rollout_is_weights": rollout_is_weights}
     for name, value in arrays.items():
@@ -96,6 +116,7 @@ def _compile_loss(
     surrogate: Surrogate = DEFAULT_SURROGATE,
     kl: KL | None = None,
     importance_sampling_level: Level = "token",
+    trust_region: TrustRegion | None = None,
     old_logps: bool = True,
     mask: bool = True,
     rollout_is_weights: bool = False,
@@ -115,6 +136,7 @@ def _compile_loss(
             surrogate=surrogate,
             kl=kl,
             importance_sampling_level=level,
+            trust_region=trust_region,
             rollout_is_weights=np.ones((rows, 1)) if rollout_is_weights else None,
             grad=grad,
         )

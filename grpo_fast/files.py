@@ -21,7 +21,7 @@ from ._jobs import Job, Work, evaluation, refuse_sequences, sweeping
 from ._kernels.threads import serially
 from .objective import grid_of
 from .stats import Stats, Sweep
-from .terms import KL, Aggregation, Level, Surrogate
+from .terms import KL, Aggregation, Level, Surrogate, TrustRegion
 
 if TYPE_CHECKING:
     from ._paths import Paths
@@ -41,6 +41,7 @@ def evaluate(
     importance_sampling_level: Level | None = None,
     aggregation: Aggregation | None = None,
     normalizer: float | None = None,
+    trust_region: TrustRegion | None = None,
     columns: Columns | None = None,
     batch_size: int | None = None,
     executor: Executor | None = None,
@@ -59,7 +60,7 @@ def evaluate(
     epsilon, beta, importance_weighted
         Of files of probabilities: as in `grpo_stats`, and None as its defaults; with ``beta=0`` their last two columns
         are not read.
-    surrogate, kl, importance_sampling_level, aggregation, normalizer
+    surrogate, kl, importance_sampling_level, aggregation, normalizer, trust_region
         Of files of log-probabilities: as in `grpo_loss`, and None as its defaults. Flat ones have no sequences: token
         level, ``"token-mean"`` or ``"token-sum"``.
     columns : mapping of argument to column, or None
@@ -111,6 +112,7 @@ def evaluate(
         importance_sampling_level=importance_sampling_level,
         aggregation=aggregation,
         normalizer=normalizer,
+        trust_region=trust_region,
     )
     preparation = partial(evaluation, options=options)
     stats: Stats = _sum_over_files(paths, columns, batch_size, executor, progress, preparation)
@@ -130,6 +132,7 @@ def sweep(
     importance_sampling_level: Level | None = None,
     aggregation: Aggregation | None = None,
     normalizer: float | None = None,
+    trust_region: TrustRegion | None = None,
     columns: Columns | None = None,
     batch_size: int | None = None,
     executor: Executor | None = None,
@@ -150,7 +153,7 @@ def sweep(
         Of files of log-probabilities: the same over the grid; without ``epsilon_high`` it is ε.
     kl : K1, K2, K3 or another function of β that returns a KL term, optional
         Of files of log-probabilities: K3 unless given; ``functools.partial(K3, importance_weighted=False)``.
-    importance_sampling_level, aggregation, normalizer
+    importance_sampling_level, aggregation, normalizer, trust_region
         Of files of log-probabilities, as in `evaluate`.
 
     Returns
@@ -173,6 +176,7 @@ def sweep(
         importance_sampling_level=importance_sampling_level,
         aggregation=aggregation,
         normalizer=normalizer,
+        trust_region=trust_region,
     )
     grid = grid_of(epsilons, betas)
     preparation = partial(sweeping, grid=grid, options=options)

@@ -18,7 +18,7 @@ from ._kernels.tasks import perform
 from ._kernels.tokens import Batch, Extent, LossTerms, begin_long_sequence
 from ._loss_inputs import Inputs, refuse_if_not_finite
 from .stats import Stats
-from .terms import DEFAULT_SURROGATE, KL, Aggregation, Level, Options, Surrogate
+from .terms import DEFAULT_SURROGATE, KL, Aggregation, Level, Options, Surrogate, TrustRegion
 
 #: Into so many ranges each task's sequences are cut, of about equal length: tasks take them in turns, and so share the
 #: padding, wherever in the batch the short sequences are.
@@ -60,6 +60,7 @@ class LossOptions(TypedDict, total=False):
     rollout_is_weights: ArrayLike | None
     aggregation: Aggregation
     normalizer: float | None
+    trust_region: TrustRegion | None
 
 
 @overload
@@ -113,6 +114,7 @@ def grpo_loss(
     rollout_is_weights: ArrayLike | None = None,
     aggregation: Aggregation = "seq-mean-token-mean",
     normalizer: float | None = None,
+    trust_region: TrustRegion | None = None,
     grad: bool | NDArray[Any] = False,
     **unknown: Any,
 ) -> LossResult[Any]:
@@ -124,12 +126,13 @@ def grpo_loss(
     ::
 
         ρ            = π_θ/π_old = exp(logp − old)
-        loss         = −Σ_i c_i·Σ_t (w·s − β·k)
-        ∂loss/∂logp  = −c_i·( D[w·∂s/∂log ρ − β·∂k/∂log ρ] + w·∂s/∂logp − β·∂k/∂logp )
+        loss         = −Σ_i c_i·Σ_t (M·w·s − β·k)
+        ∂loss/∂logp  = −c_i·( D[M·w·∂s/∂log ρ − β·∂k/∂log ρ] + M·w·∂s/∂logp − β·∂k/∂logp )
 
     for each unmasked token t of sequence i: s is the policy term (``surrogate``), k the KL term (``kl``, times ρ if it
-    is importance-weighted), w the rollout weight, c_i what ``aggregation`` gives the sequence's tokens, and D is
-    ∂log ρ/∂logp: at token level the identity, at sequence level the mean over the sequence.
+    is importance-weighted), w the rollout weight, M 0 where ``trust_region`` drops the policy term and else 1, c_i what
+    ``aggregation`` gives the sequence's tokens, and D is ∂log ρ/∂logp: at token level the identity, at sequence level
+    the mean over the sequence.
 
     Parameters
     ----------
@@ -146,7 +149,7 @@ def grpo_loss(
         Which tokens count. What any array holds elsewhere is never used; the gradient is 0 there.
     cu_seqlens : (S + 1,) ints, or None
         Where packed sequences begin and end: from 0, never falling, to N.
-    surrogate : Clip, CISPO or SAPO
+    surrogate : Clip, CISPO, SAPO or Unclipped
         The policy term.
     kl : K1, K2, K3 or None
         The KL term, with its β.
@@ -169,6 +172,10 @@ def grpo_loss(
     normalizer : float, in [0, inf), or None
         The denominator instead; 0 only where no token counts. One for all micro-batches, accumulation steps and ranks
         makes them add up: gradients are slices of the whole batch's, losses add to rounding.
+    trust_region : TV, BinaryKL, Band or None
+        Which tokens keep their policy term, and its gradient; the KL term and the denominators stay. None keeps all.
+        It is held constant, and compares π_θ with ``old_logps``: on-policy nothing is dropped, but by a `Band` that
+        leaves out 1.
     grad : bool, or array like ``logps`` of the dtype that computes
         Whether to compute the gradient, or where to write it.
 
@@ -202,7 +209,7 @@ def grpo_loss(
     """
     if unknown:
         refuse_unknown(grpo_loss, unknown)
-    options = Options(surrogate, kl, importance_sampling_level, aggregation, normalizer)
+    options = Options(surrogate, kl, importance_sampling_level, aggregation, normalizer, trust_region)
     if kl is None:
         ref_logps = None
     elif ref_logps is None:
@@ -218,6 +225,7 @@ def _compute(inputs: Inputs, options: Options) -> Stats:
     batch = inputs.batch
     terms = LossTerms(
         options.surrogate,
+        options.trust_region,
         options.kl,
         WEIGHTINGS[options.kl is not None and options.kl.importance_weighted],
         denominator=math.nan if batch.grad is None else _denominator(batch, options),

@@ -39,10 +39,15 @@ from .terms import (
     KL,
     LEVELS,
     SAPO,
+    TV,
     Aggregation,
+    Band,
+    BinaryKL,
     Clip,
     Level,
     Surrogate,
+    TrustRegion,
+    Unclipped,
 )
 
 Floats: TypeAlias = NDArray[np.floating]
@@ -97,14 +102,15 @@ def grpo_loss(
     rollout_is_weights: ArrayLike | None = None,
     aggregation: Aggregation = "seq-mean-token-mean",
     normalizer: float | None = None,
+    trust_region: TrustRegion | None = None,
     grad: bool = False,
 ) -> LossReference:
     """The GRPO-family loss, its gradient and its diagnostics.
 
     ::
 
-        loss         = −Σ_i c_i·Σ_t (w·s − β·k)
-        ∂loss/∂logp  = −c_i·( D[w·∂s/∂log ρ − β·∂k/∂log ρ] + w·∂s/∂logp − β·∂k/∂logp )
+        loss         = −Σ_i c_i·Σ_t (M·w·s − β·k)
+        ∂loss/∂logp  = −c_i·( D[M·w·∂s/∂log ρ − β·∂k/∂log ρ] + M·w·∂s/∂logp − β·∂k/∂logp )
 
     where D is ∂log ρ/∂logp: the identity at token level, the mean over the sequence at sequence level.
 
@@ -125,6 +131,8 @@ def grpo_loss(
         ρ of each token, or for all its tokens the geometric mean over the sequence (GSPO, arXiv:2507.18071, Eq. 7).
     aggregation, normalizer
         c_i, see ``aggregation_weights``.
+    trust_region : an option from ``terms``, or None
+        M, which tokens keep their policy term: all without one. It is held constant.
     grad : bool
         Whether to compute the gradient.
 
@@ -152,7 +160,10 @@ def grpo_loss(
         w = tokens.each("rollout_is_weights", rollout_is_weights, or_one_per_sequence=True)
     rho = np.exp(shared(logp - old, tokens, level))
 
-    s, s_through_ratio, s_direct = (times(w, part) for part in surrogate_term(surrogate, rho, A, logp))
+    keeps = kept(trust_region, rho, A, logp, old, level)
+    s, s_through_ratio, s_direct = (
+        np.where(keeps, times(w, part), 0) for part in surrogate_term(surrogate, rho, A, logp)
+    )
     k = k_through_ratio = k_direct = np.zeros_like(logp)
     beta = 0.0
     if kl is not None:
@@ -170,6 +181,7 @@ def grpo_loss(
         gradient[tokens.keep] = -tokens.spread(c.astype(logp.dtype)) * (through_ratio + direct)
 
     stats = diagnostics(surrogate, rho, A)
+    stats["trust_region_ratio"] = math.nan if trust_region is None else _mean(~keeps)
     stats["kl"] = math.nan if kl is None else _mean(k)
     stats["approx_kl"] = _mean(old - logp)
     stats["surrogate"] = _mean(s)
@@ -212,7 +224,38 @@ def surrogate_term(surrogate: Surrogate, rho: Floats, A: Floats, logp: Floats) -
             x = tau * (rho - 1)
             slope = 4 * sigmoid(x) * sigmoid(-x)  # σ(−x) is 1 − σ(x) without the cancellation
             return times(4 / tau * sigmoid(x), A), times(slope, times(rho, A)), zero
-    raise TypeError(f"surrogate must be a Clip, CISPO or SAPO, got {surrogate!r}")
+        case Unclipped():
+            unclipped = times(rho, A)
+            return unclipped, unclipped, zero
+    raise TypeError(f"surrogate must be a Clip, CISPO, SAPO or Unclipped, got {surrogate!r}")
+
+
+def kept(
+    trust_region: TrustRegion | None, rho: Floats, A: Floats, logp: Floats, old: Floats, level: Level
+) -> NDArray[np.bool_]:
+    """Which tokens keep their policy term, M of ``terms``; where A is 0 there is none to lose.
+
+    π = exp(min(log π, 0)), and 1 − π = −expm1(min(log π, 0)), without cancellation.
+    """
+    if trust_region is None:
+        return np.ones(rho.shape, bool)
+    if level != "token" and not isinstance(trust_region, Band):
+        raise ValueError(f"trust_region must be a Band at sequence level, got {trust_region!r}")
+    logp, old = np.minimum(logp, 0), np.minimum(old, 0)
+    match trust_region:
+        case TV(delta, delta_low):
+            moved = np.exp(logp) - np.exp(old)
+            dropped = ((A > 0) & (moved > delta)) | ((A < 0) & (moved < -delta_low))
+        case BinaryKL(delta, delta_low):
+            other, other_old = -np.expm1(logp), -np.expm1(old)
+            divergence = np.exp(old) * (old - logp) + times(other_old, np.log(other_old / other))
+            up, down = (A > 0) & (logp > old), (A < 0) & (logp < old)
+            dropped = (up & (divergence > delta)) | (down & (divergence > delta_low))
+        case Band(ratio_min, ratio_max):
+            dropped = (A != 0) & ((rho < ratio_min) | (rho > ratio_max))
+        case _:
+            raise TypeError(f"trust_region must be a TV, BinaryKL, Band or None, got {trust_region!r}")
+    return ~dropped
 
 
 def sigmoid(x: Floats) -> Floats:

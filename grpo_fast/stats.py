@@ -33,6 +33,7 @@ KEYS = {
     "clip_ratio/region_mean": "clip_ratio_region",
     "clip_ratio/delta_mean": "clip_ratio_delta",
     "cispo_clip_ratio": "cispo_clip_ratio",
+    "trust_region_ratio": "trust_region_ratio",
     "ratio/mean": "ratio_mean",
     "ratio/min": "ratio_min",
     "ratio/max": "ratio_max",
@@ -72,6 +73,8 @@ class Stats(Additive):
         Of `Clip`, the fraction with ρ > δ and A < 0; verl's ``pg_clipfrac_lower``.
     cispo_clip_ratio : float
         Of `CISPO`, the fraction with ρ > ratio_max and A > 0.
+    trust_region_ratio : float
+        The fraction of tokens that the ``trust_region`` drops; the other diagnostics count them, too.
     ratio_mean, ratio_min, ratio_max : float
         Of ρ = π_θ/π_old; at sequence level, of the sequence's ρ at each of its tokens.
     ess : float
@@ -114,7 +117,7 @@ class Stats(Additive):
         self.__dict__.update(
             sums=sums,
             numerator=numerator,
-            clipped=Clipped(totals.clipped_low, totals.clipped_high, totals.clipped_hard),
+            clipped=Clipped(totals.clipped_low, totals.clipped_high, totals.clipped_hard, totals.dropped),
             least_ratio=totals.least_ratio,
             largest_ratio=totals.largest_ratio,
         )
@@ -176,6 +179,10 @@ class Stats(Additive):
         return self._fraction(CISPO, self.clipped.hard)
 
     @property
+    def trust_region_ratio(self) -> float:
+        return self._mean(self.clipped.dropped) if self.options.trust_region else math.nan
+
+    @property
     def ratio_mean(self) -> float:
         return self._mean(self.sums.ratio)
 
@@ -205,13 +212,15 @@ class Stats(Additive):
         """The diagnostics by the keys of `KEYS`, less those that the options rule out; a mean over nothing is NaN.
 
         So the keys are the same on all ranks and at all steps: without a KL term there is no "kl", without sequences no
-        "sequences", without a `Clip` no "clip_ratio/…", without a `CISPO` no "cispo_clip_ratio".
+        "sequences", without a `Clip` no "clip_ratio/…", without a `CISPO` no "cispo_clip_ratio", and without a trust
+        region no "trust_region_ratio".
         """
         surrogate = type(self.options.surrogate)
         ruled_out = {
             "kl": self.options.kl is None,
             "sequences": self.sequence_count is None,
             "cispo_clip_ratio": surrogate is not CISPO,
+            "trust_region_ratio": self.options.trust_region is None,
             **dict.fromkeys(("clip_ratio_low", "clip_ratio_high", "clip_ratio_region"), surrogate is not Clip),
             "clip_ratio_delta": surrogate is not Clip,
         }

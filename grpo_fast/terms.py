@@ -1,4 +1,4 @@
-"""The options as values: ``Clip``, ``CISPO``, ``SAPO`` (policy term), ``K1``, ``K2``, ``K3`` (KL), all in ``Options``.
+"""The options as values: policy terms (``Clip`` …), trust regions (``TV`` …), KL terms (``K1`` …); and ``Options``.
 
 A term is a NamedTuple whose fields are floats or bools: Numba reads it as it is and compiles one kernel for each
 class, while the numbers stay run-time values. Every way to make one (call, ``_replace``, copy, unpickle) goes through
@@ -183,6 +183,138 @@ class SAPO(_Option, NamedTuple("SAPO", [("tau_pos", float), ("tau_neg", float)])
         return super().__new__(cls, positive("tau_pos", tau_pos), positive("tau_neg", tau_neg))
 
 
+@_kept
+class Unclipped(_Option, NamedTuple("Unclipped", [])):
+    """The importance-weighted policy gradient, which nothing bounds: for a ``trust_region``, or on-policy.
+
+    ::
+
+        s         = ρ·A
+        ∂s/∂log ρ = ρ·A
+
+    References
+    ----------
+    DPPO, arXiv:2602.04879: prime-rl's and SkyRL's is this with ``trust_region=TV(0.2)``.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls) -> Self:
+        return super().__new__(cls)
+
+
+# --- the trust region M: which tokens keep their policy term ----------------------------------------------------------
+class _TrustRegion(_Option, NamedTuple("_TrustRegion", [("delta", float), ("delta_low", float)])):
+    """What the two regions of a token's probability share: a bound for A > 0 and one for A < 0."""
+
+    __slots__ = ()
+
+
+@_kept
+class TV(_TrustRegion):
+    """DPPO's trust region by total variation: how far a token's probability may move in the direction of A.
+
+    ::
+
+        M = 0  where A > 0 and π_θ − π_old > δ,  or A < 0 and π_θ − π_old < −δ_low;  else 1
+
+    What is exactly at a bound is kept. Of single tokens: at sequence level it is refused.
+
+    Parameters
+    ----------
+    delta : float, in [0, 1]
+        δ. prime-rl, SkyRL and verl ``clip_ratio`` of ``loss_mode="dppo_tv"``; 0.2 in the paper.
+    delta_low : float, in [0, 1], optional
+        δ_low; as δ unless given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A parameter is not a number, or is outside its interval.
+
+    References
+    ----------
+    DPPO, arXiv:2602.04879.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, delta: float, delta_low: float | None = None) -> Self:
+        high = number("delta", delta, "in [0, 1]", lambda x: 0 <= x <= 1)
+        low = high if delta_low is None else number("delta_low", delta_low, "in [0, 1]", lambda x: 0 <= x <= 1)
+        return super().__new__(cls, high, low)
+
+
+@_kept
+class BinaryKL(_TrustRegion):
+    """DPPO's trust region by the KL divergence of "this token or another", two Bernoulli distributions.
+
+    ::
+
+        D = π_old·(log π_old − log π_θ) + (1 − π_old)·log((1 − π_old)/(1 − π_θ))
+        M = 0  where A > 0, π_θ > π_old and D > δ,  or A < 0, π_θ < π_old and D > δ_low;  else 1
+
+    What is exactly at a bound is kept. Of single tokens: at sequence level it is refused.
+
+    Parameters
+    ----------
+    delta : float, in [0, inf)
+        δ, nats.
+    delta_low : float, in [0, inf), optional
+        δ_low; as δ unless given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A parameter is not a number, or is outside its interval.
+
+    References
+    ----------
+    DPPO, arXiv:2602.04879.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, delta: float, delta_low: float | None = None) -> Self:
+        high = not_negative("delta", delta)
+        return super().__new__(cls, high, high if delta_low is None else not_negative("delta_low", delta_low))
+
+
+@_kept
+class Band(_Option, NamedTuple("Band", [("ratio_min", float), ("ratio_max", float)])):
+    """A band of ρ, whatever the sign of A; at sequence level of the sequence's ρ, so of a whole sequence.
+
+    ::
+
+        M = 0  where ρ < ratio_min or ρ > ratio_max;  else 1
+
+    What is exactly at a bound is kept.
+
+    Parameters
+    ----------
+    ratio_min : float, in [0, ratio_max]
+        Lower bound of ρ.
+    ratio_max : float, in [ratio_min, inf]
+        Upper bound of ρ.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A parameter is not a number, or is outside its interval.
+
+    References
+    ----------
+    IcePop, arXiv:2510.18855; GLM-5, arXiv:2602.15763.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, ratio_min: float, ratio_max: float) -> Self:
+        low = number("ratio_min", ratio_min, "in [0, ratio_max]", lambda x: x >= 0)
+        high = number("ratio_max", ratio_max, f"in [ratio_min = {low}, inf]", lambda x: x >= low)
+        return super().__new__(cls, low, high)
+
+
 # --- the KL term k(l) -------------------------------------------------------------------------------------------------
 @_kept
 class _KL(_Option, NamedTuple("_KL", [("beta", float), ("importance_weighted", bool)])):
@@ -286,17 +418,31 @@ class K3(_KL):
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------
-Surrogate: TypeAlias = Clip | CISPO | SAPO
+Surrogate: TypeAlias = Clip | CISPO | SAPO | Unclipped
+TrustRegion: TypeAlias = TV | BinaryKL | Band
 KL: TypeAlias = K1 | K2 | K3
 
-_SURROGATES, _KLS = get_args(Surrogate), get_args(KL)
+_SURROGATES, _TRUST_REGIONS, _KLS = get_args(Surrogate), get_args(TrustRegion), get_args(KL)
 
 
 def _instead(value: object, option: str) -> str:
     """The end of a message: what was meant by a number, or by a class, in place of an option."""
-    if isinstance(value, type) and value in (*_SURROGATES, *_KLS):
-        return f": make one, such as {value.__name__}({'' if value in _SURROGATES else '0.04'})"
+    if isinstance(value, type) and value in (*_SURROGATES, *_KLS, *_TRUST_REGIONS):
+        numbers = "" if value in _SURROGATES else "0.5, 2" if value is Band else "0.2" if value is TV else "0.04"
+        return f": make one, such as {value.__name__}({numbers})"
     return f": did you mean {option}({value!r})?" if isinstance(value, (int, float)) else ""
+
+
+def _refuse_unless_region(trust_region: object, level: Level) -> None:
+    """Raise the error for what is no trust region, or is of single tokens where ρ is one for a sequence."""
+    if type(trust_region) not in _TRUST_REGIONS:
+        allowed = "a TV, BinaryKL, Band or None"
+        raise TypeError(f"trust_region must be {allowed}, got {trust_region!r}{_instead(trust_region, 'TV')}")
+    if type(trust_region) is not Band and level != "token":
+        raise ValueError(
+            f"trust_region must be a Band or None at importance_sampling_level={level!r}, as a "
+            f"{type(trust_region).__name__} is of single tokens; got {trust_region!r}"
+        )
 
 
 #: The surrogate where none is given.
@@ -314,6 +460,7 @@ class Options(
             ("importance_sampling_level", Level),
             ("aggregation", Aggregation),
             ("normalizer", float | None),
+            ("trust_region", TrustRegion | None),
         ],
     ),
 ):
@@ -334,18 +481,25 @@ class Options(
         importance_sampling_level: Level = "token",
         aggregation: Aggregation = "seq-mean-token-mean",
         normalizer: float | None = None,
+        trust_region: TrustRegion | None = None,
     ) -> Self:
         if type(surrogate) not in _SURROGATES:
-            raise TypeError(f"surrogate must be a Clip, CISPO or SAPO, got {surrogate!r}{_instead(surrogate, 'Clip')}")
+            raise TypeError(
+                f"surrogate must be a Clip, CISPO, SAPO or Unclipped, got {surrogate!r}{_instead(surrogate, 'Clip')}"
+            )
         if kl is not None and type(kl) not in _KLS:
             raise TypeError(f"kl must be a K1, K2, K3 or None, got {kl!r}{_instead(kl, 'K3')}")
+        level = one_of("importance_sampling_level", importance_sampling_level, LEVELS)
+        if trust_region is not None:
+            _refuse_unless_region(trust_region, level)
         return super().__new__(
             cls,
             surrogate,
             kl,
-            one_of("importance_sampling_level", importance_sampling_level, LEVELS),
+            level,
             one_of("aggregation", aggregation, AGGREGATIONS),
             None if normalizer is None else not_negative("normalizer", normalizer),
+            trust_region,
         )
 
     @property

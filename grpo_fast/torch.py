@@ -7,7 +7,7 @@ in and out of it: options as a kind and its numbers, tensors as arrays, `Stats` 
 import inspect
 import pickle
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, TypedDict, Unpack, overload
+from typing import Any, Literal, TypeAlias, TypedDict, Unpack, get_args, overload
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from ._checks import hides_unknown, not_negative, refuse_unknown
 from .loss import LossResult
 from .loss import grpo_loss as loss_of_arrays
 from .stats import Stats
-from .terms import CISPO, DEFAULT_SURROGATE, K1, K2, K3, KL, SAPO, Aggregation, Clip, Level, Options, Surrogate
+from .terms import DEFAULT_SURROGATE, K1, K2, K3, KL, Aggregation, Level, Options, Surrogate, TrustRegion
 
 try:
     import torch
@@ -36,6 +36,7 @@ class LossOptions(TypedDict, total=False):
     rollout_is_weights: Tensor | None
     aggregation: Aggregation
     normalizer: float | Tensor | None
+    trust_region: TrustRegion | None
 
 
 @overload
@@ -89,6 +90,7 @@ def grpo_loss(
     rollout_is_weights: Tensor | None = None,
     aggregation: Aggregation = "seq-mean-token-mean",
     normalizer: float | Tensor | None = None,
+    trust_region: TrustRegion | None = None,
     return_stats: bool = False,
     **unknown: Any,
 ) -> Tensor | tuple[Tensor, Stats]:
@@ -106,7 +108,7 @@ def grpo_loss(
     old_logps, advantages, ref_logps, mask, cu_seqlens, rollout_is_weights : tensors, on the CPU
         As in `grpo_fast.grpo_loss`, of any real dtype. They are taken as constants, whether they require a gradient or
         not.
-    surrogate, kl, importance_sampling_level, aggregation
+    surrogate, kl, importance_sampling_level, aggregation, trust_region
         As in `grpo_fast.grpo_loss`.
     normalizer : float, or tensor of one number, or None
         As in `grpo_fast.grpo_loss`. Under `torch.compile` a float is part of what is compiled: one that is another at
@@ -162,15 +164,18 @@ def grpo_loss(
     )
     grad = logps.requires_grad and torch.is_grad_enabled()
     if _is_traced(logps):
-        Options(surrogate, kl, importance_sampling_level, aggregation)  # refuses bad ones before they become text
+        # Refuses bad ones before they become text.
+        Options(surrogate, kl, importance_sampling_level, aggregation, None, trust_region)
         if denominator is not None and not torch.is_tensor(denominator):
             denominator = torch.tensor(not_negative("normalizer", denominator), dtype=torch.float64, device="cpu")
-        terms = (*_kind_and_numbers(surrogate), *_kind_and_numbers(kl))
+        terms = [x for option in (surrogate, kl, trust_region) for x in _kind_and_numbers(option)]
         loss, _, stats = _operator(
             logps, *constants, denominator, *terms, importance_sampling_level, aggregation, grad, bool(return_stats)
         )
         return (loss, _stats_of(stats)) if return_stats else loss
-    result = _result(logps, constants, denominator, surrogate, kl, importance_sampling_level, aggregation, grad)
+    result = _result(
+        logps, constants, denominator, surrogate, kl, trust_region, importance_sampling_level, aggregation, grad
+    )
     # By way of NumPy, a scalar is made in a fifth of the time, and on the CPU, whatever PyTorch's default device is.
     loss = torch.from_numpy(np.asarray(result.loss, np.float64 if logps.dtype is torch.float64 else np.float32))
     if result.grad is not None:
@@ -184,6 +189,7 @@ def _result(
     normalizer: Any,
     surrogate: Surrogate,
     kl: KL | None,
+    trust_region: TrustRegion | None,
     importance_sampling_level: Level,
     aggregation: Aggregation,
     grad: bool,
@@ -202,6 +208,7 @@ def _result(
         importance_sampling_level=importance_sampling_level,
         rollout_is_weights=rollout_is_weights,
         aggregation=aggregation,
+        trust_region=trust_region,
         normalizer=normalizer.item() if torch.is_tensor(normalizer) else normalizer,
         grad=grad,
     )
@@ -258,6 +265,8 @@ def _operator(
     surrogate_numbers: list[float],
     kl: str,
     kl_numbers: list[float],
+    trust_region: str,
+    trust_region_numbers: list[float],
     importance_sampling_level: str,
     aggregation: str,
     grad: bool,
@@ -267,8 +276,9 @@ def _operator(
     level: Any = importance_sampling_level
     how: Any = aggregation
     constants = old_logps, advantages, ref_logps, mask, cu_seqlens, rollout_is_weights
-    terms = _option(surrogate, surrogate_numbers), _option(kl, kl_numbers)
-    result = _result(logps, constants, normalizer, *terms, level, how, grad)
+    options = (surrogate, surrogate_numbers), (kl, kl_numbers), (trust_region, trust_region_numbers)
+    chosen, penalty, region = (_option(*option) for option in options)
+    result = _result(logps, constants, normalizer, chosen, penalty, region, level, how, grad)
     return (
         torch.tensor(result.loss, dtype=logps.dtype, device="cpu"),
         logps.new_empty(0) if result.grad is None else torch.from_numpy(result.grad),
@@ -307,7 +317,9 @@ _operator.register_autograd(_backward, setup_context=_setup_context)
 _HALVES = (torch.bfloat16, torch.float16)
 _INTS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _DTYPES = (torch.float32, torch.float64, *_HALVES, *_INTS)
-_OPTIONS: dict[str, Callable[..., Any]] = {option.__name__: option for option in (Clip, CISPO, SAPO, K1, K2, K3)}
+_OPTIONS: dict[str, Callable[..., Any]] = {
+    option.__name__: option for kind in (Surrogate, KL, TrustRegion) for option in get_args(kind)
+}
 
 
 def _refuse_transforms(logps: Any) -> None:

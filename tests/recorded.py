@@ -22,7 +22,7 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).with_name("helpers")))  # where pytest does not do it
 
-from combinations import COMBINATIONS, TOKEN
+from combinations import COMBINATIONS, REGIONS, TOKEN
 
 from grpo_fast import K3, Sweep, grpo_loss, grpo_objective, grpo_stats, grpo_sweep
 from grpo_fast.stats import KEYS
@@ -67,8 +67,19 @@ def of_samples(function, kind, dtype, n, weighted, each):
 
 def of_tokens(number, kind, lengths, each):
     """What grpo_loss finds with a combination of options."""
-    row = COMBINATIONS[number]
-    result = grpo_loss(**{name: each(x) if isinstance(x, np.ndarray) else x for name, x in call(row, kind, lengths)})
+    return of_row(COMBINATIONS[number], kind, lengths, each)
+
+
+def of_region(number, kind, lengths, each):
+    """What it finds with a trust region."""
+    trust_region, row = REGIONS[number]
+    return of_row(row, kind, lengths, each, trust_region=trust_region)
+
+
+def of_row(row, kind, lengths, each, **options):
+    """What it finds with the options of a row, and others."""
+    arguments = {name: each(x) if isinstance(x, np.ndarray) else x for name, x in call(row, kind, lengths)}
+    result = grpo_loss(**arguments, **options)
     found = {"loss": result.loss.hex(), **spelled(result.stats)}
     if result.grad is not None:
         found["grad"] = digest(result.grad.astype(result.grad.dtype.newbyteorder("<")).tobytes())
@@ -120,7 +131,8 @@ def call(row, kind, lengths):
 
 def spelled(stats):
     """All that is said of a batch."""
-    numbers = {key: float(getattr(stats, name)).hex() for key, name in KEYS.items()}
+    names = {key: name for key, name in KEYS.items() if key != "trust_region_ratio" or stats.options.trust_region}
+    numbers = {key: float(getattr(stats, name)).hex() for key, name in names.items()}
     return numbers | {"exact sums": digest(sums(stats).encode())}
 
 
@@ -152,6 +164,10 @@ CASES = {
     **{
         f"loss {kind} {number}": (of_tokens, number, kind, LENGTHS)
         for kind, number in itertools.product(("usual", "unusual"), range(len(COMBINATIONS)))
+    },
+    **{
+        f"loss region {kind} {number}": (of_region, number, kind, LENGTHS)
+        for kind, number in itertools.product(("usual", "unusual"), range(len(REGIONS)))
     },
     **{f"loss usual {number} long": (of_tokens, number, "usual", LONG) for number in IN_PARALLEL},
     **{f"loss usual {number} short": (of_tokens, number, "usual", SHORT) for number in IN_PARALLEL},

@@ -196,7 +196,8 @@ def kind(options):
     """What decides of the options which kernels a call needs."""
     checked = Options(**{name: options[name] for name in Options._fields if name in options})
     arrays = [options.get(name, default) for name, default in (("old_logps", True), ("rollout_is_weights", False))]
-    return type(checked.surrogate), type(checked.kl), checked.importance_sampling_level, *arrays
+    kinds = map(type, (checked.surrogate, checked.kl, checked.trust_region))
+    return *kinds, checked.importance_sampling_level, *arrays
 
 
 def test_the_calls_of_all_papers_are_compiled_beforehand():
@@ -274,7 +275,7 @@ for lengths in ((3, 5), (40_000, 40_000), (100_000, 7)):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"surrogate": 0.2}, TypeError, "surrogate must be a Clip, CISPO or SAPO, got 0.2"),
+        ({"surrogate": 0.2}, TypeError, "surrogate must be a Clip, CISPO, SAPO or Unclipped, got 0.2"),
         ({"kl": K3}, TypeError, "kl must be a K1, K2, K3 or None"),
         ({"importance_sampling_level": "tokens"}, ValueError, "must be one of .*did you mean 'token'"),
         ({"dtype": "float16"}, ValueError, "dtype must be one of 'float64', 'float32', got 'float16'"),

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 import re
 import shlex
@@ -20,7 +21,11 @@ from grpo_fast import (
     K2,
     K3,
     SAPO,
+    TV,
+    Band,
+    BinaryKL,
     Clip,
+    Unclipped,
     _command,
     _demonstration,
     _jobs,
@@ -35,6 +40,8 @@ from grpo_fast.files import sweep
 
 pa = pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[data]'")
 from rollout_files import PROBABILITIES, table, tokens, write  # noqa: E402
+
+BY_SEQUENCE = {"importance_sampling_level": "sequence"}
 
 
 @pytest.fixture
@@ -123,6 +130,9 @@ def test_the_defaults_are_those_of_the_functions(rollouts, arrays, probabilities
         ("--surrogate cispo --ratio-max 2 --ratio-min 0.5", {"surrogate": CISPO(2, 0.5)}),
         ("--surrogate sapo --tau-pos 2 --tau-neg 3", {"surrogate": SAPO(2, 3)}),
         ("--surrogate clip --epsilon-high 0.28", {"surrogate": Clip(0.2, 0.28)}),
+        ("--surrogate unclipped --trust-region tv,0.1", {"surrogate": Unclipped(), "trust_region": TV(0.1)}),
+        ("--trust-region binary-kl,0.02,0.01", {"trust_region": BinaryKL(0.02, 0.01)}),
+        ("--level sequence --trust-region band,0.9,inf", {"trust_region": Band(0.9, math.inf), **BY_SEQUENCE}),
         ("--kl k3", {"kl": K3(0.01)}),
         ("--kl k3 --no-importance-weighted", {"kl": K3(0.01, False)}),
         ("--kl k3 --beta 0 --importance-weighted", {"kl": K3(0)}),
@@ -142,6 +152,7 @@ def test_all_options_of_the_loss(line, options, rollouts, arrays, capsys):
     [
         ("--epsilon-high 0.3 --delta 4", {"surrogate": Clip(0.1, 0.3, 4)}),
         ("--level sequence", {"importance_sampling_level": "sequence"}),
+        ("--trust-region tv,0.1", {"trust_region": TV(0.1)}),
         ("--aggregation token-mean --normalizer 3", {"aggregation": "token-mean", "normalizer": 3}),
     ],
 )
@@ -307,6 +318,12 @@ def test_bad_input_is_one_line_in_terms_of_the_shell(arguments, message, probabi
         ("evaluate x --columns lgps=a", "got 'lgps': did you mean 'logps'?"),
         ("evaluate x --columns logps=,mask=m", "--columns: logps must be a column, got 'logps='"),
         ("sweep x --epsilon a,b", "must be numbers with commas between, got 'a,b'"),
+        (
+            "evaluate x --trust-region tvd,0.1",
+            "must begin with one of tv, binary-kl, band, got 'tvd,0.1'",
+        ),
+        ("evaluate x --trust-region tv,2", "--trust-region: tv: delta must be a number in [0, 1], got 2"),
+        ("evaluate x --trust-region band,1", "band: of other numbers than the help says, got 'band,1'"),
         ("demo --samples 0", "--samples: must be a whole number, at least 1, got '0'"),
         ("compile --dtype float16", "--dtype: must be one of float64, float32, got 'float16'"),
         ("--samples 9", "unknown option --samples; a subcommand comes first, as in grpo-fast demo --samples …"),

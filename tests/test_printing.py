@@ -11,7 +11,7 @@ from combinations import COMBINATIONS
 from samples import samples
 
 import grpo_fast
-from grpo_fast import CISPO, K1, K2, K3, SAPO, Clip, evaluate, grpo_loss, grpo_stats, grpo_sweep
+from grpo_fast import CISPO, K1, K2, K3, SAPO, Clip, Unclipped, evaluate, grpo_loss, grpo_stats, grpo_sweep
 from grpo_fast._command import as_json
 from grpo_fast.stats import KEYS
 from grpo_fast.terms import Options
@@ -61,7 +61,7 @@ ALWAYS = {"objective", "loss", "surrogate", "ratio/mean", "ratio/min", "ratio/ma
 CLIPPED = {f"clip_ratio/{name}_mean" for name in ("low", "high", "region", "delta")}
 
 
-@pytest.mark.parametrize("surrogate", [Clip(), Clip(0.2, delta=3), CISPO(), SAPO()])
+@pytest.mark.parametrize("surrogate", [Clip(), Clip(0.2, delta=3), CISPO(), SAPO(), Unclipped()])
 @pytest.mark.parametrize("kl", [None, K3(0.1), K3(0.0)])
 @pytest.mark.parametrize("mask", [None, [[1, 0], [1, 1]], [[0, 0], [0, 0]]])
 def test_the_keys_depend_on_the_options_alone(surrogate, kl, mask):

@@ -352,7 +352,7 @@ LOGPS = np.zeros((2, 3))
         ({"mask": np.full((2, 3), 0.5)}, ValueError, "mask must hold bools or 0/1, got .*0.5"),
         ({"kl": K3(0.1)}, ValueError, "ref_logps must be given"),
         ({"kl": 0.1, "ref_logps": LOGPS}, TypeError, "kl must be a K1, K2, K3 or None, got 0.1"),
-        ({"surrogate": (0.2, 0.2, 3.0)}, TypeError, "surrogate must be a Clip, CISPO or SAPO, got"),
+        ({"surrogate": (0.2, 0.2, 3.0)}, TypeError, "surrogate must be a Clip, CISPO, SAPO or Unclipped, got"),
         ({"importance_sampling_level": "word"}, ValueError, "must be one of 'token', 'sequence', got 'word'"),
         ({"aggregation": "mean"}, ValueError, "aggregation must be one of 'token-mean', .* got 'mean'"),
         ({"normalizer": 0}, ValueError, r"normalizer must be above 0 where a token counts, got 0"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from combinations import ARRAYS, COMBINATIONS, F8, SEQ_MEAN, TOKEN, Row, batch, textbook
+from combinations import ARRAYS, COMBINATIONS, F8, REGIONS, SEQ_MEAN, TOKEN, Row, batch, textbook
 from interpreter import python
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -67,6 +67,18 @@ def test_is_the_loss_of_arrays_and_of_the_textbook(row):
     assert_array_equal(ours["logps"].grad.numpy(), expected.grad)
     if row.dtype is F8:
         assert_allclose(ours["logps"].grad.numpy(), theirs["logps"].grad.numpy(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("trust_region", "row"), REGIONS, ids=range(len(REGIONS)))
+def test_trust_regions_are_those_of_arrays(trust_region, row):
+    arrays = batch(row, [5, 0, 40, 300, 1], seed=3) | {"trust_region": trust_region}
+    ours = tensors(arrays, row.grad)
+    loss, stats = grpo_loss(**ours, return_stats=True)
+    expected = grpo_fast.grpo_loss(**arrays, grad=bool(row.grad))
+    assert (loss.item(), stats) == (row.dtype(expected.loss), expected.stats)
+    if row.grad:
+        loss.backward()
+        assert_array_equal(ours["logps"].grad.numpy(), expected.grad)
 
 
 def test_gradcheck():
@@ -191,6 +203,7 @@ def schema(arguments, grad=False, stats=False):
     found = {name: x for name, x in arguments.items() if name not in ("surrogate", "kl")}
     found["normalizer"] = torch.tensor(3.7, dtype=torch.float64)
     found |= {"surrogate": "Clip", "surrogate_numbers": [0.1, 0.3, 1.8], "kl": "K3", "kl_numbers": [0.3, 1.0]}
+    found |= {"trust_region": "TV", "trust_region_numbers": [0.1, 0.05]}
     return found | {"grad": grad, "return_stats": stats}
 
 

@@ -189,6 +189,15 @@ def log(x):
     return fma(k, form.ln2_high, f - fma(k, -form.ln2_low, excess))
 
 
+@inlined
+def log_of_any(x):
+    """The natural logarithm of any ``x`` ≥ 0: −inf of 0, inf of inf; of subnormal numbers a rounding more."""
+    form = layout(x)
+    tiny = x < form.smallest_normal
+    lifted = log(where(tiny, x * form.lift, x)) - where(tiny, full_like(x, math.log(form.lift)), full_like(x, 0.0))
+    return where(x == 0.0, full_like(x, -math.inf), where(x == math.inf, x, lifted))
+
+
 class ReducedRatio(NamedTuple):
     """2ᵏ, f and s = f/(2 + f) of r = 2ᵏ(1 + f), with 2/3 ≤ 1 + f ≤ 3/2."""
 

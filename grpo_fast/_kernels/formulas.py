@@ -6,9 +6,9 @@ stay run-time values. Formulas and sources are in `terms`; what an overflow beco
 
 from typing import Any, NamedTuple
 
-from ..terms import CISPO, K1, K2, K3, SAPO, Clip
-from .compiling import inlined_by_type
-from .elementary import NEAR_RATIO, exp, layout
+from ..terms import CISPO, K1, K2, K3, SAPO, TV, Band, BinaryKL, Clip, Unclipped
+from .compiling import inlined, inlined_by_type
+from .elementary import NEAR_RATIO, exp, exp_of_any, k3_of_any_log, layout, log_of_any
 from .simd import constant, fma, full_like, tally, where
 from .sums import Clipped
 from .ways import Near, k3_in, plus_in, plus_product_in, times_in
@@ -57,6 +57,12 @@ def surrogate_term(way, surrogate, rho, a, logp):
             weight = times_in(way, where(rho < low, low, where(rho > high, high, rho)), a)
             return PolicyTerm(times_in(way, weight, logp), weight)
 
+    elif option is Unclipped:
+
+        def term(way, surrogate, rho, a, logp):
+            value = times_in(way, rho, a)
+            return PolicyTerm(value, value)
+
     else:
         assert option is SAPO
 
@@ -80,7 +86,7 @@ def linear_factor(surrogate, a, logp):
     """The factor in which s is linear, for a given ρ and a given sign of A: A, or A·log π_θ."""
     if surrogate.instance_class is CISPO:
         return lambda surrogate, a, logp: a * logp
-    assert surrogate.instance_class in (Clip, SAPO)
+    assert surrogate.instance_class in (Clip, SAPO, Unclipped)
     return lambda surrogate, a, logp: a
 
 
@@ -88,7 +94,7 @@ def linear_factor(surrogate, a, logp):
 def passes_through_ratio(surrogate):
     """Whether the slope of `surrogate_term` is by log ρ, and not by log π_θ with ρ held constant."""
     answer = surrogate.instance_class is not CISPO
-    assert surrogate.instance_class in (Clip, CISPO, SAPO)
+    assert surrogate.instance_class in (Clip, CISPO, SAPO, Unclipped)
     return lambda surrogate: answer
 
 
@@ -109,6 +115,7 @@ def count_clipped(way, surrogate, rho, a, counts):
                 tally(counts.low, losing < full_like(rho, 1.0 - surrogate.epsilon)),
                 tally(counts.high, winning > full_like(rho, 1.0 + surrogate.epsilon_high)),
                 counts.hard,
+                counts.dropped,
             )
 
     elif option is Clip:
@@ -120,16 +127,18 @@ def count_clipped(way, surrogate, rho, a, counts):
                 tally(counts.low, losing < full_like(rho, 1.0 - surrogate.epsilon)),
                 tally(counts.high, winning > full_like(rho, 1.0 + surrogate.epsilon_high)),
                 tally(counts.hard, losing > full_like(rho, surrogate.delta)),
+                counts.dropped,
             )
 
     elif option is CISPO:
 
         def count(way, surrogate, rho, a, counts):
             winning = where(a > 0.0, rho, full_like(rho, 0.0))
-            return Clipped(counts.low, counts.high, tally(counts.hard, winning > full_like(rho, surrogate.ratio_max)))
+            hard = tally(counts.hard, winning > full_like(rho, surrogate.ratio_max))
+            return Clipped(counts.low, counts.high, hard, counts.dropped)
 
     else:
-        assert option is SAPO
+        assert option in (SAPO, Unclipped)
 
         def count(way, surrogate, rho, a, counts):
             return counts
@@ -143,6 +152,55 @@ def near_holds(surrogate):
     if surrogate.instance_class is Clip:
         return lambda surrogate: surrogate.delta > NEAR_RATIO
     return lambda surrogate: True
+
+
+# --- the trust region -------------------------------------------------------------------------------------------------
+@inlined_by_type
+def excess(trust_region, rho, a, logp, old):
+    """What is above 0 where the trust region drops a token of such ρ, A, log π_θ and log π_old; 0 or less elsewhere."""
+    option = trust_region.instance_class
+
+    if option is Band:
+
+        def beyond(trust_region, rho, a, logp, old):
+            one, zero = full_like(rho, 1.0), full_like(rho, 0.0)
+            outside = where(rho < full_like(rho, trust_region.ratio_min), one, zero)
+            outside = where(rho > full_like(rho, trust_region.ratio_max), one, outside)
+            return where(a == 0.0, zero, outside)
+
+    elif option is TV:
+
+        def beyond(trust_region, rho, a, logp, old):
+            moved = exp_of_any(_at_most_0(logp)) - exp_of_any(_at_most_0(old))
+            return _beyond_bounds(trust_region, a, moved, -moved)
+
+    else:
+        assert option is BinaryKL
+
+        def beyond(trust_region, rho, a, logp, old):
+            logp, old = _at_most_0(logp), _at_most_0(old)
+            zero, none = full_like(rho, 0.0), full_like(rho, -1.0)
+            other, other_old = -k3_of_any_log(logp).expm1, -k3_of_any_log(old).expm1
+            rest = where(other_old == 0.0, zero, other_old * log_of_any(other_old / other))
+            divergence = exp_of_any(old) * (old - logp) + rest
+            rises, falls = where(logp > old, divergence, none), where(logp < old, divergence, none)
+            return _beyond_bounds(trust_region, a, rises, falls)
+
+    return beyond
+
+
+@inlined
+def _at_most_0(logp):
+    return where(logp > 0.0, full_like(logp, 0.0), logp)
+
+
+@inlined
+def _beyond_bounds(trust_region, a, rise, fall):
+    """1 where a rise is beyond δ and A > 0, or a fall beyond δ_low and A < 0; 0 elsewhere."""
+    one, zero = full_like(a, 1.0), full_like(a, 0.0)
+    up = where(rise > full_like(a, trust_region.delta), one, zero)
+    down = where(fall > full_like(a, trust_region.delta_low), one, zero)
+    return where(a > 0.0, up, where(a < 0.0, down, zero))
 
 
 # --- the KL term ------------------------------------------------------------------------------------------------------

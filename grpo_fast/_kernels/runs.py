@@ -218,6 +218,14 @@ def zero_where(absent, x):
 
 
 @inlined
+def zero_beyond(beyond, x):
+    """0 where ``beyond`` is above 0, whatever x is there; x elsewhere, and if ``beyond`` is None."""
+    if beyond is None:
+        return x
+    return where(beyond > 0.0, full_like(x, 0.0), x)
+
+
+@inlined
 def nan_where(absent, x):
     """NaN in the absent lanes, for which no comparison holds, and x in the others; None is none absent."""
     if absent is None:
@@ -231,6 +239,14 @@ def load_log_ratio(logp, old_logps, v):
     if old_logps is None:
         return logp - logp  # 0, unless the input is not finite
     return logp - load_vector(old_logps, v)
+
+
+@inlined
+def load_old(logp, old_logps, v):
+    """log π_old of vector number ``v``, whose log π_θ is ``logp``."""
+    if old_logps is None:
+        return logp
+    return load_vector(old_logps, v)
 
 
 @inlined

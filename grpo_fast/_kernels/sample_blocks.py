@@ -100,7 +100,7 @@ def _attempt_block(samples, start, stop, low, high, diagnostics, scratch, carefu
     )
     contribution = Contribution(
         sums,
-        Clipped(np.int64(lane_sum(clipped_low)), np.int64(lane_sum(clipped_high)), 0),
+        Clipped(np.int64(lane_sum(clipped_low)), np.int64(lane_sum(clipped_high)), 0, 0),
         not block.legal,
         np.float64(lane_min(ratio_min)),
         np.float64(lane_max(ratio_max)),

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .blocks import BLOCK, RUN, block_count, share
-from .compiling import compiled, inlined, subroutine
+from .compiling import compiled, inlined, inlined_or_none, subroutine
 from .elementary import exp_of_any
 from .float_mode import begin_ordinary_floats, end_ordinary_floats
-from .formulas import count_clipped, kl_term, linear_factor, passes_through_ratio, surrogate_term
+from .formulas import PolicyTerm, count_clipped, excess, kl_term, linear_factor, passes_through_ratio, surrogate_term
 from .runs import (
     Scratch,
     absent_lanes,
@@ -35,6 +35,7 @@ from .runs import (
     store_gradient,
     tokens_from,
     within_end,
+    zero_beyond,
     zero_where,
 )
 from .simd import (
@@ -242,6 +243,18 @@ def _policy_sum(part, total):
     return gains + _scalar_product(np.float64(lane_min(part)), -total.negative)
 
 
+@inlined_or_none
+def _excess(trust_region, rho, a, logp):
+    return excess(trust_region, rho, a, logp, logp)
+
+
+@inlined
+def _dropped(beyond, none):
+    if beyond is None:
+        return none
+    return tally(none, beyond > 0.0)
+
+
 class _KLOfSequence(NamedTuple):
     """Σ of the KL term over a sequence; β times its derivative by log ρ, over all; and what multiplies ∂k/∂l."""
 
@@ -290,13 +303,16 @@ def conclude(batch, terms, tokens, collected, accumulators, task):
     signs = np.zeros(lanes(batch.logps), batch.logps.dtype)
     signs[0], signs[1] = 1.0, -1.0
     a = load(signs, 0)
+    # A Band alone, which is of ρ, is a trust region at this level.
+    beyond = _excess(terms.trust_region, rho, a, one)
     term = surrogate_term(CAREFUL, terms.surrogate, rho, a, one)
+    term = PolicyTerm(zero_beyond(beyond, term.value), zero_beyond(beyond, term.slope))
     kl = _kl_of_sequence(terms.kl, total.k, ratio)
 
     none = bits(one - one)
     positive_count, negative_count = full_like(none, total.positive_count), full_like(none, total.negative_count)
     tokens_of_sign = where(a > 0.0, positive_count, where(a < 0.0, negative_count, none))
-    clipped = count_clipped(CAREFUL, terms.surrogate, rho, a, Clipped(none, none, none))
+    clipped = count_clipped(CAREFUL, terms.surrogate, rho, a, Clipped(none, none, none, none))
     sums = Sums(
         surrogate=_policy_sum(term.value, total),
         kl=kl.value,
@@ -308,6 +324,7 @@ def conclude(batch, terms, tokens, collected, accumulators, task):
         np.int64(lane_sum(clipped.low * tokens_of_sign)),
         np.int64(lane_sum(clipped.high * tokens_of_sign)),
         np.int64(lane_sum(clipped.hard * tokens_of_sign)),
+        np.int64(lane_sum(_dropped(beyond, none) * tokens_of_sign)),
     )
     accumulate(accumulators[task], Contribution(sums, clipped_tokens, total.suspect, ratio, ratio))
     if terms.mean_within:
@@ -391,6 +408,7 @@ def sequence_level(
     advantages_per_token,
     weights_per_token,
     surrogate,
+    trust_region,
     kl,
     weighting,
     denominator,
@@ -419,7 +437,7 @@ def sequence_level(
         advantages_per_token,
         weights_per_token,
     )
-    terms = LossTerms(surrogate, kl, weighting, denominator, mean_within)
+    terms = LossTerms(surrogate, trust_region, kl, weighting, denominator, mean_within)
     return run(_task, (batch, terms, ranges, limit, accumulators), room)
 
 

@@ -35,11 +35,15 @@ class Numerator(NamedTuple):
 
 
 class Clipped(NamedTuple):
-    """Counts of clipped tokens, in lanes, a block or a batch: below, above, beyond the hard bound (δ, or CISPO's)."""
+    """Counts of clipped tokens, in lanes, a block or a batch: below, above, beyond the hard bound (δ, or CISPO's).
+
+    And of those that the trust region drops.
+    """
 
     low: Any
     high: Any
     hard: Any
+    dropped: Any
 
 
 class Contribution(NamedTuple):
@@ -59,6 +63,7 @@ class Totals(NamedTuple):
     clipped_low: int
     clipped_high: int
     clipped_hard: int
+    dropped: int
     suspect: int  # blocks
     tokens: int  # unmasked ones, or samples
     least_ratio: float
@@ -106,6 +111,7 @@ def accumulate(accumulator: Any, contribution: Any) -> None:
     accumulator.clipped_low += contribution.clipped.low
     accumulator.clipped_high += contribution.clipped.high
     accumulator.clipped_hard += contribution.clipped.hard
+    accumulator.dropped += contribution.clipped.dropped
     accumulator.suspect += contribution.suspect
     accumulator.least_ratio = min(accumulator.least_ratio, contribution.least_ratio)
     accumulator.largest_ratio = max(accumulator.largest_ratio, contribution.largest_ratio)
@@ -136,6 +142,7 @@ def _merge(accumulators: Any, mean_within: bool) -> Any:
         total.clipped_low += other.clipped_low
         total.clipped_high += other.clipped_high
         total.clipped_hard += other.clipped_hard
+        total.dropped += other.dropped
         total.suspect += other.suspect
         total.tokens += other.tokens
         total.least_ratio = min(total.least_ratio, other.least_ratio)
@@ -156,6 +163,7 @@ def _merge(accumulators: Any, mean_within: bool) -> Any:
         total.clipped_low,
         total.clipped_high,
         total.clipped_hard,
+        total.dropped,
         total.suspect,
         total.tokens,
         total.least_ratio,

@@ -8,12 +8,13 @@ way a run is computed, `ways` says; the formulas are in `formulas`.
 from typing import Any, NamedTuple
 
 import numpy as np
+from numba.core import types
 
 from .blocks import BLOCK, RUN, overflowed
-from .compiling import compiled, inlined, inlined_by_type, subroutine
+from .compiling import compiled, inlined, inlined_by_type, inlined_or_none, subroutine
 from .elementary import exp_of_any
 from .float_mode import begin_ordinary_floats, end_ordinary_floats
-from .formulas import add_weighted, count_clipped, kl_term, near_holds, surrogate_term
+from .formulas import add_weighted, count_clipped, excess, kl_term, near_holds, surrogate_term
 from .runs import (
     FREE_VECTORS,
     Scratch,
@@ -23,6 +24,7 @@ from .runs import (
     larger_magnitude,
     load_distance,
     load_log_ratio,
+    load_old,
     load_vector,
     load_weights,
     make_one_nan,
@@ -35,6 +37,7 @@ from .runs import (
     store_gradient,
     tokens_from,
     within_end,
+    zero_beyond,
     zero_where,
 )
 from .simd import (
@@ -49,6 +52,7 @@ from .simd import (
     lanes,
     load,
     store,
+    tally,
     where,
     wide,
 )
@@ -80,7 +84,7 @@ class _RunLanes(NamedTuple):
     ratio: Any
     ratio_squared: Any
     log_ratio: Any
-    check: Any  # in the careful way, Σ A + l + w, which is not finite if one of them is not; else 0
+    check: Any  # Σ of what no other sum might show to be infinite or NaN
     least: Any  # log ρ
     most: Any
     farthest: Any  # |l|
@@ -101,7 +105,7 @@ def _run(way, terms, tokens, vectors, factor, scratch):
     policy = check = farthest = zero
     least, most = full_like(zero, np.inf), full_like(zero, -np.inf)
     none = bits(zero)
-    clipped = Clipped(none, none, none)
+    clipped = Clipped(none, none, none, none)
     v = 0
     while True:  # at least once: so nothing keeps LLVM from making constants before the loop over runs
         prefetch_vector(tokens.logps, v)
@@ -118,7 +122,7 @@ def _run(way, terms, tokens, vectors, factor, scratch):
         least = where(edge < least, edge, least)
         most = where(edge > most, edge, most)
         farthest = larger_magnitude(l, farthest)
-        check = _checked(way, check, a, l, w)
+        check = _checked(way, terms.trust_region, check, a, l, w)
         log_ratio = plus_in(way, log_ratio, log_rho)
 
         rho = _ratio(way, log_rho, tokens.old_logps)
@@ -128,12 +132,15 @@ def _run(way, terms, tokens, vectors, factor, scratch):
         clipped = count_clipped(way, terms.surrogate, rho, a, clipped)
         kl, penalty_slope = _add_penalty(way, terms.kl, terms.weighting, rho, l, kl)
 
-        term = surrogate_term(way, terms.surrogate, _ratio_that_matters(way, rho, a), a, zero_where(absent, logp))
-        value = weighted_in(way, w, term.value)
+        logp = zero_where(absent, logp)
+        beyond = _excess(terms.trust_region, rho, a, logp, tokens.old_logps, absent, v)
+        clipped = _count_dropped(beyond, clipped)
+        term = surrogate_term(way, terms.surrogate, _ratio_that_matters(way, rho, a), a, logp)
+        value = zero_beyond(beyond, weighted_in(way, w, term.value))
         policy += value
         if lanes(scratch.vectors) > 8:  # see `_policy_sum`
             store(scratch.vectors, (_POLICY + v) * lanes(scratch.vectors), value)
-        gradient = factor * weighted_in(way, w, term.slope)
+        gradient = factor * zero_beyond(beyond, weighted_in(way, w, term.slope))
         gradient = _less_penalty(way, terms.kl, factor, gradient, penalty_slope)
         store_gradient(tokens.grad, v, zero_where(absent, gradient))
         v += 1
@@ -143,10 +150,13 @@ def _run(way, terms, tokens, vectors, factor, scratch):
 
 
 @inlined_by_type
-def _checked(way, check, a, l, w):
-    if way.instance_class is not Careful:
-        return lambda way, check, a, l, w: check
-    return lambda way, check, a, l, w: plus_if_given(check + a + l, w)
+def _checked(way, trust_region, check, a, l, w):
+    """``check`` with what no sum might show to be infinite or NaN: in the careful way, or because it is dropped."""
+    if way.instance_class is Careful:
+        return lambda way, trust_region, check, a, l, w: plus_if_given(check + a + l, w)
+    if trust_region is types.none:
+        return lambda way, trust_region, check, a, l, w: check
+    return lambda way, trust_region, check, a, l, w: plus_if_given(check + a, w)
 
 
 @inlined
@@ -163,6 +173,19 @@ def _ratio_that_matters(way, rho, a):
     if way.instance_class is Careful:
         return lambda way, rho, a: where(a == 0.0, full_like(rho, 1.0), rho)
     return lambda way, rho, a: rho
+
+
+@inlined_or_none
+def _excess(trust_region, rho, a, logp, old_logps, absent, v):
+    """`excess` of vector number ``v``; None without a trust region."""
+    return excess(trust_region, rho, a, logp, zero_where(absent, load_old(logp, old_logps, v)))
+
+
+@inlined
+def _count_dropped(beyond, clipped):
+    if beyond is None:
+        return clipped
+    return Clipped(clipped.low, clipped.high, clipped.hard, tally(clipped.dropped, beyond > 0.0))
 
 
 @inlined
@@ -184,7 +207,7 @@ def _less_penalty(way, kl, factor, gradient, slope):
 
 # --- a block ----------------------------------------------------------------------------------------------------------
 class _BlockLanes(NamedTuple):
-    """Of a block, in lanes: sums in float64; Σ A + l + w of runs computed in the careful way; extremes; counts."""
+    """Of a block, in lanes: sums in float64; those of what was checked; extremes; counts."""
 
     sums: Sums
     check: Any
@@ -199,7 +222,7 @@ def _empty_block(zero):
     zeros = bits(zero)
     sums = Sums(none, none, none, none, none)
     infinity = full_like(zero, np.inf)
-    return _BlockLanes(sums, zero, infinity, -infinity, Clipped(zeros, zeros, zeros))
+    return _BlockLanes(sums, zero, infinity, -infinity, Clipped(zeros, zeros, zeros, zeros))
 
 
 @inlined
@@ -221,6 +244,7 @@ def _plus_run(block, run, policy):
             block.clipped.low + run.clipped.low,
             block.clipped.high + run.clipped.high,
             block.clipped.hard + run.clipped.hard,
+            block.clipped.dropped + run.clipped.dropped,
         ),
     )
 
@@ -265,7 +289,7 @@ def _largest_log(run):
 @inlined
 def _is_sound(run, policy):
     """Whether nothing in a run is infinite or NaN: one of these sums would be, by a number read or by one computed."""
-    return is_finite(policy + wide(run.kl) + wide(run.log_ratio))
+    return is_finite(policy + wide(run.kl) + wide(run.log_ratio) + wide(run.check))
 
 
 @subroutine(allocates=False)
@@ -318,10 +342,15 @@ def token_block(batch, terms, factor, sequence, start, stop, scratch):
         ratio_squared=lane_sum(block.sums.ratio_squared),
         log_ratio=lane_sum(block.sums.log_ratio),
     )
-    low, high, hard = block.clipped
+    low, high, hard, dropped = block.clipped
     return Contribution(
         sums,
-        Clipped(np.int64(lane_sum(low)), np.int64(lane_sum(high)), np.int64(lane_sum(hard))),
+        Clipped(
+            np.int64(lane_sum(low)),
+            np.int64(lane_sum(high)),
+            np.int64(lane_sum(hard)),
+            np.int64(lane_sum(dropped)),
+        ),
         not np.isfinite(sums.log_ratio + lane_sum(block.check)),
         np.float64(scratch.vectors[0]),
         np.float64(scratch.vectors[1]),
@@ -389,6 +418,7 @@ def token_level(
     advantages_per_token,
     weights_per_token,
     surrogate,
+    trust_region,
     kl,
     weighting,
     denominator,
@@ -418,5 +448,5 @@ def token_level(
         advantages_per_token,
         weights_per_token,
     )
-    terms = LossTerms(surrogate, kl, weighting, denominator, mean_within)
+    terms = LossTerms(surrogate, trust_region, kl, weighting, denominator, mean_within)
     return run(_task, (batch, terms, spans, ranges, limit, accumulators), room)

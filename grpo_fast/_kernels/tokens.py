@@ -30,6 +30,7 @@ class LossTerms(NamedTuple):
     """What is computed of them: the terms of the loss, and how they are weighed."""
 
     surrogate: Any
+    trust_region: Any  # or None
     kl: Any  # or None
     weighting: Any  # of the KL term: one of `formulas.WEIGHTINGS`
     denominator: float  # NaN without a gradient: nothing else depends on it here

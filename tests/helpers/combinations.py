@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from grpo_fast import CISPO, K1, K2, K3, SAPO, Clip
+from grpo_fast import CISPO, K1, K2, K3, SAPO, TV, Band, BinaryKL, Clip, Unclipped
 
 F8, F4 = np.float64, np.float32
 LEVELS = TOKEN, SEQ = "token", "sequence"
@@ -62,9 +62,23 @@ COMBINATIONS = [Row(*values) for values in [
 ]]
 # fmt: on
 
+BAND = Band(0.5, 1.6)
+#: A trust region, and with what it is tried: every region at every level it knows, with every surrogate once.
+REGIONS = [
+    (TV(0.1, 0.05), Row(Unclipped(), K3(0.3), TOKEN, F8, "holes", SEQ, None, SEQ_MEAN, None, False, True)),
+    (TV(0.1), Row(Clip(0.1, 0.3, 1.8), None, TOKEN, F4, "padded", TOKEN, SEQ, SUM, 3.7, False, "array")),
+    (BinaryKL(0.02, 0.01), Row(Unclipped(), None, TOKEN, F8, "packed", TOKEN, TOKEN, MEAN, None, False, True)),
+    (BinaryKL(0.03), Row(SAPO(), K1(0.3, False), TOKEN, F4, "plain", SEQ, None, MEAN, 3.7, False, "array")),
+    (BAND, Row(CISPO(1.2, 0.8), K3(0.3, False), TOKEN, F8, "padded", SEQ, SEQ, MEAN, None, False, "array")),
+    (BAND, Row(Unclipped(), K1(0.3), SEQ, F8, "holes", TOKEN, TOKEN, SUM, None, False, True)),
+    (BAND, Row(CISPO(1.2, 0.8), None, SEQ, F4, "packed", SEQ, None, SEQ_MEAN, 3.7, False, True)),
+    (BAND, Row(Clip(), K3(0.3), SEQ, F8, "padded", TOKEN, SEQ, MEAN, None, False, False)),
+    (None, Row(Unclipped(), K3(0.3), SEQ, F4, "padded", SEQ, SEQ, SUM, None, False, True)),
+]
+
 
 # --- the data ---------------------------------------------------------------------------------------------------------
-BOUNDS = np.array([1 - 0.2, 1 + 0.2, 1 - 0.1, 1 + 0.3, 1.8, 0.8, 1.2])
+BOUNDS = np.array([1 - 0.2, 1 + 0.2, 1 - 0.1, 1 + 0.3, 1.8, 0.8, 1.2, BAND.ratio_min, BAND.ratio_max])
 
 
 def batch(row, lengths, drift=0.5, ref_drift=0.5, seed=0, said=True):
