@@ -56,8 +56,8 @@ class _PartLowering(NativeLowering):  # type: ignore[misc]
         state.library = _PartLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
         state.flags.no_compile = True
         super().run_pass(state)
-        # Numba finds a function by what Python would call, which has to be a built-in one, and another for each. Called,
-        # this one raises a KeyError. (Nor has a part an environment of its own, which only objects of Python would need.)
+        # Numba finds a function by what Python would call: a built-in one, another for each. Called, this one raises a
+        # KeyError. (Nor has a part an environment of its own, which only objects of Python would need.)
         handle: Any = {}.__getitem__
         state.targetctx.insert_user_function(handle, state["cr"].fndesc, [state.library])
         state["cr"] = state["cr"]._replace(cfunc=handle)
