@@ -120,6 +120,7 @@ class Stats(Additive):
             clipped=Clipped(totals.clipped_low, totals.clipped_high, totals.clipped_hard, totals.dropped),
             least_ratio=totals.least_ratio,
             largest_ratio=totals.largest_ratio,
+            _totals=totals._replace(limbs=None),
         )
         return self.__dict__[name]
 

@@ -1,7 +1,8 @@
-"""`grpo_loss` for PyTorch: the same function of tensors, as an operator that autograd and torch.compile know.
+"""`grpo_loss` for PyTorch: the same function of tensors, which autograd and torch.compile know.
 
-First the function, then the operator behind it, of which a schema takes tensors, strings and numbers; last, what goes
-in and out of it: options as a kind and its numbers, tensors as arrays, `Stats` as bytes.
+First the function, and what it is when it is called, an `autograd.Function`; then what it is in a graph, an operator,
+of which a schema takes tensors, strings and numbers; last, what goes in and out of that: options as a kind and its
+numbers, tensors as arrays, `Stats` as bytes.
 """
 
 import inspect

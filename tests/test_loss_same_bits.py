@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from interpreter import someone_else_computes
 from samples import DTYPES
 
-from grpo_fast import CISPO, K2, K3, SAPO, Clip, grpo_loss
+from grpo_fast import CISPO, K2, K3, SAPO, Clip, grpo_loss, reference
 from grpo_fast._kernels.tokens import Batch
 from grpo_fast.loss import _ranges
 
@@ -150,6 +150,58 @@ def test_the_way_of_a_run_does_not_show(masked, case, dtype):
         gradients.append(np.delete(gradient, np.s_[::50]))
     for gradient in gradients[1:]:
         assert np.array_equal(gradient, gradients[0])
+
+
+@every_dtype
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_no_sum_depends_on_what_is_not_in_it(level, dtype):
+    # One policy term overflows, or its sum; one l is far beyond what the far way takes. Neither is seen in other sums.
+    n = 300
+    rng = np.random.default_rng(4)
+    old = rng.uniform(-3, 0, n)
+    logps, ref = (old + rng.normal(0, 0.2, (2, n))).astype(dtype)
+    old, A = old.astype(dtype), rng.normal(size=n).astype(dtype)
+    old[0] = logps[0] - dtype(0.25)
+    options = {"importance_sampling_level": level, "aggregation": "token-sum"}
+    huge = A.copy()
+    huge[0] = np.finfo(dtype).max * dtype(0.9)
+    found = [
+        grpo_loss(logps, old, a, ref, surrogate=Clip(epsilon), kl=K3(0.1), **options).stats.sums
+        for a, epsilon in ((A, 0.1), (huge, 0.1), (huge, 0.5))
+    ]
+    for sums in found[1:]:
+        assert sums._replace(surrogate=None) == found[0]._replace(surrogate=None)
+    ref[3] -= 60
+    with_, without = (grpo_loss(logps, old, A, ref, kl=kl, **options).stats.sums for kl in (K3(0.1), None))
+    if level == "sequence":
+        assert with_._replace(kl=None) == without._replace(kl=None)
+
+
+@every_dtype
+@pytest.mark.parametrize("surrogate", [Clip(0.2, math.inf), CISPO(math.inf), SAPO()], ids=str)
+def test_an_infinite_ratio_of_a_sequence(surrogate, dtype):
+    for a in (1.0, -1.0):
+        arrays = [np.array(x, dtype) for x in ([0.0, 0.0], [-2000.0, -2000.0], [a])]
+        found = grpo_loss(*arrays, surrogate=surrogate, importance_sampling_level="sequence", grad=True)
+        expected = reference.grpo_loss(*arrays, surrogate=surrogate, importance_sampling_level="sequence", grad=True)
+        assert str((found.loss, found.grad.tolist())) == str((expected.loss, expected.grad.tolist()))
+
+
+def test_ratios_that_float32_cannot_add():
+    logps, old = np.full(32, -1.0, np.float32), np.full(32, -1.0, np.float32)
+    logps[[0, 16]] = -2e38
+    for level in ("token", "sequence"):
+        stats = grpo_loss(logps, old, [1.0], importance_sampling_level=level).stats
+        assert stats.approx_kl == pytest.approx(4e38 / 32, rel=1e-6)
+
+
+@every_dtype
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_factor_beyond_the_format_is_no_nan_where_the_slope_is_0(level, dtype):
+    tiny = float(np.finfo(dtype).tiny) / 16
+    options = {"importance_sampling_level": level, "normalizer": tiny, "aggregation": "token-sum", "grad": True}
+    result = grpo_loss(np.zeros(20, dtype), np.zeros(20, dtype), np.zeros(1, dtype), **options)
+    assert (result.loss, result.grad.any()) == (0, False)
 
 
 @every_dtype

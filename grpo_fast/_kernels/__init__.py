@@ -24,9 +24,9 @@ Sums are rounded within a block, always in the same order, and exact beyond it: 
 threads and, since a sequence begins its own blocks, in any batch. Where numbers leave the range in which a fast way is
 right, a run of tokens, or a block of samples, is computed again in the careful way.
 
-What is masked is 0 for all that follows (`runs.zero_where`), whatever it was. An illegal number elsewhere is not
-looked for in the fast ways: it makes a sum infinite or NaN, or leaves the range, the block is counted as suspect, and
-Python looks for the number and raises an error that names it.
+What is masked is 0 for all that follows (`runs.zero_where`), whatever it was. An illegal number elsewhere makes a sum
+infinite or NaN, or leaves the range in which the fast ways are right, so that the careful way, which adds up what it
+read, is taken; the block is counted as suspect, and Python looks for the number and raises an error that names it.
 
 How to add a surrogate, tests/README.md says. At sequence level it must be linear in A on either side of 0. (Clip and
 k3, times ρ or not, also stand in `samples` and `sweep_blocks`, for probabilities.)

@@ -42,7 +42,7 @@ def vectors_in_run(array, run_start, stop):
 # --- from loop to loop ------------------------------------------------------------------------------------------------
 @compiled
 def scratch_like(array, rows):
-    """A new scratch array of the dtype of ``array``, with so many rows of RUN vectors."""
+    """A new scratch array of the dtype of ``array``, with so many rows of RUN vectors; compiled, for tests call it."""
     return np.empty(rows * RUN * lanes(array), array.dtype)
 
 
@@ -81,6 +81,6 @@ def overflowed(array, in_float64):
     """Whether the sum of a run, added in the dtype of ``array`` and then widened, is to be added again in float64.
 
     Sixteen float32 terms may overflow though their mean is finite. The policy term does by its advantage or by ε, on
-    which no other sum may depend: so it alone is added again, and the others keep their bits.
+    which no other sum may depend: so it alone is added again.
     """
     return lanes(array) > 8 and not is_finite(in_float64)

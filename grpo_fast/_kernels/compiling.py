@@ -1,6 +1,7 @@
-"""How kernels are compiled, by decorators: `inlined` functions of inner loops, and `compiled` ones, which are called.
+"""How kernels are compiled, by decorators.
 
-An inlined function whose formula is picked by the types of its arguments is `inlined_by_type`.
+`inlined` functions are parts of inner loops, `subroutine` ones of kernels; `compiled` ones are called from Python. Of
+an inlined function, `inlined_by_type` picks the formula by the types of its arguments.
 """
 
 import functools
@@ -55,7 +56,8 @@ class _PartLowering(NativeLowering):  # type: ignore[misc]
         state.library = _PartLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
         state.flags.no_compile = True
         super().run_pass(state)
-        # What callers know it by has to be a built-in function of its own; called, it raises a KeyError.
+        # Numba finds a function by what Python would call: a built-in one, another for each. Called, this one raises a
+        # KeyError. (Nor has a part an environment of its own, which only objects of Python would need.)
         handle: Any = {}.__getitem__
         state.targetctx.insert_user_function(handle, state["cr"].fndesc, [state.library])
         state["cr"] = state["cr"]._replace(cfunc=handle)
@@ -122,23 +124,27 @@ def _nothing(*_: Any) -> None:
     return None
 
 
-def compiled(function: Any = None, *, parallel: bool = False, allocates: bool = True) -> Any:
-    """The decorator of every function that is called from Python or is too large to inline.
+def compiled(function: Any = None, *, parallel: bool = False) -> Any:
+    """The decorator of every function that is called from Python.
 
-    The machine code is made on the first call with new types, and kept on disk. A function that neither allocates
-    arrays nor calls one that does (``allocates=False``) is compiled without reference counts. Without a just-in-time
-    compiler (NUMBA_DISABLE_JIT) a call raises a RuntimeError.
+    The machine code is made on the first call with new types, and kept on disk. Without a just-in-time compiler
+    (NUMBA_DISABLE_JIT) a call raises a RuntimeError.
 
     To Python it must return numbers, arrays and plain tuples of them. For a NamedTuple, Numba calls its class, and if
     that raises, as Ctrl-C can make it, ends the process (Numba 0.68).
     """
     if function is None:
-        return functools.partial(compiled, parallel=parallel, allocates=allocates)
+        return functools.partial(compiled, parallel=parallel)
     if numba.config.DISABLE_JIT:
         return _raise_without_compiler
     # forceinline would be inherited from an inlined function that calls this one.
-    options = {"nogil": True, "error_model": "numpy", "parallel": parallel, "forceinline": False, "_nrt": allocates}
-    options["no_cfunc_wrapper"] = True
+    options = {
+        "nogil": True,
+        "error_model": "numpy",
+        "parallel": parallel,
+        "forceinline": False,
+        "no_cfunc_wrapper": True,
+    }
     dispatcher = numba.njit(**options)(function)
     dispatcher.compile = _safe_from_host(_with_threads_as_they_are(dispatcher.compile))
     # Called by the above for what is in no cache.

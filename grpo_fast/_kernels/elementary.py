@@ -436,7 +436,9 @@ def k3_of_near_log(d):
 
 @inlined
 def k3_of_any_log(d):
-    """eᵈ − 1 − d and eᵈ − 1 for any ``d``. Beyond ±60, of eᵈ and 1 + d one is less than half an ulp of the other.
+    """eᵈ − 1 − d and eᵈ − 1 for any ``d``; where `k3_of_log` holds for a run, up to `Layout.square_limit`, its bits.
+
+    Beyond ±60, of eᵈ and 1 + d one is less than half an ulp of the other.
 
     Largest error of k3_of_any_log(d).k3:
     float32: 1.9787 ulp at 0x1.847f3cp+3, of 4,278,190,080
@@ -445,10 +447,11 @@ def k3_of_any_log(d):
     float32: 1.3925 ulp at 0x1.106f2cp+4, of 4,278,190,080
     float64: 1.8925 ulp at 0x1.9dc3cfc71c335p-2, of 199,966,720
     """
-    clamped = where(d > 60.0, full_like(d, 60.0), where(d < -60.0, full_like(d, -60.0), d))
+    limit = max(60.0, layout(d).square_limit)
+    clamped = where(d > limit, full_like(d, limit), where(d < -limit, full_like(d, -limit), d))
     within = k3_of_log(clamped)
     power = exp_of_any(d)
     return LogRatioK3(
-        where(d > 60.0, power, where(d < -60.0, -1.0 - d, within.k3)),
-        where(d > 60.0, power, where(d < -60.0, full_like(d, -1.0), within.expm1)),
+        where(d > limit, power, where(d < -limit, -1.0 - d, within.k3)),
+        where(d > limit, power, where(d < -limit, full_like(d, -1.0), within.expm1)),
     )

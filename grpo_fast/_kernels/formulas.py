@@ -154,6 +154,13 @@ def near_holds(surrogate):
     return lambda surrogate: True
 
 
+@inlined_by_type
+def gradient_may_be_nan(surrogate):
+    """Whether a slope may be infinite though the policy term is finite: then ∞ − ∞ may be in the gradient."""
+    answer = surrogate.instance_class is SAPO
+    return lambda surrogate: answer
+
+
 # --- the trust region -------------------------------------------------------------------------------------------------
 @inlined_by_type
 def excess(trust_region, rho, a, logp, old):
@@ -247,8 +254,16 @@ class Weighted(NamedTuple):
     """k, times the token's ρ."""
 
 
-#: By ``importance_weighted``, what picks the formula.
+#: By ``importance_weighted``, what picks the formula when a kernel is compiled: asked for in a loop, a bool keeps LLVM
+#: from making the loop's constants before it.
 WEIGHTINGS = (Unweighted(), Weighted())
+
+
+@inlined_by_type
+def is_weighted(weighting):
+    """Whether ρ multiplies k."""
+    answer = weighting.instance_class is Weighted
+    return lambda weighting: answer
 
 
 @inlined_by_type

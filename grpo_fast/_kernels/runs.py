@@ -1,7 +1,8 @@
 """A run of tokens: where its vectors are read, masked, and their gradient written.
 
 Vectors of the ragged end of a block, and what is one for a whole sequence, are read from a scratch array: so the loop
-over a run has no branch, for which it would lose its constants from the registers.
+over a run has no branch, for which it would lose its constants from the registers. (Some of these functions return
+arrays that they were given: only callers compiled without reference counts, ``allocates=False``, may use them.)
 """
 
 from math import nan
@@ -61,15 +62,15 @@ class Scratch(NamedTuple):
 # for what a level needs.
 _LOGPS, _OLD, _REF, _GRAD, _ADVANTAGES, _WEIGHTS, _FIRST_OF_SEQUENCE = range(7)
 _OF_SEQUENCE = _FIRST_OF_SEQUENCE - _ADVANTAGES  # from a vector of the ragged end to that of the sequence
-FREE_VECTORS = _FIRST_OF_SEQUENCE + 2
+TAKEN_VECTORS = _FIRST_OF_SEQUENCE + 2
 # Bytes of the flags: those of the mask at the ragged end; as many ones.
 _RAGGED, _ONES = 0, WIDTH
 
 
 @subroutine
-def scratch_for(logps, rows):
+def scratch_for(logps, more):
     """New `Scratch` for blocks of a batch with these log-probabilities, as a plain tuple: with so many vectors more."""
-    vectors = np.empty((FREE_VECTORS + rows) * lanes(logps), logps.dtype)
+    vectors = np.empty((TAKEN_VECTORS + more) * lanes(logps), logps.dtype)
     return vectors, np.ones(2 * WIDTH, np.uint8)
 
 
@@ -81,12 +82,13 @@ def begin_block(batch, sequence, start, stop, scratch):
     _fill(batch.weights, batch.weights_per_token, sequence, vectors, _WEIGHTS + _OF_SEQUENCE)
     count = (stop - start) % lanes(vectors)
     if count > 0:
-        # Lanes beyond the end repeat the first token, so that they change no extreme, with A = 0.
+        # Lanes beyond the end hold one and the same log-probability of all policies, A = 0 and w = 0: so there log ρ, l
+        # and the policy term are 0, and ρ is 1 (`within_end`).
         i = stop - count
-        _copy(batch.logps, True, i, count, batch.logps[i], vectors, _LOGPS)
-        _copy_repeating(batch.old_logps, i, count, vectors, _OLD)
-        _copy_repeating(batch.ref_logps, i, count, vectors, _REF)
-        _copy_repeating(batch.grad, i, count, vectors, _GRAD)
+        logp = batch.logps[i]
+        _copy(batch.logps, True, i, count, logp, vectors, _LOGPS)
+        _copy(batch.old_logps, True, i, count, logp, vectors, _OLD)
+        _copy(batch.ref_logps, True, i, count, logp, vectors, _REF)
         _copy(batch.advantages, batch.advantages_per_token, i, count, 0.0, vectors, _ADVANTAGES)
         _copy(batch.weights, batch.weights_per_token, i, count, 0.0, vectors, _WEIGHTS)
         _copy_flags(batch.mask, i, count, scratch)
@@ -109,13 +111,6 @@ def _copy(array, per_token, i, count, fill, vectors, number):
         store(vectors, number * step, load_first(array, i, count, fill))
     else:
         store(vectors, number * step, load_first(vectors, (number + _OF_SEQUENCE) * step, count, fill))
-
-
-@inlined
-def _copy_repeating(array, i, count, vectors, number):
-    if array is None:
-        return
-    _copy(array, True, i, count, array[i], vectors, number)
 
 
 @inlined
@@ -182,6 +177,14 @@ def mask_or_ones(mask, i, stop, scratch):
 
 
 @inlined
+def fetch_gradient(grad, start, stop, scratch):
+    """Copy what stands in the gradient's place at the ragged end of a block into the scratch array."""
+    count = (stop - start) % lanes(grad)
+    if count > 0:
+        _copy(grad, True, stop - count, count, 0.0, scratch.vectors, _GRAD)
+
+
+@inlined
 def end_block(grad, start, stop, scratch):
     """Copy the gradient of the ragged end of a block to where it belongs, if there is a place for it."""
     if grad is not None:
@@ -191,9 +194,10 @@ def end_block(grad, start, stop, scratch):
 
 
 @inlined
-def within_end(x, i, stop):
-    """x of the vector of token number i, in lanes, and 0 in those beyond the end."""
-    return from_bits(bits(x) & ~beyond(x, stop - i))
+def within_end(x, i, stop, otherwise):
+    """x of the vector of token number i, in lanes, and ``otherwise`` in those beyond the end."""
+    rest = beyond(x, stop - i)
+    return from_bits((bits(x) & ~rest) | (bits(full_like(x, otherwise)) & rest))
 
 
 # --- a vector of tokens -----------------------------------------------------------------------------------------------

@@ -15,26 +15,34 @@ from .blocks import BLOCK, RUN, block_count, share
 from .compiling import compiled, inlined, inlined_or_none, subroutine
 from .elementary import exp_of_any
 from .float_mode import begin_ordinary_floats, end_ordinary_floats
-from .formulas import PolicyTerm, count_clipped, excess, kl_term, linear_factor, passes_through_ratio, surrogate_term
+from .formulas import (
+    PolicyTerm,
+    count_clipped,
+    excess,
+    is_weighted,
+    kl_term,
+    linear_factor,
+    passes_through_ratio,
+    surrogate_term,
+)
 from .runs import (
     Scratch,
     absent_lanes,
     begin_block,
     end_block,
+    fetch_gradient,
     larger_magnitude,
     load_distance,
     load_log_ratio,
     load_vector,
     load_weights,
     mask_of,
-    mask_or_ones,
     one_nan,
     plus_if_given,
     prefetch_vector,
     scratch_for,
     store_gradient,
     tokens_from,
-    within_end,
     zero_beyond,
     zero_where,
 )
@@ -43,12 +51,12 @@ from .simd import (
     bits,
     full,
     full_like,
-    is_finite,
     lane_max,
     lane_min,
     lane_sum,
     lanes,
     load,
+    store,
     tally,
     where,
     wide,
@@ -90,7 +98,8 @@ class _RunLanes(NamedTuple):
 def _collect_run(way, terms, tokens, vectors, like):
     """The `_RunLanes` of so many vectors, in one of the `ways`; leaves ∂k/∂l in the gradient's place."""
     zero = full(like, 0.0)
-    log_ratio = k = positive = negative = zero_in(way, zero)
+    k = zero_in(way, zero)
+    log_ratio = positive = negative = wide(zero)  # on which, as on ρ, neither the way nor the KL term may have a say
     check = farthest = zero
     positive_count = negative_count = bits(zero)
     v = 0
@@ -104,10 +113,10 @@ def _collect_run(way, terms, tokens, vectors, like):
         a = zero_where(absent, load_vector(tokens.advantages, v))
         w = load_weights(tokens.weights, absent, v)
         weighted = weighted_in(CAREFUL, w, linear_factor(terms.surrogate, a, zero_where(absent, logp)))
-        log_ratio = plus_in(way, log_ratio, zero_where(absent, load_log_ratio(logp, tokens.old_logps, v)))
+        log_ratio += wide(zero_where(absent, load_log_ratio(logp, tokens.old_logps, v)))
         k = plus_in(way, k, _collect_kl(way, terms.kl, tokens.grad, l, v))
-        positive = plus_in(way, positive, where(a > 0.0, weighted, zero))
-        negative = plus_in(way, negative, where(a < 0.0, weighted, zero))
+        positive += wide(where(a > 0.0, weighted, zero))
+        negative += wide(where(a < 0.0, weighted, zero))
         positive_count = tally(positive_count, a > 0.0)
         negative_count = tally(negative_count, a < 0.0)
         farthest = larger_magnitude(l, farthest)
@@ -129,34 +138,17 @@ def _collect_kl(way, kl, grad, l, v):
 
 
 @inlined
-def _plus_run(block, run, weighted_of):
-    """The `_RunLanes` of a block, sums in float64, with those of a run; Σ w·`linear_factor` from ``weighted_of``."""
+def _plus_run(block, run):
+    """The `_RunLanes` of a block, sums in float64, with those of a run."""
     return _RunLanes(
-        block.log_ratio + wide(run.log_ratio),
+        block.log_ratio + run.log_ratio,
         block.k + wide(run.k),
-        block.positive + wide(weighted_of.positive),
-        block.negative + wide(weighted_of.negative),
+        block.positive + run.positive,
+        block.negative + run.negative,
         block.positive_count + run.positive_count,
         block.negative_count + run.negative_count,
         block.check + run.check,
         block.farthest,
-    )
-
-
-@inlined
-def _without_rest(run, i, stop):
-    """The `_RunLanes` of the ragged end of a block, from token number i on, without what stands beyond it."""
-    if stop - i >= lanes(run.check):
-        return run
-    return _RunLanes(
-        within_end(run.log_ratio, i, stop),
-        within_end(run.k, i, stop),
-        run.positive,  # 0 there, as A is
-        run.negative,
-        run.positive_count,
-        run.negative_count,
-        run.check,
-        run.farthest,
     )
 
 
@@ -179,24 +171,20 @@ def collect_block(batch, terms, sequence, start, stop, scratch, collected):
         while near and i < stop:
             vectors = max(min(RUN, (stop - i) // step), 1)
             tokens = tokens_from(batch, mask_of(batch.mask, i, stop, scratch), i, stop, scratch)
-            run = _without_rest(_collect_run(NEAR, terms, tokens, vectors, like), i, stop)
-            near = near_enough(run.farthest) and is_finite(run.positive + run.negative)
+            run = _collect_run(NEAR, terms, tokens, vectors, like)
+            near = near_enough(run.farthest)
             if near:
-                block = _plus_run(block, run, run)
+                block = _plus_run(block, run)
                 i += vectors * step
         while not near and i < stop:
             vectors = max(min(RUN, (stop - i) // step), 1)
             tokens = tokens_from(batch, mask_of(batch.mask, i, stop, scratch), i, stop, scratch)
-            run = _without_rest(_collect_run(FAR, terms, tokens, vectors, like), i, stop)
+            run = _collect_run(FAR, terms, tokens, vectors, like)
             near = near_enough(run.farthest)
-            is_far = far_enough(run.farthest)
-            if is_far and is_finite(run.positive + run.negative):
-                block = _plus_run(block, run, run)
+            if far_enough(run.farthest):
+                block = _plus_run(block, run)
             else:
-                tokens = tokens_from(batch, mask_or_ones(batch.mask, i, stop, scratch), i, stop, scratch)
-                careful = _collect_run(CAREFUL, terms, tokens, vectors, like)
-                # Σ k must not depend on A, whose sum overflowed.
-                block = _plus_run(block, run, careful) if is_far else _plus_run(block, careful, careful)
+                block = _plus_run(block, _collect_run(CAREFUL, terms, tokens, vectors, like))
             i += vectors * step
     if terms.kl is not None:
         end_block(batch.grad, start, stop, scratch)
@@ -264,11 +252,11 @@ class _KLOfSequence(NamedTuple):
 
 
 @inlined
-def _kl_of_sequence(kl, k, ratio):
+def _kl_of_sequence(kl, weighting, k, ratio):
     """The KL term's sum and derivatives, of Σ k and ρ."""
     if kl is None:
         return _KLOfSequence(0.0, 0.0, 0.0)
-    if kl.importance_weighted:
+    if is_weighted(weighting):
         value = _scalar_product(ratio, k)
         return _KLOfSequence(value, _scalar_product(kl.beta, value), _scalar_product(kl.beta, ratio))
     return _KLOfSequence(k, 0.0, kl.beta)
@@ -290,7 +278,7 @@ def _total_of(collected):
 
 
 @subroutine
-def conclude(batch, terms, tokens, collected, accumulators, task):
+def conclude(batch, terms, tokens, collected, accumulators, task, scratch):
     """Add a sequence of so many tokens to the task's accumulator, and return its `GradientCoefficients`, a plain tuple.
 
     Both are made of what was ``collected`` from its blocks, of which the first record is written to.
@@ -300,14 +288,14 @@ def conclude(batch, terms, tokens, collected, accumulators, task):
     one = full(batch.logps, 1.0)
     rho = exp_of_any(full_like(one, total.log_ratio / tokens))
     ratio = np.float64(lane_max(rho))
-    signs = np.zeros(lanes(batch.logps), batch.logps.dtype)
-    signs[0], signs[1] = 1.0, -1.0
-    a = load(signs, 0)
+    store(scratch.vectors, 0, one - one)
+    scratch.vectors[0], scratch.vectors[1] = 1.0, -1.0
+    a = load(scratch.vectors, 0)
     # A Band alone, which is of ρ, is a trust region at this level.
     beyond = _excess(terms.trust_region, rho, a, one)
-    term = surrogate_term(CAREFUL, terms.surrogate, rho, a, one)
+    term = surrogate_term(CAREFUL, terms.surrogate, where(a == 0.0, one, rho), a, one)
     term = PolicyTerm(zero_beyond(beyond, term.value), zero_beyond(beyond, term.slope))
-    kl = _kl_of_sequence(terms.kl, total.k, ratio)
+    kl = _kl_of_sequence(terms.kl, terms.weighting, total.k, ratio)
 
     none = bits(one - one)
     positive_count, negative_count = full_like(none, total.positive_count), full_like(none, total.negative_count)
@@ -346,6 +334,7 @@ def spread(grad, batch, terms, coefficients, sequence, start, stop, scratch):
     if grad is None:
         return
     begin_block(batch, sequence, start, stop, scratch)
+    fetch_gradient(grad, start, stop, scratch)
     step = lanes(scratch.vectors)
     whole = (stop - start) // step
     end = start + whole * step
@@ -380,6 +369,7 @@ def _spread_run(terms, tokens, vectors, coefficients, like):
 @subroutine
 def _task(task, batch, terms, ranges, limit, accumulators):
     scratch = Scratch(*scratch_for(batch.logps, 0))
+    blocks = np.empty(block_count(min(limit, len(batch.logps))), COLLECTED)  # before the host's mode is another
     host_mode = begin_ordinary_floats()
     for r in range(task, len(ranges), len(accumulators)):
         for sequence in range(ranges[r, 0], ranges[r, 1]):
@@ -387,9 +377,11 @@ def _task(task, batch, terms, ranges, limit, accumulators):
             if last - first <= limit:
                 extent = begin_sequence(batch.mask, batch.grad, first, last, accumulators[task])
                 if extent.tokens > 0:
-                    collected = np.empty(block_count(extent.stop - extent.start), COLLECTED)
+                    collected = blocks[: block_count(extent.stop - extent.start)]
                     collect(batch, terms, sequence, extent.start, extent.stop, scratch, collected)
-                    constant, kl_slope, weighted = conclude(batch, terms, extent.tokens, collected, accumulators, task)
+                    constant, kl_slope, weighted = conclude(
+                        batch, terms, extent.tokens, collected, accumulators, task, scratch
+                    )
                     coefficients = GradientCoefficients(constant, kl_slope, weighted)
                     spread(batch.grad, batch, terms, coefficients, sequence, extent.start, extent.stop, scratch)
     end_ordinary_floats(host_mode)
@@ -461,8 +453,9 @@ def collect_long(batch, terms, sequence, extent, collected, tasks, room):
 @compiled
 def conclude_long(batch, terms, tokens, collected, accumulators):
     """As `conclude`, for the first of the accumulators and a caller in Python."""
+    scratch = Scratch(*scratch_for(batch.logps, 0))
     host_mode = begin_ordinary_floats()
-    coefficients = conclude(batch, terms, tokens, collected, accumulators, 0)
+    coefficients = conclude(batch, terms, tokens, collected, accumulators, 0, scratch)
     end_ordinary_floats(host_mode)
     return coefficients
 

@@ -129,7 +129,9 @@ def merged(accumulators: np.ndarray, mean_within: bool = False) -> Totals:
 
     With ``mean_within``, there is a numerator.
     """
-    return Totals(accumulators, *_merge(accumulators, mean_within))
+    found = _merge(accumulators, mean_within)
+    # Of many tasks' only the first: who keeps Stats keeps their limbs.
+    return Totals(accumulators if len(accumulators) == 1 else accumulators[:1].copy(), *found)
 
 
 @compiled

@@ -32,7 +32,7 @@ def perform(entry: Any, arguments: tuple[Any, ...], tasks: int) -> None:
     failed = np.zeros(tasks, np.int64)
     _on_threads(address, room, failed)
     if failed.any():
-        raise MemoryError("there was no memory for a thread's scratch arrays")
+        raise MemoryError("there was no memory for a thread's own arrays")
 
 
 @inlined
@@ -48,7 +48,7 @@ def run(kernel, arguments, room):
 def _handed_over(typingctx, kernel, arguments, room):
     """Write the arguments into the room; return the address of a function of a task's number and the room's address.
 
-    It is a function as Numba makes them, in the module of the one in which this stands.
+    It is a function as Numba makes them, part of the entry, and lives as long as that.
     """
     signature = kernel.get_call_type(typingctx, (types.intp, *arguments.types), {})
 

@@ -3,13 +3,14 @@
 ========  ==================================================  ==========================================
 way       right for |log ρ| and |l| up to                     because
 ========  ==================================================  ==========================================
-NEAR      ½ ln 2 (`NEAR_LOG`)                                 e^d has no power of two to take out
-FAR       350 in float64, 42 in float32 (`square_limit`)      nothing overflows, vanishes or is infinite
-CAREFUL   any number                                          0·∞ = 0, and sums are in float64
+NEAR      ½ ln 2 (`NEAR_LOG`), if `formulas.near_holds`       e^d has no power of two to take out
+FAR       350 in float64, 42 in float32 (`square_limit`)      of ρ and k nothing overflows or vanishes
+CAREFUL   any number                                          0·∞ = 0; sums of ρ and k are in float64
 ========  ==================================================  ==========================================
 
-Where near is right, far gives the same bits: which of them computes a run is a matter of time alone. (Careful may give
-others; but the log-ratios of a run, which lies where its sequence has it, decide for it.)
+Where near is right, far gives the same bits, and where far is right, careful gives the same terms and gradient: which
+of them computes a run is a matter of time. Only sums of float32 numbers differ in the careful way; for these the
+log-ratios of a run decide, which lies where its sequence has it, and nothing else (`token_level.token_block`).
 
 A way is a value without fields, whose class picks the formula when a kernel is compiled, as that of an option does.
 """
