@@ -247,7 +247,7 @@ def kept(
             moved = np.exp(logp) - np.exp(old)
             dropped = ((A > 0) & (moved > delta)) | ((A < 0) & (moved < -delta_low))
         case BinaryKL(delta, delta_low):
-            other, other_old = -np.expm1(logp), -np.expm1(old)
+            other, other_old = 0 - np.expm1(logp), 0 - np.expm1(old)  # never −0, whose reciprocal is −∞
             divergence = np.exp(old) * (old - logp) + times(other_old, np.log(other_old / other))
             up, down = (A > 0) & (logp > old), (A < 0) & (logp < old)
             dropped = (up & (divergence > delta)) | (down & (divergence > delta_low))

@@ -8,6 +8,7 @@ prints as it is called, with as little as makes it again: ``K3(beta=0.04)``.
 Notation, per token: ρ = π_θ/π_old (for a whole sequence at sequence level), A the advantage, l = log π_θ − log π_ref.
 """
 
+import inspect
 import math
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias, TypeVar, get_args
 
@@ -54,11 +55,12 @@ class _Option(tuple[Any, ...]):
         return hash((type(self), super().__hash__()))
 
     def __repr__(self) -> str:
-        # The first field, and those others that are not what they are when left out.
+        # Fields without a default, the first one, and others that are not what they are when left out.
         fields: Any = dict(zip(self._fields, self, strict=True))  # type: ignore[attr-defined]  # of NamedTuples
-        shown: dict[str, Any] = {}
+        parameters = inspect.signature(type(self)).parameters
+        shown = {name: x for name, x in fields.items() if parameters[name].default is inspect.Parameter.empty}
         for name, value in fields.items():
-            if not shown or getattr(type(self)(**shown), name) != value:
+            if not shown or (name not in shown and getattr(type(self)(**shown), name) != value):
                 shown[name] = value
         return f"{type(self).__name__}({', '.join(f'{name}={_literal(value)}' for name, value in shown.items())})"
 

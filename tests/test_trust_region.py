@@ -76,8 +76,8 @@ def test_is_what_autograd_makes_of_a_detached_mask(surrogate, trust_region, leve
         case CISPO():
             s = ratio.clamp(0, 1.2).detach() * advantage * logp
         case _:
-            s = 4 / torch.where(advantage > 0, 1.0, 1.05)
-            s = s * torch.sigmoid(torch.where(advantage > 0, 1.0, 1.05) * (ratio - 1)) * advantage
+            tau = torch.where(advantage > 0, torch.tensor(1.0, dtype=torch.float64), 1.05)
+            s = 4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantage
     new, was = logp.detach().exp(), before.exp()
     match trust_region:
         case TV(up, down):
@@ -209,7 +209,7 @@ def test_what_is_dropped_is_checked_too(name, bad, dtype):
 
 # --- what is the same, and what is refused ----------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("trust_region", "level"), [(TV(0.1), TOKEN), (BAND, SEQ)], ids=["TV", "Band"])
+@pytest.mark.parametrize(("trust_region", "level"), [(TV(0.1), TOKEN), (Band(0.99, 1.01), SEQ)], ids=["TV", "Band"])
 def test_a_sequence_adds_the_same_bits_anywhere(trust_region, level, dtype):
     rng = np.random.default_rng(1)
     lengths = [5, 700, 1, 129, 4100]

@@ -187,7 +187,7 @@ def excess(trust_region, rho, a, logp, old):
         def beyond(trust_region, rho, a, logp, old):
             logp, old = _at_most_0(logp), _at_most_0(old)
             zero, none = full_like(rho, 0.0), full_like(rho, -1.0)
-            other, other_old = -k3_of_any_log(logp).expm1, -k3_of_any_log(old).expm1
+            other, other_old = zero - k3_of_any_log(logp).expm1, zero - k3_of_any_log(old).expm1
             rest = where(other_old == 0.0, zero, other_old * log_of_any(other_old / other))
             divergence = exp_of_any(old) * (old - logp) + rest
             rises, falls = where(logp > old, divergence, none), where(logp < old, divergence, none)
