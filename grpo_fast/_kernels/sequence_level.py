@@ -298,7 +298,11 @@ def conclude(batch, terms, tokens, collected, accumulators, task, scratch):
         through_ratio += _policy_sum(term.slope, total)
     else:
         direct = np.float64(lane_max(term.slope))
-    return -factor * (through_ratio / tokens), factor * kl.slope_factor, -factor * direct
+    return (
+        -_scalar_product(factor, through_ratio / tokens),
+        _scalar_product(factor, kl.slope_factor),
+        -_scalar_product(factor, direct),
+    )
 
 
 # --- spread -----------------------------------------------------------------------------------------------------------

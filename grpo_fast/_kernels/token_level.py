@@ -319,8 +319,8 @@ def token_block(batch, terms, factor, sequence, start, stop, scratch):
             if is_far and is_finite_factor and _is_sound(run, policy):
                 block = _plus_run(block, run, policy, run.check)
             else:
-                tokens = tokens_from(batch, mask_or_ones(batch.mask, i, stop, scratch), i, stop, scratch)
-                careful = _run(CAREFUL, terms, tokens, vectors, factor, scratch)
+                masked = tokens_from(batch, mask_or_ones(batch.mask, i, stop, scratch), i, stop, scratch)
+                careful = _run(CAREFUL, terms, masked, vectors, factor, scratch)
                 policy = _policy_sum(careful.policy, vectors, scratch)
                 if is_far:  # then the policy term alone may need it, on which no other sum may depend
                     block = _plus_run(block, run, policy, careful.check)
