@@ -130,6 +130,7 @@ def loss(results: Results) -> Iterator[str]:
         cases = [
             (row["n"], row["kind"], row["dtype"], level) for row in results.all(work="loss", level=level, peer=OURS)
         ]
+        cases.sort(key=lambda case: case[0])
         head = [f"tokens, {level} level", "grad=True", "grad=array", *peers, "of the roof"]
         yield from steady_table(head, (row(*case) for case in cases))
 

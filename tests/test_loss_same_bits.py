@@ -184,7 +184,8 @@ def test_an_infinite_ratio_of_a_sequence(surrogate, dtype):
         arrays = [np.array(x, dtype) for x in ([0.0, 0.0], [-2000.0, -2000.0], [a])]
         found = grpo_loss(*arrays, surrogate=surrogate, importance_sampling_level="sequence", grad=True)
         expected = reference.grpo_loss(*arrays, surrogate=surrogate, importance_sampling_level="sequence", grad=True)
-        assert str((found.loss, found.grad.tolist())) == str((expected.loss, expected.grad.tolist()))
+        assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+        assert str(found.grad.tolist()) == str(expected.grad.tolist())
 
 
 def test_ratios_that_float32_cannot_add():
