@@ -122,6 +122,7 @@ def test_diagnostics_by_hand():
         "clip_ratio_region": 3 / 8,
         "clip_ratio_delta": 1 / 8,
         "cispo_clip_ratio": math.nan,
+        "trust_region_ratio": math.nan,
         "ratio_mean": 14 / 8,
         "ratio_min": 0.5,
         "ratio_max": 4.0,
@@ -138,7 +139,7 @@ def test_diagnostics_by_hand():
     cispo = grpo_loss(np.log(ratios), np.zeros(8), A, surrogate=CISPO(1.2)).stats
     assert cispo["cispo_clip_ratio"] == 2 / 8
     assert {name for name, value in cispo.items() if math.isnan(value)} == {
-        "kl", "clip_ratio_low", "clip_ratio_high", "clip_ratio_region", "clip_ratio_delta"
+        "kl", "clip_ratio_low", "clip_ratio_high", "clip_ratio_region", "clip_ratio_delta", "trust_region_ratio"
     }  # fmt: skip
 
 
