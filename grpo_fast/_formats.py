@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 from ._kernels.blocks import BLOCK
-from ._others import encrypted_as_plain, refusal
+from ._other_formats import encrypted_as_plain, refusal
 from ._paths import printable
 
 try:
