@@ -151,10 +151,52 @@ def test_nobody_is_told_where_there_is_nobody(stderr, monkeypatch):
     assert kernel()(1) == 2
 
 
-def test_who_watches_tells(terminal):
-    with notices.watched_by(lambda _: None):
+@pytest.mark.parametrize("context", [lambda: notices.watched_by(lambda _: None), notices.untold])
+def test_who_watches_tells(context, terminal):
+    with context():
         kernel()(1)
     assert terminal.getvalue() == ""
+    kernel()(1)
+    assert terminal.getvalue() == notices._LINE + "\n"
+
+
+def test_a_worker_tells_nobody(terminal):
+    notices.never_tell()
+    kernel()(1)
+    assert terminal.getvalue() == ""
+
+
+# --- a notice is no part of the call ----------------------------------------------------------------------------------
+def raises(*_, **__):
+    raise OSError("the terminal is gone")
+
+
+def test_a_watcher_that_fails_is_nothing_to_the_call():
+    heard = []
+    with notices.watched_by(raises), notices.watched_by(heard.append):
+        assert kernel()(1) == 2
+    assert heard == [True, False]
+    assert not notices.is_compiling()
+
+
+def test_interrupted_while_it_is_announced_nothing_is_compiling(monkeypatch):
+    monkeypatch.setattr(notices, "_call_watchers", lambda compiling: raises() if compiling else None)
+    with pytest.raises(OSError, match="gone"):
+        notices.announced("x", int)(1)
+    assert not notices.is_compiling()
+
+
+def test_a_terminal_that_is_gone_is_nothing_to_the_call(terminal, monkeypatch):
+    monkeypatch.setattr(terminal, "write", raises)
+    assert kernel()(1) == 2
+    monkeypatch.setattr(notices, "_told", False)
+    monkeypatch.setattr(terminal, "isatty", raises)
+    assert kernel()(1) == 2
+
+
+def test_a_log_that_fails_is_nothing_to_the_call(monkeypatch):
+    monkeypatch.setattr(notices.logger, "info", raises)
+    assert kernel()(1) == 2
 
 
 # --- the bar says it --------------------------------------------------------------------------------------------------
