@@ -45,6 +45,9 @@ class AdvisedError(ValueError):
         template, values = self.args
         return str(template.format_map(values))
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"
+
     def in_shell(self) -> str:
         """The message for who sits at a shell."""
         template, values = self.args

@@ -296,7 +296,8 @@ def _instead(value: object, option: str) -> str:
     """The end of a message: what was meant by a number, or by a class, in place of an option."""
     if isinstance(value, type) and value in (*_SURROGATES, *_KLS):
         return f": make one, such as {value.__name__}({'' if value in _SURROGATES else '0.04'})"
-    return f": did you mean {option}({value!r})?" if isinstance(value, (int, float)) else ""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return f": did you mean {option}({value!r})?" if is_number else ""
 
 
 #: The surrogate where none is given.

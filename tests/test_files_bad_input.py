@@ -275,6 +275,7 @@ def test_errors_travel_from_workers():
     assert str(again) == str(error)
     assert "columns={'mask': None} ignores it" in str(again)
     assert "--columns mask= ignores it" in again.in_shell()
+    assert repr(again) == f"AdvisedError({str(error)!r})"
 
 
 def test_a_name_that_is_nearly_right_is_told(tmp_path):
