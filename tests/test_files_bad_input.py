@@ -123,6 +123,20 @@ def test_arguments_that_do_not_fit(tmp_path):
     refused("kl must be K1, K2, K3 or a function", other, call=sweep, kl=K3(0.1), **GRID, error=TypeError)
 
 
+def test_what_a_kl_term_needs_cannot_be_left_out(tmp_path):
+    of_tokens = write(tmp_path / "a.parquet", table(tokens(3)))
+    of_samples = write(tmp_path / "b.parquet", table(probabilities(10)))
+    for path, name, options in (
+        (of_tokens, "ref_logps", OPTIONS),
+        (of_samples, "pi_theta_ref", {}),
+        (of_samples, "pi_theta_old", {"call": sweep, **GRID}),
+    ):
+        message = f"^columns={{'{name}': None}} leaves out what the KL term needs: name the column, or compute without"
+        refused(message, path, columns={name: None, "A" if path is of_samples else "logps": "nothing"}, **options)
+    assert evaluate(of_tokens, columns={"logps": "logps", "ref_logps": None}).sequences == 3
+    assert evaluate(of_samples, columns={"rhos": "rhos", "pi_theta_ref": None}, beta=0).tokens == 10
+
+
 def test_files_of_another_format(tmp_path):
     text, stream = tmp_path / "a.csv", tmp_path / "b.arrow"
     text.write_text("rhos,A\n1,1\n")
@@ -293,5 +307,10 @@ def test_a_name_that_is_nearly_right_is_told(tmp_path):
     nested = pa.table({"r": pa.array([{"logps": [-1.0]}]), "advantages": [1.0]})
     path = write(tmp_path / "b.parquet", nested)
     refused(r"'r' is a struct: table.flatten\(\) makes columns of its fields", path, columns={"logps": "r.logps"})
+    taken = write(tmp_path / "d.parquet", pa.table({"logps": [[0.1]], "old_logps": [[0.1]], "advantages": [1.0]}))
+    refused("'ref_logps' is missing; it has logps, old_logps, advantages$", taken, kl=K3(0.04))
+    renamed = write(tmp_path / "e.parquet", pa.table({"r_logps": [[0.1]], "logps_ref": [[0.1]], "advantages": [1.0]}))
+    message = "'ref_logps' is missing; .*; if it is this one, columns={'ref_logps': 'logps_ref'}$"
+    refused(message, renamed, columns={"logps": "r_logps", "old_logps": None}, kl=K3(0.04))
     flat = write(tmp_path / "c.parquet", nested.flatten())
     assert evaluate(flat, columns={"logps": "r.logps", "old_logps": None}).tokens == 1
