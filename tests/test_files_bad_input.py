@@ -5,12 +5,13 @@ import io
 import json
 import pickle
 import re
+from functools import partial
 
 import numpy as np
 import pytest
 from interpreter import python
 
-from grpo_fast import BLOCK, K3, _columns, evaluate
+from grpo_fast import BLOCK, K1, K2, K3, _columns, evaluate
 from grpo_fast.files import sweep
 
 pa = pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[data]'")
@@ -116,9 +117,18 @@ def test_arguments_that_do_not_fit(tmp_path):
     refused("columns are importance_weighted; got kl", path, call=sweep, kl=K3, **GRID, error=TypeError)
     message = "^importance_weighted must be True or False, got 1"
     refused(message, path, call=sweep, importance_weighted=1, **GRID, error=TypeError)
-    refused(
-        "kl, .*aggregation, normalizer; got imp", other, call=sweep, importance_weighted=True, **GRID, error=TypeError
-    )
+    for weighted in (True, False):
+        message = rf"part of kl: kl=functools.partial\(K3, importance_weighted={weighted}\)$"
+        refused(message, other, call=sweep, importance_weighted=weighted, **GRID, error=TypeError)
+        sweep(other, kl=partial(K3, importance_weighted=weighted), **GRID)
+    for term, made in (
+        (lambda beta: K3(2 * beta), r"K3\(beta=0.04\), got K3\(beta=0.08\)"),
+        (lambda beta: K1(beta) if beta < 1 else K2(beta), r"K2\(beta=0.04\), got K1\(beta=0.04\)"),
+        (lambda beta: K3(beta, beta > 0.5), r"K3\(beta=0.04\), got K3\(beta=0.04, importance_weighted=False\)"),
+    ):
+        message = "^kl must return the same KL term for every β, with that β: for 0.04 "
+        refused(message + made, other, call=sweep, kl=term, **GRID)
+    sweep(other, kl=lambda beta: K3(beta) if beta else None, **GRID)  # which is not asked for
     refused("delta must be a number above", other, call=sweep, delta=1.15, **GRID)
     refused("kl must be K1, K2, K3 or a function", other, call=sweep, kl=K3(0.1), **GRID, error=TypeError)
 
