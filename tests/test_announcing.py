@@ -221,7 +221,7 @@ def test_the_bar_says_it_and_its_clock_stands_still(capsys):
     assert capsys.readouterr().err.count("compiling") == 0
 
 
-def test_the_bar_of_an_executor_says_that_workers_start(tmp_path, capsys):
+def test_the_bar_of_an_executor_says_what_it_waits_for(tmp_path, capsys):
     pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[data]'")
     from rollout_files import table, tokens, write
 
@@ -229,8 +229,8 @@ def test_the_bar_of_an_executor_says_that_workers_start(tmp_path, capsys):
     with ThreadPoolExecutor(1) as executor:
         evaluate(path, executor=executor, progress=True)
     said = capsys.readouterr().err
-    assert "workers start:   0%" in said
-    assert "workers start" not in said.rpartition("\r")[2]
+    assert "first row groups:   0%" in said
+    assert "first row groups" not in said.rpartition("\r")[2]
 
 
 # --- beforehand -------------------------------------------------------------------------------------------------------

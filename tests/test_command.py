@@ -433,7 +433,7 @@ def test_ctrl_c_ends_the_process_while_it_compiles(workers, rollouts, tmp_path):
     line = [sys.executable, "-m", "grpo_fast", "evaluate", rollouts, "--workers", workers]
     process = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     said = ""
-    while ("compiling" if workers == "0" else "workers start") not in said:
+    while ("compiling" if workers == "0" else "first row groups") not in said:
         said += process.stderr.read(1)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
