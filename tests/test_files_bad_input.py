@@ -5,7 +5,9 @@ import io
 import json
 import pickle
 import re
+import subprocess
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -217,7 +219,7 @@ def test_what_is_in_memory_says_how_it_becomes_a_file(tmp_path):
     refused(re.escape(message), table(arrays), error=TypeError)
     refused("a RecordBatch of pyarrow", table(arrays).to_batches()[0], error=TypeError)
     refused("got a dict: arrays in memory are for grpo_loss", arrays, error=TypeError)
-    refused("got a ndarray: arrays in memory are for grpo_loss", arrays["A"], error=TypeError)
+    refused("got an ndarray: arrays in memory are for grpo_loss", arrays["A"], error=TypeError)
     path = write(tmp_path / "a.parquet", table(arrays))
     message = "got a BytesIO: write it into a file, pathlib.Path('rollouts.parquet').write_bytes(x.getvalue()), and na"
     refused(re.escape(message), io.BytesIO(path.read_bytes()), error=TypeError)
@@ -225,6 +227,38 @@ def test_what_is_in_memory_says_how_it_becomes_a_file(tmp_path):
         refused(re.escape(f"name the file instead, {str(path)!r}"), file, error=TypeError)
     refused("got None$", None, error=TypeError)
     refused("got 3 among them", [path, 3], error=TypeError)
+
+
+class Series(list):
+    """As of pandas or polars."""
+
+    def __array__(self):
+        raise AssertionError("nobody looks at the numbers")
+
+    @property
+    def shape(self):
+        return (len(self),)
+
+
+Series.__module__ = "pandas.core.series"
+
+
+def test_arrays_and_series_of_paths_are_iterables_of_them(tmp_path):
+    paths = [str(write(tmp_path / f"{name}.parquet", table(probabilities(10)))) for name in "ab"]
+    expected = evaluate(paths)
+    for kind in (np.array, Series, partial(np.array, dtype=object), lambda x: np.array([name.encode() for name in x])):
+        assert evaluate(kind(paths)) == expected
+    assert evaluate(Series(map(Path, paths))) == expected
+    refused("got a Series: arrays in memory are for grpo_loss", Series([1.0]), error=TypeError)
+    refused("got an ndarray: arrays in memory are for grpo_loss", np.array([paths]), error=TypeError)
+    refused("got an ndarray: arrays in memory are for grpo_loss", np.array([]), error=TypeError)
+    refused("got 3 among them", np.array([paths[0], 3], object), error=TypeError)
+
+
+def test_frames_are_not_advised_to_overwrite(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rollouts.parquet").touch()
+    refused(r"write_table\(x, 'rollouts-2.parquet'\)", table(probabilities(10)), error=TypeError)
 
 
 def run(code, imports):
@@ -258,9 +292,9 @@ def test_json_and_csv_say_what_converts_them_and_that_does(tmp_path):
     ("content", "message"),
     [
         (b"", "x is empty"),
-        (gzip.compress(b"PAR1"), "x is compressed with gzip: gunzip --keep .*x first"),
-        (b"\x28\xb5\x2f\xfd0000", "x is compressed with zstd: zstd --decompress .*x first"),
-        (b"BZh91AY", "x is compressed with bzip2: bunzip2 --keep .*x first"),
+        (gzip.compress(b"PAR1"), "x is compressed with gzip: gunzip < .*x > .*x-2 first"),
+        (b"\x28\xb5\x2f\xfd0000", "x is compressed with zstd: zstd --decompress < .*x > .*x-2 first"),
+        (b"BZh91AY", "x is compressed with bzip2: bunzip2 < .*x > .*x-2 first"),
         (b"PARE0000", r"x is encrypted Parquet: .*read_table\(.*, decryption_properties=…\), 'plain.parquet'\)"),
         (b"PK\x03\x0400", r"x is a zip archive, as .npz and .pt are: load it, and give its arrays to grpo_loss"),
         (b"\x93NUMPY\x01", r"x is a NumPy array: load it"),
@@ -276,12 +310,49 @@ def test_other_files_say_what_they_are(content, message, tmp_path):
 
 def test_encrypted_columns_say_so(tmp_path, monkeypatch):
     def raises(path):
-        raise pa.ArrowInvalid("Cannot decrypt ColumnMetadata. FileDecryption is not setup correctly")
+        raise pa.ArrowInvalid("Cannot decrypt {ColumnMetadata}. FileDecryption is not setup correctly")
 
     monkeypatch.setattr(_formats, "_ParquetFile", raises)
     path = tmp_path / "x.parquet"
     path.write_bytes(b"PAR1")
-    refused("x.parquet: cannot be read: Cannot decrypt .* To write it in plain: pyarrow.parquet.write_table", path)
+    with pytest.raises(ValueError, match=r"x.parquet: cannot be read: Cannot decrypt .* To write it in plain: ") as error:
+        evaluate(path)
+    assert "in plain: pyarrow.parquet.write_table(" in str(error.value)
+    assert "in plain: python -c 'import pyarrow.parquet; pyarrow.parquet.write_table(" in error.value.in_shell()
+
+
+def test_a_name_does_not_encrypt(tmp_path):
+    path = tmp_path / "decrypted.parquet"
+    path.write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"decrypted\.parquet: cannot be read: ") as error:
+        evaluate(path)
+    assert "in plain" not in str(error.value)
+
+
+def test_advice_overwrites_nothing(tmp_path):
+    """What is advised writes where nothing is, whatever the file is called, also one that a shell would cut up."""
+    folder = tmp_path / "it's a folder"
+    folder.mkdir()
+    good = write(folder / "rollouts.parquet", table(tokens(3, longest=5)))
+    expected, content = evaluate(good, **OPTIONS), good.read_bytes()
+    json_lines = "".join(f"{json.dumps(row)}\n" for row in table(tokens(3, longest=5)).to_pylist())
+    for name, written in (("rollouts.jsonl", "rollouts-2.parquet"), ("b.parquet", "b-2.parquet")):
+        path = folder / name
+        path.write_text(json_lines, encoding="utf-8")
+        with pytest.raises(ValueError, match="is JSON: convert it with ") as raised:
+            evaluate(path)
+        run(str(raised.value).partition("convert it with ")[2], "pyarrow.json")
+        assert path.read_text(encoding="utf-8") == json_lines
+        assert evaluate(folder / written, **OPTIONS).loss == pytest.approx(expected.loss)
+    for name, written in (("rollouts.parquet.gz", "rollouts-3.parquet"), ("c", "c-2"), ("d.parquet", "d-2.parquet")):
+        path = folder / name
+        path.write_bytes(gzip.compress(content))
+        with pytest.raises(ValueError, match="is compressed with gzip: ") as raised:
+            evaluate(path)
+        line = str(raised.value).partition("with gzip: ")[2].removesuffix(" first")
+        subprocess.run(line, shell=True, check=True)
+        assert evaluate(folder / written, **OPTIONS) == expected
+    assert good.read_bytes() == content
 
 
 @pytest.mark.parametrize("place", ["a.parquet", "deep/er/a.parquet", "a.arrow", "nothing.txt"])
