@@ -115,9 +115,11 @@ def _sweep_of_tokens(arrays: dict[str, Array], *, grid: Any, clips: list[Clip], 
     by_epsilon[0] = by_epsilon[0]._replace(kl=options.kl)  # the KL term is the same for every ε
     results = _stats_by_options(arrays, by_epsilon)
     first = results[0]
+    # Of a clip whose sides differ, if there is one: where ε_high is given, those of some ε may be equal by chance.
+    clip = next((clip for clip in clips if clip.epsilon != clip.epsilon_high), clips[0])
     return Sweep(
         grid=grid,
-        options=first.options,
+        options=first.options._replace(surrogate=clip),
         tokens=first.tokens,
         sequence_count=first.sequence_count,
         surrogate_numerators=tuple(stats.numerator.surrogate for stats in results),
