@@ -65,5 +65,6 @@ def _columns_in_shell(columns: Mapping[str, Any]) -> list[str]:
     pairs = []
     for argument, column in columns.items():
         several = [column] if column is None or isinstance(column, str) else [*column, *[None] * (len(column) == 1)]
-        pairs += [f"{argument}={'' if name is None else shlex.quote(name)}" for name in several]
+        names = ["" if name is None else shlex.quote(name.replace(",", "\\,")) for name in several]
+        pairs += [f"{argument}={name}" for name in names]
     return pairs

@@ -254,9 +254,7 @@ def _may_be_mask(column_type: Any, listed: bool) -> bool:
     return bool(may_be and is_list(column_type) == listed)
 
 
-def _has_column(
-    name: str, schema: Any, argument: str, column: str, used: set[str], *, may_be_missing: bool
-) -> bool:
+def _has_column(name: str, schema: Any, argument: str, column: str, used: set[str], *, may_be_missing: bool) -> bool:
     """Whether there is such a column; a ValueError if it is missing and may not be, or is there more than once.
 
     The columns ``used``, and those that have the name of another argument, cannot be meant instead.

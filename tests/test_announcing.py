@@ -13,9 +13,10 @@ import pytest
 from interpreter import python
 
 import grpo_fast
-from grpo_fast import CISPO, K1, K3, SAPO, Clip, _warm_up, evaluate, grpo_loss, reference, warm_up
+from grpo_fast import CISPO, K1, K3, SAPO, Clip, _command, _warm_up, evaluate, grpo_loss, reference, warm_up
 from grpo_fast.__main__ import main
 from grpo_fast._kernels import compiling, notices
+from grpo_fast._kernels.threads import WORTH_SHARING
 from grpo_fast.terms import Options
 
 PAGES = [Path(__file__).parent.parent / path for path in ("README.md", "grpo_fast/README.md")]
@@ -333,10 +334,13 @@ def test_the_command(monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(_warm_up, "_compile_loss", lambda *arguments, **options: calls.append((arguments, options)))
     monkeypatch.setattr(_warm_up, "_compile_objective", lambda dtype: calls.append(dtype))
+    monkeypatch.setattr(_command, "read", lambda a, b, c, d: calls.append((a.dtype.name, a.size)))
     assert main(["compile"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(calls) + 1 == 2 * len(_warm_up.PAPERS) + 3
-    assert calls[-2:] == ["float64", "float32"]
+    assert len(lines) == len(calls) - 1 == 2 * len(_warm_up.PAPERS) + 5
+    of_samples = calls[2 * len(_warm_up.PAPERS) :]
+    assert of_samples == ["float64", "float32"] + [(dtype, n) for dtype in of_samples[:2] for n in (1, WORTH_SHARING)]
+    assert [line.partition(" ...")[0] for line in lines[-3:-1]] == [f"grpo-fast demo, {x}" for x in of_samples[:2]]
     assert lines[-1].startswith("compiled, or found compiled, in ")
     calls.clear()
     line = "compile --surrogate cispo --kl k1 --level sequence --no-mask --no-grad --dtype float32"
@@ -351,6 +355,9 @@ def test_the_command(monkeypatch, capsys):
         "mask": False,
         "rollout_is_weights": False,
     }
+    assert main(["compile", "--kl", "k3", "--no-importance-weighted", "--grad", "--dtype", "float64"]) == 0
+    assert calls[-1][1]["kl"] == K3(0.01, importance_weighted=False)
+    assert len(calls) == 2
 
 
 def test_the_tiny_calls_are_right():

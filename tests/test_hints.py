@@ -78,7 +78,7 @@ def test_an_option_of_another_kind_says_what_was_meant(options, message):
 
 @pytest.mark.parametrize("name", ["surrogate", "kl"])
 def test_a_bool_is_no_number_of_an_option(name):
-    with pytest.raises(TypeError, match="got True$"):
+    with pytest.raises(TypeError, match=r"got True$"):
         grpo_loss(*CALLS[grpo_loss], **{name: True})
 
 
