@@ -390,8 +390,8 @@ def test_a_name_that_is_nearly_right_is_told(tmp_path):
     refused(r"'r' is a struct: table.flatten\(\) makes columns of its fields", path, columns={"logps": "r.logps"})
     taken = write(tmp_path / "d.parquet", pa.table({"logps": [[0.1]], "old_logps": [[0.1]], "advantages": [1.0]}))
     refused("'ref_logps' is missing; it has logps, old_logps, advantages$", taken, kl=K3(0.04))
-    renamed = write(tmp_path / "e.parquet", pa.table({"r_logps": [[0.1]], "logps_ref": [[0.1]], "advantages": [1.0]}))
-    message = "'ref_logps' is missing; .*; if it is this one, columns={'ref_logps': 'logps_ref'}$"
+    renamed = write(tmp_path / "e.parquet", pa.table({"r_logps": [[0.1]], "ref_logp": [[0.1]], "advantages": [1.0]}))
+    message = "'ref_logps' is missing; .*; if it is this one, columns={'ref_logps': 'ref_logp'}$"
     refused(message, renamed, columns={"logps": "r_logps", "old_logps": None}, kl=K3(0.04))
     flat = write(tmp_path / "c.parquet", nested.flatten())
     assert evaluate(flat, columns={"logps": "r.logps", "old_logps": None}).tokens == 1
