@@ -3,12 +3,12 @@
 How the data flows, file by file; each imports only from lines below its own::
 
     __main__                      the command: over files (_command, _pictures), its demonstration (_demonstration,
-    _parser                       _measure); its arguments
+    _parser                       _measure); its arguments. Its console script is grpo_fast_command, beside this folder
     trl                           `FastGRPOTrainer`: TRL's, with the loss below
     torch                         `grpo_loss` for tensors
     _warm_up                      `warm_up`: compiling beforehand
     files                         `evaluate`, `sweep`: files (_paths) → columns (_plan, _columns) → batches (_rollouts,
-                                  _formats, _others) → jobs (_jobs) → sums (_workers)
+                                  _formats, _other_formats) → jobs (_jobs) → sums (_workers)
     objective  loss               arrays → checked arrays (_loss_inputs) → kernels → `Stats`
     stats                         exact sums (_additive) → diagnostics
     _kernels                      the kernels; their map is the docstring of that folder

@@ -25,6 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command of these arguments, or the process's, print what it finds, and return the exit code.
 
     It is 2 for bad input, 130 after Ctrl-C, and 1 if the kernels and the reference disagree in the demonstration.
+
+    Raises
+    ------
+    SystemExit
+        The arguments cannot be right (2), or ask for help or the version (0).
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -42,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("grpo-fast: interrupted", file=sys.stderr)
         return _INTERRUPTED
-    except (OSError, ImportError, MemoryError, TypeError, ValueError, UsageError) as error:
+    except (OSError, ImportError, MemoryError, RuntimeError, TypeError, ValueError, UsageError) as error:
         message = error.in_shell() if isinstance(error, AdvisedError) else str(error)
         print(f"grpo-fast: error: {' '.join(message.split())}", file=sys.stderr)  # pyarrow's may have many lines
         return 2
@@ -60,6 +65,7 @@ def command() -> Never:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1 or (sys.argv[1].startswith("-") and sys.argv[1] not in ("-h", "--help", "--version")):
+    alone = len(sys.argv) == 1 or (sys.argv[1].startswith("-") and sys.argv[1] not in ("-h", "--help", "--version"))
+    if alone and not set(_RUN) & set(sys.argv[1:]):
         sys.argv.insert(1, "demo")
     command()

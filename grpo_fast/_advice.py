@@ -45,6 +45,9 @@ class AdvisedError(ValueError):
         template, values = self.args
         return str(template.format_map(values))
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"
+
     def in_shell(self) -> str:
         """The message for who sits at a shell."""
         template, values = self.args
@@ -62,5 +65,6 @@ def _columns_in_shell(columns: Mapping[str, Any]) -> list[str]:
     pairs = []
     for argument, column in columns.items():
         several = [column] if column is None or isinstance(column, str) else [*column, *[None] * (len(column) == 1)]
-        pairs += [f"{argument}={'' if name is None else shlex.quote(name)}" for name in several]
+        names = ["" if name is None else shlex.quote(name.replace(",", "\\,")) for name in several]
+        pairs += [f"{argument}={name}" for name in names]
     return pairs

@@ -16,12 +16,16 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
+import numpy as np
+
 from ._advice import flag_of
 from ._columns import ARGUMENTS, Columns, Form
-from ._kernels.notices import watched_by
+from ._kernels.notices import untold
+from ._kernels.threads import WORTH_SHARING
+from ._measure import read
 from ._parser import BY_NAME, KL_TERMS, PICTURES, SURROGATES, UsageError, in_terms_of_the_shell
 from ._pictures import draw_sweep
-from ._warm_up import DTYPES, PAPERS, steps
+from ._warm_up import DTYPES, PAPERS, calls_with, steps
 from .files import evaluate, sweep
 from .terms import BETA, Clip, Options
 
@@ -37,7 +41,7 @@ def run_evaluate(arguments: argparse.Namespace) -> str:
     columns = _columns_of(arguments.columns)
     if _form_of(arguments, columns) is Form.LOG_PROBABILITIES:
         options = of_tokens
-        _refuse_weighting_of_nothing(arguments, with_kl=options["kl"] is not None)
+        _refuse_weighting_of_nothing(arguments, options["kl"] is not None, "--kl or --beta")
     else:
         _refuse_for_probabilities(arguments, ("epsilon", "beta", "importance_weighted"))
         options = _given(arguments, ("epsilon", "beta", "importance_weighted"))
@@ -62,9 +66,9 @@ def _by_name(arguments: argparse.Namespace) -> dict[str, Any]:
     return _given(arguments, BY_NAME)
 
 
-def _refuse_weighting_of_nothing(arguments: argparse.Namespace, with_kl: bool) -> None:
+def _refuse_weighting_of_nothing(arguments: argparse.Namespace, with_kl: bool, needed: str) -> None:
     if arguments.importance_weighted is not None and not with_kl:
-        raise UsageError("--importance-weighted and --no-importance-weighted are about a KL term: add --kl or --beta")
+        raise UsageError(f"--importance-weighted and --no-importance-weighted are about a KL term: add {needed}")
 
 
 def _surrogate(arguments: argparse.Namespace) -> Any:
@@ -100,13 +104,14 @@ def run_sweep(arguments: argparse.Namespace) -> str:
             KL_TERMS["k3"](beta)
     _refuse_names_of_columns(arguments.files)
     columns = _columns_of(arguments.columns)
-    if _form_of(arguments, columns) is Form.LOG_PROBABILITIES:
+    form = _form_of(arguments, columns)
+    if form is Form.LOG_PROBABILITIES:
         term = KL_TERMS[arguments.kl or "k3"]
         weighted = arguments.importance_weighted is not False
         options = _given(arguments, ("epsilon_high", "delta")) | _by_name(arguments)
         options["kl"] = partial(term, importance_weighted=weighted)
         betas = arguments.betas or ([0.0, BETA] if arguments.kl else [0.0])
-        _refuse_weighting_of_nothing(arguments, with_kl=any(betas))
+        _refuse_weighting_of_nothing(arguments, any(betas), "--kl or --beta")
     else:
         _refuse_for_probabilities(arguments, ("importance_weighted",))
         options = _given(arguments, ("importance_weighted",))
@@ -116,7 +121,8 @@ def run_sweep(arguments: argparse.Namespace) -> str:
         arguments.workers, lambda executor: sweep(arguments.files, columns=columns, executor=executor, **options)
     )
     if arguments.plot:
-        draw_sweep(result, arguments.plot, arguments.files)
+        unit = "tokens" if form is Form.LOG_PROBABILITIES else "samples"
+        draw_sweep(result, arguments.plot, arguments.files, unit)
     return as_json(result.as_dict()) if arguments.json else str(result)
 
 
@@ -136,23 +142,33 @@ def _refuse_unless_it_can_be_drawn(path: str) -> None:
 # --- compile ----------------------------------------------------------------------------------------------------------
 def run_compile(arguments: argparse.Namespace) -> str:
     """Compile, printing a line for each call, and return the last one."""
+    _refuse_weighting_of_nothing(arguments, arguments.kl is not None, "--kl")
     options = _given(arguments, ("importance_sampling_level",))
     if arguments.surrogate:
         options["surrogate"] = SURROGATES[arguments.surrogate]()
     if arguments.kl:
-        options["kl"] = KL_TERMS[arguments.kl](BETA)
+        options["kl"] = KL_TERMS[arguments.kl](BETA, arguments.importance_weighted is not False)
     arrays = {name: getattr(arguments, name) for name in ("old_logps", "mask", "rollout_is_weights")}
-    chosen = options or arrays != {"old_logps": True, "mask": True, "rollout_is_weights": False}
-    calls = {"grpo_loss": options | arrays} if chosen else PAPERS
+    calls = calls_with(options, arrays)
     grads = (True, False) if arguments.grad is None else (arguments.grad,)
+    dtypes = (arguments.dtype,) if arguments.dtype else DTYPES
+    all_steps: list[tuple[str, Callable[[], object]]] = [*steps(calls, grads, dtypes)]
+    if calls is PAPERS:
+        all_steps += [(f"grpo-fast demo, {dtype}", partial(_compile_reading, dtype)) for dtype in dtypes]
     begin = time.perf_counter()
-    with watched_by(lambda _: None):  # the lines below say it
-        for name, call in steps(calls, grads, (arguments.dtype,) if arguments.dtype else DTYPES):
+    with untold():  # the lines below say it
+        for name, call in all_steps:
             print(f"{name} ...", end=" ", flush=True)
             start = time.perf_counter()
             call()
             print(f"{time.perf_counter() - start:.1f} s", flush=True)
     return f"compiled, or found compiled, in {time.perf_counter() - begin:.1f} s"
+
+
+def _compile_reading(dtype: str) -> None:
+    """Call what the demonstration compares with, on a few numbers and on many."""
+    for samples in (1, WORTH_SHARING):
+        read(*[np.ones(samples, dtype)] * 4)
 
 
 # --- what they share --------------------------------------------------------------------------------------------------
@@ -173,7 +189,8 @@ def _given(arguments: argparse.Namespace, names: Iterable[str]) -> dict[str, Any
 
 
 def _reading(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {"batch_size": arguments.batch_size, "progress": arguments.progress}
+    # Nobody asked for the bar: where it cannot be had there is none.
+    return {"batch_size": arguments.batch_size, "progress": arguments.progress and find_spec("tqdm") is not None}
 
 
 def _form_of(arguments: argparse.Namespace, columns: Columns) -> Form:
@@ -184,9 +201,13 @@ def _form_of(arguments: argparse.Namespace, columns: Columns) -> Form:
 
 
 def _refuse_for_probabilities(arguments: argparse.Namespace, allowed: Iterable[str]) -> None:
-    """Raise the error for options that are for log-probabilities only, if any are given."""
+    """Raise the error for options that are for log-probabilities only, if any are given, and for other KL terms."""
+    if arguments.kl == "none" and arguments.beta is None:
+        raise UsageError("--kl none: probability columns have a KL term unless its weight is 0: --beta 0")
+    if arguments.kl in ("k1", "k2"):
+        raise UsageError(f"--kl {arguments.kl}: not for probability columns, whose KL term is k3")
     of_surrogates = [name for surrogate in SURROGATES.values() for name in surrogate._fields]
-    names = [name for name in ("surrogate", *of_surrogates, "kl", *BY_NAME) if name not in allowed]
+    names = [name for name in ("surrogate", *of_surrogates, *BY_NAME) if name not in allowed]
     given = _given(arguments, [name for name in names if hasattr(arguments, name)])
     if given:
         flags = ", ".join(map(flag_of, given))
@@ -209,12 +230,23 @@ def _columns_of(options: Iterable[Iterable[tuple[str, str | None]]]) -> dict[str
     columns: dict[str, Any] = {}
     for argument, column in pairs:
         if argument in columns and argument != "mask":
-            raise UsageError(f"--columns names two columns for {argument}, got {columns[argument]} and {column}")
+            given = " and ".join(f"{argument}={name or ''}" for name in (columns[argument], column))
+            raise UsageError(f"--columns names {argument} twice, got {given}")
         columns[argument] = column
     masks = [column for argument, column in pairs if argument == "mask"]
     if len(masks) > 1:
         columns["mask"] = [column for column in masks if column is not None] or None
     return columns
+
+
+#: What a worker does first. It is text, as nothing else is had without importing this package, before Ctrl-C, which is
+#: for the process that has the workers, is ignored. That process speaks to the user, too.
+_BEGIN_WORKER = """
+import signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+from grpo_fast._kernels import notices
+notices.never_tell()
+"""
 
 
 def _with_workers(workers: int, work: Callable[[Executor | None], T]) -> T:
@@ -225,11 +257,11 @@ def _with_workers(workers: int, work: Callable[[Executor | None], T]) -> T:
     """
     if not workers:
         return work(None)
-    ignore = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
     others = set(multiprocessing.active_children())
     # Spawned, not forked: pyarrow and Numba have threads, which a fork would not take along.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=ignore) as executor, ThreadPoolExecutor(1) as thread:
+    begin = partial(exec, _BEGIN_WORKER, {})
+    with ProcessPoolExecutor(workers, context, initializer=begin) as executor, ThreadPoolExecutor(1) as thread:
         future = thread.submit(work, executor)
         try:
             return future.result()

@@ -10,7 +10,7 @@ import numpy as np
 
 from . import Stats, __version__, grpo_objective, grpo_stats, reference
 from ._checks import Array
-from ._kernels.notices import watched_by
+from ._kernels.notices import untold
 from ._measure import median_ratio, read, side_by_side
 from ._parser import in_terms_of_the_shell
 from .terms import K3, Clip
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     samples = synthetic_samples(arguments.samples, arguments.dtype, arguments.seed)
     print("compiling, or loading what an earlier run compiled ...", end=" ", flush=True)
     begin = time.perf_counter()
-    with watched_by(lambda _: None):  # which has just been said
+    with untold():  # it has just been said
         objective, stats = _first_calls(samples, epsilon, beta)
     print(f"{time.perf_counter() - begin:.1f} s\n\n{stats}\n")
     _print_times(samples, epsilon, beta)

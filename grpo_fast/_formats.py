@@ -8,8 +8,9 @@ import os
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
+from ._advice import AdvisedError
 from ._kernels.blocks import BLOCK
-from ._others import encrypted_as_plain, refusal
+from ._other_formats import encrypted_as_plain, refusal
 from ._paths import printable
 
 try:
@@ -176,7 +177,9 @@ def opened(path: str) -> File:
     try:
         return file_format(path)
     except UNREADABLE as error:
-        message = f"{printable(path)}: cannot be read: {error}"
-        if "ncrypt" in message or "decrypt" in message:  # of columns, under a footer in plain
-            message += f". To write it in plain: {encrypted_as_plain(printable(path))}"
-        raise ValueError(message) from error
+        name, reason = printable(path), str(error)
+        if "ncrypt" in reason or "decrypt" in reason:  # of columns, under a footer in plain
+            values = {"name": name, "reason": reason, "plain": encrypted_as_plain(name)}
+            message = "{name}: cannot be read: {reason}. To write it in plain: {plain}"
+            raise AdvisedError(message, values) from error
+        raise ValueError(f"{name}: cannot be read: {reason}") from error

@@ -54,6 +54,11 @@ def sweeping(form: Form, *, grid: tuple[tuple[float, ...], ...], options: dict[s
         of_samples = partial(_sweep_of_samples, grid=grid, importance_weighted=weighted)
         return Work(of_samples, set() if with_kl else _PI, None)
     by_level = ("importance_sampling_level", "aggregation", "normalizer", "trust_region")
+    if "importance_weighted" in options:
+        raise TypeError(
+            "importance_weighted is an option of probability columns; of log-probability columns it is a part of kl: "
+            f"kl=functools.partial(K3, importance_weighted={options['importance_weighted']!r})"
+        )
     _refuse_others(options, "log-probability", ("epsilon_high", "delta", "kl", *by_level))
     term: Callable[[float], KL] = options.get("kl", K3)
     if not callable(term):
@@ -61,8 +66,20 @@ def sweeping(form: Form, *, grid: tuple[tuple[float, ...], ...], options: dict[s
     clips = [Clip(epsilon, options.get("epsilon_high"), options.get("delta")) for epsilon in grid[0]]
     kl = term(1.0) if with_kl else None
     checked = Options(clips[0], kl, **{name: options[name] for name in by_level if name in options})
+    if kl is not None:
+        _refuse_unless_one_term(term, kl, grid[1])
     job = partial(_sweep_of_tokens, grid=grid, clips=clips, options=checked)
     return Work(job, set() if with_kl else _REF, checked)
+
+
+def _refuse_unless_one_term(term: Callable[[float], KL], kl: KL, betas: Iterable[float]) -> None:
+    """Raise the ValueError if ``term`` makes of a β that counts another term than ``kl``, which it makes of 1."""
+    for beta in filter(None, betas):
+        made, expected = term(beta), kl._replace(beta=beta)
+        if made != expected:
+            raise ValueError(
+                f"kl must return the same KL term for every β, with that β: for {beta:g} {expected!r}, got {made!r}"
+            )
 
 
 def _refuse_others(options: Mapping[str, Any], kind: str, allowed: tuple[str, ...]) -> None:
@@ -98,9 +115,11 @@ def _sweep_of_tokens(arrays: dict[str, Array], *, grid: Any, clips: list[Clip], 
     by_epsilon[0] = by_epsilon[0]._replace(kl=options.kl)  # the KL term is the same for every ε
     results = _stats_by_options(arrays, by_epsilon)
     first = results[0]
+    # Of a clip whose sides differ, if there is one: where ε_high is given, those of some ε may be equal by chance.
+    clip = next((clip for clip in clips if clip.epsilon != clip.epsilon_high), clips[0])
     return Sweep(
         grid=grid,
-        options=first.options,
+        options=first.options._replace(surrogate=clip),
         tokens=first.tokens,
         sequence_count=first.sequence_count,
         surrogate_numerators=tuple(stats.numerator.surrogate for stats in results),

@@ -4,6 +4,7 @@ What they make of files is in `_command`; here is what may be written, and the h
 """
 
 import argparse
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -47,7 +48,7 @@ columns of FILE:
     pi_theta_old, pi_theta_ref
   Other names: --columns logps=my_logps,old_logps=their_logps. Of several masks name each, and they multiply:
   mask=completion_mask,mask=tool_mask. With one and mask= there is no other; with mask= alone, none at all; with
-  old_logps= all is on-policy.
+  old_logps= all is on-policy. A comma within a name is written 'logps=my\\,logps'.
 
 """
 _EXAMPLE_EVALUATE = """\
@@ -63,21 +64,23 @@ examples:
   grpo-fast sweep rollouts.parquet --epsilons 3e-4,4e-4 --importance-sampling-level sequence
 """
 _EXAMPLE_COMPILE = """\
-What is compiled is kept for you, a version and this kind of CPU, in NUMBA_CACHE_DIR if that is set.
+What is compiled is kept for you, a version and this kind of CPU, in NUMBA_CACHE_DIR if that is set. What only several
+threads need is compiled where there are several (NUMBA_NUM_THREADS).
 
 examples:
   grpo-fast compile --dtype float32
   NUMBA_CACHE_DIR=/opt/kernels grpo-fast compile --surrogate cispo --kl k3
+  grpo-fast compile --kl k3 --no-importance-weighted
 """
 #: What the arguments of the surrogates are, for their help.
 _ABOUT = {
     "epsilon": f"how far the ratio may fall below 1 ({EPSILON})",
     "epsilon_high": "how far it may rise above 1 (as --epsilon)",
     "delta": "hard bound of the ratio where A < 0 (none)",
-    "ratio_max": "upper bound of the weight (5)",
-    "ratio_min": "its lower bound (0)",
-    "tau_pos": "temperature where A > 0 (1)",
-    "tau_neg": "temperature elsewhere (1.05)",
+    "ratio_max": f"upper bound of the weight ({CISPO().ratio_max:g})",
+    "ratio_min": f"its lower bound ({CISPO().ratio_min:g})",
+    "tau_pos": f"temperature where A > 0 ({SAPO().tau_pos:g})",
+    "tau_neg": f"temperature elsewhere ({SAPO().tau_neg:g})",
 }
 
 
@@ -122,12 +125,17 @@ class _Subcommand(Parser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if self._within:  # argparse's own way to mix them comes back here
             return super().parse_known_args(args, namespace)
+        if "--" in args:  # of which argparse knows no more when it comes back: what follows is made to be no option
+            at = args.index("--")
+            args = [*args[:at], *(os.path.join(".", x) if x.startswith("-") else x for x in args[at + 1 :])]
         self._within = True
         try:
             parsed, unknown = self.parse_known_intermixed_args(args, namespace)
         finally:
             self._within = False
         if unknown:
+            if not unknown[0].startswith("-"):
+                self.error(f"{self.prog.rpartition(' ')[2]} takes options alone, got {unknown[0]}")
             name = unknown[0].partition("=")[0]
             self.error(f"unknown option {name}{did_you_mean(name, self._option_string_actions)}")
         return parsed, unknown
@@ -148,7 +156,12 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace | None:
     _add_compile(subparsers)
     _add_demo(subparsers)
     if argv and argv[0].startswith("-") and argv[0] not in parser._option_string_actions:
-        parser.error(f"unknown option {argv[0]}; a subcommand comes first, as in grpo-fast demo {argv[0]} …")
+        option = argv[0].partition("=")[0]
+        meant = [word for word in argv if word in subparsers.choices]
+        meant += [name for name, of_it in subparsers.choices.items() if option in of_it._option_string_actions]
+        if meant:
+            parser.error(f"a subcommand comes first, as in grpo-fast {meant[0]} {argv[0]} …")
+        parser.error(f"unknown option {option}; a subcommand comes first: {', '.join(subparsers.choices)}")
     arguments = parser.parse_args(argv)
     if arguments.subcommand is None:
         parser.print_help()
@@ -200,6 +213,7 @@ def _add_compile(subparsers: Any) -> None:
     parser = _subparser(subparsers, "compile", about, "[OPTION…]", _EXAMPLE_COMPILE)
     parser.add_argument("--surrogate", choices=tuple(SURROGATES), help="(clip)")
     parser.add_argument("--kl", choices=tuple(KL_TERMS), help="(none)")
+    _add_importance_weighted(parser)
     _add_level(parser)
     for name in ("old-logps", "mask"):
         flags = {"action": "store_false", "help": f"for calls without {name.replace('-', '_')}"}
@@ -292,9 +306,11 @@ def _add_aggregation(parser: Any) -> None:
 def _add_reading(parser: Any) -> None:
     group = parser.add_argument_group("reading and printing")
     group.add_argument("--batch-size", type=_count, metavar="ROWS", help="rows read at a time (about 16 MiB)")
-    group.add_argument("--workers", type=_workers, default=0, metavar="N", help="processes (this one)")
+    group.add_argument("--workers", type=_count_or_none, default=0, metavar="N", help="processes (this one)")
     group.add_argument("--no-progress", dest="progress", action="store_false", help="no bar on stderr")
-    group.add_argument("--json", action="store_true", help="print JSON, in which a mean over nothing is null")
+    group.add_argument(
+        "--json", action="store_true", help="print JSON, in which infinity, and a mean over nothing, is null"
+    )
 
 
 # --- types of values --------------------------------------------------------------------------------------------------
@@ -332,17 +348,22 @@ def _count(text: str) -> int:
     return _whole(text, 1)
 
 
-def _workers(text: str) -> int:
+def _count_or_none(text: str) -> int:
     return _whole(text, 0)
 
 
 def _arguments_and_columns(text: str) -> list[tuple[str, str | None]]:
-    """The pairs of names in ``NAME=COLUMN,NAME=COLUMN``; in ``NAME=``, None as the column."""
+    """The pairs of names in ``NAME=COLUMN,NAME=COLUMN``; in ``NAME=``, None as the column.
+
+    A comma behind a backslash is part of the name.
+    """
     pairs = []
-    for part in text.split(","):
-        name, equals, column = part.partition("=")
+    for part in re.split(r"(?<!\\),", text):
+        name, equals, column = part.replace("\\,", ",").partition("=")
         if not equals:
-            raise argparse.ArgumentTypeError(f"must be NAME=COLUMN, with commas between several, got {part!r}")
+            raise argparse.ArgumentTypeError(
+                f"must be NAME=COLUMN, with commas between several, got {part!r}; a comma within a name is \\,"
+            )
         if name not in ARGUMENTS:
             meant = did_you_mean(name, ARGUMENTS)
             raise argparse.ArgumentTypeError(f"NAME must be one of {', '.join(ARGUMENTS)}, got {name!r}{meant}")

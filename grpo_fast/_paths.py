@@ -2,6 +2,7 @@
 
 import glob
 import io
+import itertools
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
@@ -30,7 +31,7 @@ def find(paths: Paths) -> list[str]:
     files: dict[str, str] = {}  # by their real paths
     if isinstance(paths, (str, bytes, os.PathLike)):
         paths = [paths]
-    elif (instead := _instead_of_paths(paths)) or not isinstance(paths, Iterable):
+    elif not _is_array_of_paths(paths) and ((instead := _instead_of_paths(paths)) or not isinstance(paths, Iterable)):
         raise TypeError(f"paths must be a path or an iterable of them, got {instead or repr(paths)}")
     for path in paths:
         if not isinstance(path, (str, bytes, os.PathLike)):
@@ -62,29 +63,46 @@ def _like(path: str) -> str:
     return f": did you mean {printable(others[like[0]])!r}?" if like else ""
 
 
+def free_name(path: str) -> str:
+    """A name that no file has: ``path`` or, if there is one, the same with the first number from 2 that is free."""
+    stem, suffix = os.path.splitext(path)
+    names = (f"{stem}-{number}{suffix}" for number in itertools.count(2))
+    while os.path.lexists(path):
+        path = next(names)
+    return path
+
+
+def _is_array_of_paths(value: Any) -> bool:
+    """Whether it is an array or a series, of one dimension, whose first element is a path."""
+    if not hasattr(value, "__array__") or len(getattr(value, "shape", ())) != 1:
+        return False
+    return isinstance(next(iter(value), None), (str, bytes, os.PathLike))
+
+
 #: How to write what is no path into a file, by the package and the class of it.
 _WRITTEN_BY = {
-    "pandas": ".to_parquet('rollouts.parquet')",
-    "polars": ".write_parquet('rollouts.parquet')",
-    "datasets": ".to_parquet('rollouts.parquet')",
-    "LazyFrame": ".sink_parquet('rollouts.parquet')",
+    "pandas": ".to_parquet({!r})",
+    "polars": ".write_parquet({!r})",
+    "datasets": ".to_parquet({!r})",
+    "LazyFrame": ".sink_parquet({!r})",
 }
 
 
 def _instead_of_paths(value: Any) -> str | None:
     """What a value is that holds rollouts, or leads to them, but is no path, and what to do with it; or None."""
     package, kind = type(value).__module__.partition(".")[0], type(value).__name__
-    what = f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind}"
-    if package in ("pandas", "polars", "datasets"):
-        written = _WRITTEN_BY.get(kind) or _WRITTEN_BY[package]
+    what = f"{'an' if kind[0] in 'AEIOU' or kind == 'ndarray' else 'a'} {kind}"
+    target = free_name("rollouts.parquet")
+    if package in ("pandas", "polars", "datasets") and kind not in ("Series", "Index"):  # which are as arrays
+        written = (_WRITTEN_BY.get(kind) or _WRITTEN_BY[package]).format(target)
         return f"{what} of {package}: write it into a file, x{written}, and name that"
     if package == "pyarrow" and hasattr(value, "schema"):
-        written = "pyarrow.parquet.write_table(x, 'rollouts.parquet')"
+        written = f"pyarrow.parquet.write_table(x, {target!r})"
         return f"{what} of pyarrow: write it into a file, {written}, and name that"
     if isinstance(value, Mapping) or hasattr(value, "__array__"):
         return f"{what}: arrays in memory are for grpo_loss(**arrays).stats, or grpo_stats(**arrays)"
     if isinstance(value, io.BytesIO):
-        written = "pathlib.Path('rollouts.parquet').write_bytes(x.getvalue())"
+        written = f"pathlib.Path({target!r}).write_bytes(x.getvalue())"
         return f"{what}: write it into a file, {written}, and name that"
     if hasattr(value, "read"):
         name = getattr(value, "name", None)

@@ -72,15 +72,16 @@ def _replaced_when_complete(path: str) -> Iterator[str]:
             os.remove(temporary)
 
 
-def draw_sweep(result: Sweep, path: str, files: Sequence[str]) -> None:
+def draw_sweep(result: Sweep, path: str, files: Sequence[str], unit: str) -> None:
     """Draw objective and clip fractions over ε into a file at ``path``; ``files`` are those it was made of.
 
-    Of a single ε, the objective is drawn over β, and the fractions are bars.
+    What is counted in them is called by ``unit``, "tokens" or "samples". Of a single ε, the objective is drawn over β,
+    and the fractions are bars.
     """
     from matplotlib.ticker import PercentFormatter
 
     with picture(path, 9, 3.9) as figure:
-        title = f"{_name_of(files)}: {_size_of(result)}"
+        title = f"{_name_of(files)}: {_size_of(result, unit)}"
         figure.suptitle(title, x=0.01, ha="left", parse_math=False)  # a $ in the name of a file is one
         left, right = figure.subplots(1, 2)
         if len(result.epsilons) > 1:
@@ -88,11 +89,15 @@ def draw_sweep(result: Sweep, path: str, files: Sequence[str]) -> None:
         else:
             _draw_one_epsilon(result, left, right)
         clipped = np.append(result.clip_ratio_low, result.clip_ratio_high)
-        right.set(title=f"clipped {_unit_of(result)}", ylim=_from_zero(clipped))
+        right.set(title=f"clipped {unit}", ylim=_from_zero(clipped))
         right.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
-_CLIPPED = ("ρ < 1 − ε, A < 0", "ρ > 1 + ε, A > 0")
+def _clipped(result: Sweep) -> tuple[str, str]:
+    """What is clipped on either side."""
+    clip: Any = result.options.surrogate
+    above = "ε" if clip.epsilon_high == clip.epsilon else f"{clip.epsilon_high:g}"
+    return "ρ < 1 − ε, A < 0", f"ρ > 1 + {above}, A > 0"
 
 
 def _draw_over_epsilon(result: Sweep, left: Any, right: Any) -> None:
@@ -100,7 +105,7 @@ def _draw_over_epsilon(result: Sweep, left: Any, right: Any) -> None:
     colors = _ordered_colors(len(result.betas))
     for beta, objective, color in zip(result.betas, result.objective.T, colors, strict=True):
         left.plot(result.epsilons, objective, marker="o", color=color, label=f"β = {beta:g}")
-    for fractions, label in zip((result.clip_ratio_low, result.clip_ratio_high), _CLIPPED, strict=True):
+    for fractions, label in zip((result.clip_ratio_low, result.clip_ratio_high), _clipped(result), strict=True):
         right.plot(result.epsilons, fractions, marker="o", label=label)
     left.set(title="objective", ylim=_limits(result.objective))
     for axes in (left, right):
@@ -116,7 +121,7 @@ def _draw_one_epsilon(result: Sweep, left: Any, right: Any) -> None:
     limits = _limits(from_zero if len(result.betas) == 1 else result.objective)
     left.set(title=f"objective, ε = {result.epsilons[0]:g}", xlabel="β", xlim=_from_zero(result.betas), ylim=limits)
     fractions = [float(result.clip_ratio_low[0]), float(result.clip_ratio_high[0])]
-    bars = right.bar(_CLIPPED, fractions, width=0.5, color=_ordered_colors(2))
+    bars = right.bar(_clipped(result), fractions, width=0.5, color=_ordered_colors(2))
     right.bar_label(bars, [f"{fraction:.3%}" for fraction in fractions], padding=2)
     right.grid(visible=False, axis="x")
 
@@ -139,15 +144,10 @@ def _name_of(files: Sequence[str]) -> str:
     return name if len(files) == 1 else f"{name} and {len(files) - 1} more"
 
 
-def _unit_of(result: Sweep) -> str:
-    """What is counted: only tokens have sequences."""
-    return "samples" if result.sequence_count is None else "tokens"
-
-
-def _size_of(result: Sweep) -> str:
-    """How many tokens of how many completions it is over, or how many samples."""
+def _size_of(result: Sweep, unit: str) -> str:
+    """How many tokens or samples it is over, and of how many completions, if that is known."""
     completions = "" if result.sequence_count is None else f" in {result.sequence_count:,} completions"
-    return f"{result.tokens:,} {_unit_of(result)}{completions}"
+    return f"{result.tokens:,} {unit}{completions}"
 
 
 def _from_zero(values: Any) -> tuple[float, float]:

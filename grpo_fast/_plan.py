@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ._advice import AdvisedError, Keywords
 from ._checks import closest
-from ._columns import OPTIONAL, PER_SEQUENCE, Columns, Form, check_mapping, no_mask
+from ._columns import ARGUMENTS, OPTIONAL, PER_SEQUENCE, Columns, Form, check_mapping, no_mask
 from ._formats import is_list, opened, types
 from ._paths import printable
 
@@ -128,6 +128,7 @@ def plan(files: list[str], form: Form, unread: set[str], columns: Columns | None
         As `open` raises them.
     """
     named = {argument: argument for argument in form.arguments} | dict(columns or {})
+    _refuse_to_go_without(columns or {}, unread)
     wanted = {
         argument: (column,) if isinstance(column, str) else tuple(column)
         for argument, column in named.items()
@@ -158,6 +159,17 @@ def plan(files: list[str], form: Form, unread: set[str], columns: Columns | None
     return Plan(first.layout.rows_are_sequences, row_groups, sum(shard.rows for shard in shards))
 
 
+def _refuse_to_go_without(columns: Columns, unread: set[str]) -> None:
+    """Raise the ValueError for an argument that is mapped to None although a KL term needs it, if any."""
+    for argument in ("pi_theta_old", "pi_theta_ref", "ref_logps"):
+        if columns.get(argument, "") is None and argument not in unread:
+            left_out = Keywords({"columns": {argument: None}})
+            raise AdvisedError(
+                "{left_out} leaves out what the KL term needs: name the column, or compute without a KL term",
+                {"left_out": left_out},
+            )
+
+
 class _Shard(NamedTuple):
     """A file that has rows."""
 
@@ -175,11 +187,12 @@ def layout_of(name: str, schema: Any, wanted: Mapping[str, tuple[str, ...]], exp
     be missing unless in ``explicit``.
     """
     may_be_missing = set(OPTIONAL) - explicit
+    used = {column for several in wanted.values() for column in several}
     pairs = [
         (argument, column)
         for argument, several in wanted.items()
         for column in several
-        if _has_column(name, schema, argument, column, may_be_missing=argument in may_be_missing)
+        if _has_column(name, schema, argument, column, used, may_be_missing=argument in may_be_missing)
     ]
     # All others must hold lists if the first one does, and numbers if not.
     reference_column, rows_are_sequences = pairs[0][1], _holds_lists(name, schema, *pairs[0])
@@ -241,8 +254,11 @@ def _may_be_mask(column_type: Any, listed: bool) -> bool:
     return bool(may_be and is_list(column_type) == listed)
 
 
-def _has_column(name: str, schema: Any, argument: str, column: str, *, may_be_missing: bool) -> bool:
-    """Whether there is such a column; a ValueError if it is missing and may not be, or is there more than once."""
+def _has_column(name: str, schema: Any, argument: str, column: str, used: set[str], *, may_be_missing: bool) -> bool:
+    """Whether there is such a column; a ValueError if it is missing and may not be, or is there more than once.
+
+    The columns ``used``, and those that have the name of another argument, cannot be meant instead.
+    """
     count = len(schema.get_all_field_indices(column))
     if count == 1:
         return True
@@ -252,7 +268,8 @@ def _has_column(name: str, schema: Any, argument: str, column: str, *, may_be_mi
     names = ", ".join(schema.names)
     if count:
         raise ValueError(f"{where} is there more than once; it has {names}")
-    like = {argument: next(iter(closest(column, schema.names)), None)}
+    free = [other for other in schema.names if other not in used and (other == argument or other not in ARGUMENTS)]
+    like = {argument: next(iter(closest(column, free)), None)}
     struct = next((repr(field.name) for field in schema if types.is_struct(field.type)), None)
     clauses = {
         "{where} is missing; it has {names}": True,

@@ -33,6 +33,8 @@ from .terms import (
 DType: TypeAlias = Literal["float64", "float32"]
 DTYPES: tuple[DType, ...] = get_args(DType)
 
+#: Which arrays calls have unless told otherwise.
+_ARRAYS = {"old_logps": True, "mask": True, "rollout_is_weights": False}
 #: The calls of the guide's table of papers, as arguments of `warm_up`: one of each kind, since what is compiled depends
 #: on the classes of the options and on which arrays there are, not on numbers.
 PAPERS: dict[str, dict[str, Any]] = {
@@ -64,10 +66,12 @@ def warm_up(
 ) -> None:
     """Compile what `grpo_loss` with these options needs, for small and for large batches, so that no later call waits.
 
-    Without any option: for every call of the guide's table of papers, and for `grpo_objective`, `grpo_stats` and
-    `grpo_sweep`, which takes minutes. What was compiled before is only loaded. It is kept on disk for all processes of
-    this user (in ``NUMBA_CACHE_DIR``, if that is set, as for an image), on this kind of CPU. `evaluate`, `sweep` and
-    `grpo_fast.torch.grpo_loss` need the same.
+    Where all options but ``grad`` and ``dtype`` are as they are unless given: for every call of the guide's table of
+    papers, and for `grpo_objective`, `grpo_stats` and `grpo_sweep`, which takes minutes. What was compiled before is
+    only loaded. It is kept on disk for all processes of this user (in ``NUMBA_CACHE_DIR``, if that is set, as for an
+    image), on this kind of CPU. `evaluate`, `sweep` and `grpo_fast.torch.grpo_loss` need the same. What only several
+    threads need is compiled where there are several (`numba.get_num_threads`): on one, a process that has more of them
+    will still wait for it.
 
     Parameters
     ----------
@@ -88,14 +92,18 @@ def warm_up(
     options: dict[str, Any] = {"surrogate": surrogate, "kl": kl, "trust_region": trust_region}
     options["importance_sampling_level"] = importance_sampling_level
     given = {name: value for name, value in options.items() if value is not None}
-    arrays = {"old_logps": old_logps, "mask": mask, "rollout_is_weights": rollout_is_weights}
+    arrays: dict[str, bool] = {"old_logps": old_logps, "mask": mask, "rollout_is_weights": rollout_is_weights}
     for name, value in arrays.items():
         flag(name, value)
     grads = (True, False) if grad is None else (flag("grad", grad),)
     dtypes = DTYPES if dtype is None else (one_of("dtype", dtype, DTYPES),)
-    everything = not given and arrays == {"old_logps": True, "mask": True, "rollout_is_weights": False}
-    for _, call in steps(PAPERS if everything else {"": given | arrays}, grads, dtypes):
+    for _, call in steps(calls_with(given, arrays), grads, dtypes):
         call()
+
+
+def calls_with(options: dict[str, Any], arrays: dict[str, bool]) -> dict[str, dict[str, Any]]:
+    """The call of `grpo_loss` with these options and arrays, by its name; where none is given, all `PAPERS`."""
+    return {"grpo_loss": options | arrays} if options or arrays != _ARRAYS else PAPERS
 
 
 def steps(
@@ -103,7 +111,7 @@ def steps(
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     """Yield the name of each of the ``calls``, and what compiles it; of all `PAPERS`, those of probabilities, too."""
     for dtype, (name, options) in product(dtypes, calls.items()):
-        yield f"{name}, {dtype}".removeprefix(", "), partial(_compile_loss, tuple(grads), dtype, **options)
+        yield f"{name}, {dtype}", partial(_compile_loss, tuple(grads), dtype, **options)
     if calls is PAPERS:
         for dtype in dtypes:
             yield f"from probabilities, {dtype}", partial(_compile_objective, dtype)

@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any, Never
 
 from numpy.typing import ArrayLike
 
-from . import _workers
+from . import _paths, _workers
 from ._checks import hides_unknown, refuse_unknown
 from ._columns import Columns, Form
 from ._jobs import Job, Work, evaluation, refuse_sequences, sweeping
 from ._kernels.threads import serially
+from ._paths import Paths
 from .objective import grid_of
 from .stats import Stats, Sweep
 from .terms import KL, Aggregation, Level, Surrogate, TrustRegion
 
 if TYPE_CHECKING:
-    from ._paths import Paths
     from ._plan import RowGroup
     from ._rollouts import RowBatch
 
@@ -152,7 +152,8 @@ def sweep(
     epsilon_high, delta : float, optional
         Of files of log-probabilities: the same over the grid; without ``epsilon_high`` it is ε.
     kl : K1, K2, K3 or another function of β that returns a KL term, optional
-        Of files of log-probabilities: K3 unless given; ``functools.partial(K3, importance_weighted=False)``.
+        Of files of log-probabilities: K3 unless given; ``functools.partial(K3, importance_weighted=False)``. A function
+        must return the same term for every β of the grid but for β itself, which is the one that it is given.
     importance_sampling_level, aggregation, normalizer, trust_region
         Of files of log-probabilities, as in `evaluate`.
 
@@ -202,7 +203,7 @@ def _sum_over_files(
 
     ``preparation`` is `evaluation` or `sweeping`. Whatever can be checked without reading rows is checked first.
     """
-    from . import _paths, _plan
+    from . import _plan
 
     if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
         raise ValueError(f"batch_size must be an int of at least 1, or None, got {batch_size!r}")
@@ -219,7 +220,7 @@ def _sum_over_files(
     else:
         work = partial(_sum_over_row_group, batch_size=batch_size, job=job)
         results = _workers.map_unordered(executor, work, row_groups)
-    at_first = "" if executor is None else "workers start: "
+    at_first = "" if executor is None else "first row groups: "
     with closing(results), _workers.Progress(rows, progress, at_first) as advance:
         _, total = _sum_of(results, advance)
     if total is None:

@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,24 +105,14 @@ class Stats(Additive):
         stats.__dict__.update(options=options, tokens=totals.tokens, sequence_count=sequence_count, _totals=totals)
         return stats
 
-    def __getattr__(self, name: str) -> Any:
-        """The other fields, when one is first asked for: to make them takes a third of a small call."""
-        if name not in _MADE_LATER:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
-        totals = self._totals
-        sums = Sums(*Exact.of_limbs(totals.limbs["sums"][0]))
-        numerator = Numerator(sums.surrogate, sums.kl)
-        if self.options.mean_within:
-            numerator = Numerator(*Exact.of_limbs(totals.limbs["numerator"][0]))
-        self.__dict__.update(
-            sums=sums,
-            numerator=numerator,
-            clipped=Clipped(totals.clipped_low, totals.clipped_high, totals.clipped_hard, totals.dropped),
-            least_ratio=totals.least_ratio,
-            largest_ratio=totals.largest_ratio,
-            _totals=totals._replace(limbs=None),
-        )
-        return self.__dict__[name]
+    if not TYPE_CHECKING:  # else any attribute at all would be one of type Any
+
+        def __getattr__(self, name: str) -> Any:
+            """The other fields, when one is first asked for: to make them takes a third of a small call."""
+            if name not in _MADE_LATER:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+            self.__dict__.update(_made_later(self.options, self._totals))
+            return self.__dict__[name]
 
     def __getstate__(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
@@ -231,6 +221,22 @@ class Stats(Additive):
         return "\n".join(f"{key:<24} {value:.9g}" for key, value in self.as_dict().items())
 
 
+def _made_later(options: Options, totals: Totals) -> dict[str, Any]:
+    """The fields of `_MADE_LATER`, and the totals without the limbs that they are made of."""
+    sums = Sums(*Exact.of_limbs(totals.limbs["sums"][0]))
+    numerator = Numerator(sums.surrogate, sums.kl)
+    if options.mean_within:
+        numerator = Numerator(*Exact.of_limbs(totals.limbs["numerator"][0]))
+    return {
+        "sums": sums,
+        "numerator": numerator,
+        "clipped": Clipped(totals.clipped_low, totals.clipped_high, totals.clipped_hard, totals.dropped),
+        "least_ratio": totals.least_ratio,
+        "largest_ratio": totals.largest_ratio,
+        "_totals": totals._replace(limbs=None),
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sweep(Additive):
     """The objective for every ε × β, from one read of the data; exact sums, so that shards add.
@@ -241,7 +247,8 @@ class Sweep(Additive):
     objective : (E, B) float64 array
         Row e, column b is ``grpo_objective(…, epsilon=epsilons[e], beta=betas[b])``, to the bit if all arrays are of
         one dtype. (Of mixed ones ``beta=0`` leaves two out, which may leave a narrower dtype to compute in.) Of
-        log-probabilities, the objective of `grpo_loss` with ``Clip(epsilons[e])`` and a KL term of ``betas[b]``.
+        log-probabilities, the objective of `grpo_loss` with ``Clip(epsilons[e], epsilon_high, delta)``, these two if
+        they were given, and a KL term of ``betas[b]``.
     clip_ratio_low, clip_ratio_high : (E,) float64 arrays
         As in `Stats`.
     kl : float

@@ -432,7 +432,8 @@ def _instead(value: object, option: str) -> str:
     if isinstance(value, type) and value in (*_SURROGATES, *_KLS, *_TRUST_REGIONS):
         numbers = "" if value in _SURROGATES else "0.5, 2" if value is Band else "0.2" if value is TV else "0.04"
         return f": make one, such as {value.__name__}({numbers})"
-    return f": did you mean {option}({value!r})?" if isinstance(value, (int, float)) else ""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return f": did you mean {option}({value!r})?" if is_number else ""
 
 
 def _refuse_unless_region(trust_region: object, level: Level) -> None:

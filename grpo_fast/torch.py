@@ -324,7 +324,7 @@ _OPTIONS: dict[str, Callable[..., Any]] = {
 
 
 def _refuse_transforms(logps: Any) -> None:
-    """Raise the RuntimeError where the gradient is wanted otherwise than in reverse; it would be refused, or 0."""
+    """Raise the RuntimeError where a transform wants what is not known: otherwise it would be refused, or be 0."""
     interpreters = getattr(getattr(torch._C, "_functorch", None), "get_interpreter_stack", lambda: None)() or ()
     transforms = [str(interpreter.key()).rpartition(".")[2] for interpreter in interpreters]
     forward_mode = torch.autograd.forward_ad
@@ -336,6 +336,8 @@ def _refuse_transforms(logps: Any) -> None:
             "grpo_loss has a gradient for loss.backward() and torch.autograd.grad alone: its derivatives by torch.func "
             "(grad, vjp, jacrev, jvp, …) and in forward mode are not known; take torch.autograd.grad(loss, logps)"
         )
+    if "Vmap" in transforms:
+        raise RuntimeError("grpo_loss is of one batch, and not known to torch.vmap: loop over them, or join them")
 
 
 def _refuse_unless_plain(name: str, tensor: Any) -> None:

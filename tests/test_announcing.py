@@ -13,9 +13,10 @@ import pytest
 from interpreter import python
 
 import grpo_fast
-from grpo_fast import CISPO, K1, K3, SAPO, Clip, _warm_up, evaluate, grpo_loss, reference, warm_up
+from grpo_fast import CISPO, K1, K3, SAPO, Clip, _command, _warm_up, evaluate, grpo_loss, reference, warm_up
 from grpo_fast.__main__ import main
 from grpo_fast._kernels import compiling, notices
+from grpo_fast._kernels.threads import WORTH_SHARING
 from grpo_fast.terms import Options
 
 PAGES = [Path(__file__).parent.parent / path for path in ("README.md", "grpo_fast/README.md")]
@@ -151,10 +152,52 @@ def test_nobody_is_told_where_there_is_nobody(stderr, monkeypatch):
     assert kernel()(1) == 2
 
 
-def test_who_watches_tells(terminal):
-    with notices.watched_by(lambda _: None):
+@pytest.mark.parametrize("context", [lambda: notices.watched_by(lambda _: None), notices.untold])
+def test_who_watches_tells(context, terminal):
+    with context():
         kernel()(1)
     assert terminal.getvalue() == ""
+    kernel()(1)
+    assert terminal.getvalue() == notices._LINE + "\n"
+
+
+def test_a_worker_tells_nobody(terminal):
+    notices.never_tell()
+    kernel()(1)
+    assert terminal.getvalue() == ""
+
+
+# --- a notice is no part of the call ----------------------------------------------------------------------------------
+def raises(*_, **__):
+    raise OSError("the terminal is gone")
+
+
+def test_a_watcher_that_fails_is_nothing_to_the_call():
+    heard = []
+    with notices.watched_by(raises), notices.watched_by(heard.append):
+        assert kernel()(1) == 2
+    assert heard == [True, False]
+    assert not notices.is_compiling()
+
+
+def test_interrupted_while_it_is_announced_nothing_is_compiling(monkeypatch):
+    monkeypatch.setattr(notices, "_call_watchers", lambda compiling: raises() if compiling else None)
+    with pytest.raises(OSError, match="gone"):
+        notices.announced("x", int)(1)
+    assert not notices.is_compiling()
+
+
+def test_a_terminal_that_is_gone_is_nothing_to_the_call(terminal, monkeypatch):
+    monkeypatch.setattr(terminal, "write", raises)
+    assert kernel()(1) == 2
+    monkeypatch.setattr(notices, "_told", False)
+    monkeypatch.setattr(terminal, "isatty", raises)
+    assert kernel()(1) == 2
+
+
+def test_a_log_that_fails_is_nothing_to_the_call(monkeypatch):
+    monkeypatch.setattr(notices.logger, "info", raises)
+    assert kernel()(1) == 2
 
 
 # --- the bar says it --------------------------------------------------------------------------------------------------
@@ -179,7 +222,7 @@ def test_the_bar_says_it_and_its_clock_stands_still(capsys):
     assert capsys.readouterr().err.count("compiling") == 0
 
 
-def test_the_bar_of_an_executor_says_that_workers_start(tmp_path, capsys):
+def test_the_bar_of_an_executor_says_what_it_waits_for(tmp_path, capsys):
     pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[data]'")
     from rollout_files import table, tokens, write
 
@@ -187,8 +230,8 @@ def test_the_bar_of_an_executor_says_that_workers_start(tmp_path, capsys):
     with ThreadPoolExecutor(1) as executor:
         evaluate(path, executor=executor, progress=True)
     said = capsys.readouterr().err
-    assert "workers start:   0%" in said
-    assert "workers start" not in said.rpartition("\r")[2]
+    assert "first row groups:   0%" in said
+    assert "first row groups" not in said.rpartition("\r")[2]
 
 
 # --- beforehand -------------------------------------------------------------------------------------------------------
@@ -292,10 +335,13 @@ def test_the_command(monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(_warm_up, "_compile_loss", lambda *arguments, **options: calls.append((arguments, options)))
     monkeypatch.setattr(_warm_up, "_compile_objective", lambda dtype: calls.append(dtype))
+    monkeypatch.setattr(_command, "read", lambda a, b, c, d: calls.append((a.dtype.name, a.size)))
     assert main(["compile"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(calls) + 1 == 2 * len(_warm_up.PAPERS) + 3
-    assert calls[-2:] == ["float64", "float32"]
+    assert len(lines) == len(calls) - 1 == 2 * len(_warm_up.PAPERS) + 5
+    of_samples = calls[2 * len(_warm_up.PAPERS) :]
+    assert of_samples == ["float64", "float32"] + [(dtype, n) for dtype in of_samples[:2] for n in (1, WORTH_SHARING)]
+    assert [line.partition(" ...")[0] for line in lines[-3:-1]] == [f"grpo-fast demo, {x}" for x in of_samples[:2]]
     assert lines[-1].startswith("compiled, or found compiled, in ")
     calls.clear()
     line = "compile --surrogate cispo --kl k1 --level sequence --no-mask --no-grad --dtype float32"
@@ -310,6 +356,9 @@ def test_the_command(monkeypatch, capsys):
         "mask": False,
         "rollout_is_weights": False,
     }
+    assert main(["compile", "--kl", "k3", "--no-importance-weighted", "--grad", "--dtype", "float64"]) == 0
+    assert calls[-1][1]["kl"] == K3(0.01, importance_weighted=False)
+    assert len(calls) == 2
 
 
 def test_the_tiny_calls_are_right():

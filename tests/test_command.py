@@ -9,6 +9,8 @@ import shlex
 import signal
 import subprocess
 import sys
+import tomllib
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,7 @@ pa = pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[da
 from rollout_files import PROBABILITIES, table, tokens, write  # noqa: E402
 
 BY_SEQUENCE = {"importance_sampling_level": "sequence"}
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -189,6 +192,33 @@ def test_files_may_stand_between_options(arrays, tmp_path, capsys):
     assert evaluated(capsys, one, "--epsilon", "0.2", two) == (expected + expected).as_dict()
 
 
+def test_names_that_begin_with_a_dash_or_have_a_comma(arrays, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = ["a,b", "old_logps", "advantages", "ref_logps"]
+    write(Path("-a.parquet"), table(arrays).rename_columns(names))
+    expected = grpo_loss(**arrays).stats.as_dict()
+    assert main(["evaluate", "--no-progress", "--json", "--columns", r"logps=a\,b", "--", "-a.parquet"]) == 0
+    assert json.loads(capsys.readouterr().out) == expected
+
+
+def test_k3_of_probabilities_is_what_is_computed(probabilities, capsys):
+    path, arrays = probabilities
+    assert evaluated(capsys, path, "--kl", "k3") == grpo_stats(**arrays).as_dict()
+    without = grpo_stats(arrays["rhos"], arrays["A"], None, None, beta=0).as_dict()
+    assert evaluated(capsys, path, "--kl", "none", "--beta", "0") == without
+    assert main(["sweep", path, "--kl", "k3", "--epsilon", "0.2", "--no-progress", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["objective"][0][1] == grpo_stats(**arrays).objective
+
+
+def test_without_tqdm_there_is_no_bar(rollouts, arrays, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert main(["evaluate", rollouts]) == 0
+    assert capsys.readouterr() == (f"{grpo_loss(**arrays).stats}\n", "")
+    assert main(["sweep", rollouts, "--epsilon", "0.2"]) == 0
+    with pytest.raises(ImportError, match=r"progress needs tqdm: pip install 'grpo_fast\[data\]'"):
+        evaluate(rollouts, progress=True)
+
+
 @pytest.mark.parametrize("form", ["probabilities", "tokens"])
 def test_the_kl_term_without_the_ratio(form, rollouts, arrays, probabilities, capsys):
     path = rollouts
@@ -237,7 +267,9 @@ def test_several_masks(tmp_path, capsys):
     assert message in capsys.readouterr().err
     assert evaluated(capsys, path, "--columns", "mask=")["tokens"] == arrays["mask"].size
     assert main(["evaluate", path, "--no-progress", "--columns", "logps=logps,logps=old_logps"]) == 2
-    assert "--columns names two columns for logps, got logps and old_logps" in capsys.readouterr().err
+    assert "--columns names logps twice, got logps=logps and logps=old_logps" in capsys.readouterr().err
+    assert main(["evaluate", path, "--no-progress", "--columns", "old_logps=,old_logps="]) == 2
+    assert "--columns names old_logps twice, got old_logps= and old_logps=" in capsys.readouterr().err
 
 
 def test_columns(arrays, tmp_path, capsys):
@@ -253,7 +285,13 @@ def test_columns(arrays, tmp_path, capsys):
     [
         (["evaluate", "nothing.parquet"], "no such file: nothing.parquet"),
         (["evaluate", "FILE", "--epsilon", "-2"], "error: --epsilon must be a number in [0, inf], got -2.0"),
-        (["evaluate", "FILE", "--kl", "k3"], "--kl: not for probability columns"),
+        (["evaluate", "FILE", "--kl", "k2"], "--kl k2: not for probability columns, whose KL term is k3"),
+        (["sweep", "FILE", "--kl", "k1"], "--kl k1: not for probability columns, whose KL term is k3"),
+        (["evaluate", "FILE", "--kl", "none"], "--kl none: probability columns have a KL term unless its weight is 0"),
+        (["compile", "--no-importance-weighted"], "are about a KL term: add --kl"),
+        (["evaluate", "RENAMED", "--beta", "0.1", "--columns", "logps=p,q,old_logps="], "got 'q'; a comma within a"),
+        (["evaluate", "RENAMED", "--beta", "1", "--columns", "logps=p"], "--columns old_logps='o\\,ld_logps'"),
+        (["evaluate", "TOKENS", "--kl", "k3", "--columns", "ref_logps="], "--columns ref_logps= leaves out what the"),
         (["evaluate", "FILE", "--surrogate", "sapo"], "--surrogate: not for probability columns"),
         (["evaluate", "FILE", "--columns", "A=B"], r"column 'B' (for A) is missing"),
         (["evaluate", "FILE", "--columns", "mask=m"], "--columns mask= ignores it"),
@@ -291,6 +329,8 @@ def test_bad_input_is_one_line_in_terms_of_the_shell(arguments, message, probabi
     both = pa.table({"logps": [-1.0], "rhos": [1.0]})
     for name, rows in (("FLAT", flat), ("BOTH", both)):
         files[name] = str(write(tmp_path / f"{name}.parquet", rows))
+    renamed = pa.table({"p": [[-1.0]], "o,ld_logps": [[-1.0]], "advantages": [1.0]})
+    files["RENAMED"] = str(write(tmp_path / "RENAMED.parquet", renamed))
     files["JSON"] = str(tmp_path / "a.jsonl")
     Path(files["JSON"]).write_text('{"logps": [-1.0]}\n')
     assert exit_code_of([files.get(word, word) for word in arguments]) == 2
@@ -326,7 +366,13 @@ def test_bad_input_is_one_line_in_terms_of_the_shell(arguments, message, probabi
         ("evaluate x --trust-region band,1", "band: of other numbers than the help says, got 'band,1'"),
         ("demo --samples 0", "--samples: must be a whole number, at least 1, got '0'"),
         ("compile --dtype float16", "--dtype: must be one of float64, float32, got 'float16'"),
-        ("--samples 9", "unknown option --samples; a subcommand comes first, as in grpo-fast demo --samples …"),
+        ("--samples 9", "error: a subcommand comes first, as in grpo-fast demo --samples …"),
+        ("--json evaluate f", "error: a subcommand comes first, as in grpo-fast evaluate --json …"),
+        ("--betas=0 f", "error: a subcommand comes first, as in grpo-fast sweep --betas=0 …"),
+        ("--nothing f", "unknown option --nothing; a subcommand comes first: evaluate, sweep, compile, demo"),
+        ("compile x.parquet", "error: compile takes options alone, got x.parquet"),
+        ("demo --seed 1 x.parquet", "error: demo takes options alone, got x.parquet"),
+        ("evaluate --columns old_logps=a,b,c=d x", "got 'b'; a comma within a name is \\,"),
     ],
 )
 def test_what_cannot_be_parsed_is_one_line_with_what_was_meant(line, message, capsys):
@@ -428,6 +474,20 @@ def test_options_are_named_and_default_as_the_arguments(capsys):
         assert set(parsed) - names - of_surrogates <= {"subcommand", "files", "workers", "json", "plot"}
 
 
+def test_help_has_the_defaults_of_the_options(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["evaluate", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert all(f"({x:g})" in out for x in (CISPO().ratio_max, CISPO().ratio_min, SAPO().tau_pos, SAPO().tau_neg))
+    assert "in which infinity, and a mean over nothing, is null" in out
+
+
+def test_an_option_before_a_subcommand_is_not_of_the_demonstration():
+    done = command("--json", "evaluate", "x.parquet")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "a subcommand comes first, as in grpo-fast evaluate --json" in done.stderr
+
+
 # --- Ctrl-C, and whoever reads no more --------------------------------------------------------------------------------
 @pytest.mark.parametrize("subcommand", ["evaluate", "sweep", "compile", "demo"])
 def test_ctrl_c_is_one_line(subcommand, rollouts, monkeypatch, capsys):
@@ -441,6 +501,44 @@ def test_ctrl_c_is_one_line(subcommand, rollouts, monkeypatch, capsys):
     assert capsys.readouterr().err == "grpo-fast: interrupted\n"
 
 
+@pytest.mark.parametrize("error", [BrokenProcessPool("a process died"), RuntimeError("no compiler")])
+def test_errors_of_what_it_runs_on_are_one_line(error, rollouts, monkeypatch, capsys):
+    def raises(*_, **__):
+        raise error
+
+    monkeypatch.setattr(_command, "evaluate", raises)
+    assert main(["evaluate", rollouts]) == 2
+    assert capsys.readouterr().err == f"grpo-fast: error: {error}\n"
+
+
+def test_without_a_compiler_it_is_one_line():
+    script = "from grpo_fast.__main__ import main; print(main(['demo', '--samples', '9']))"
+    assert python(script, NUMBA_DISABLE_JIT="1").splitlines()[-1].endswith("2")
+
+
+def test_ctrl_c_while_it_is_imported_is_one_line():
+    script = """
+import builtins, sys
+
+def interrupted(name, *rest, before=builtins.__import__):
+    if name == "numba":
+        raise KeyboardInterrupt
+    return before(name, *rest)
+
+builtins.__import__ = interrupted
+sys.stderr = sys.stdout
+from {module} import {function}
+try:
+    {function}()
+except SystemExit as ended:
+    print("code", ended.code)
+"""
+    module, _, function = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"][
+        "grpo-fast"
+    ].partition(":")
+    assert python(script.format(module=module, function=function)) == "grpo-fast: interrupted\ncode 130\n"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="Ctrl-C is sent as POSIX does")
 @pytest.mark.parametrize("workers", ["0", "2"])
@@ -450,7 +548,7 @@ def test_ctrl_c_ends_the_process_while_it_compiles(workers, rollouts, tmp_path):
     line = [sys.executable, "-m", "grpo_fast", "evaluate", rollouts, "--workers", workers]
     process = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     said = ""
-    while ("compiling" if workers == "0" else "workers start") not in said:
+    while ("compiling" if workers == "0" else "first row groups") not in said:
         said += process.stderr.read(1)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)

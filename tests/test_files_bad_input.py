@@ -5,12 +5,15 @@ import io
 import json
 import pickle
 import re
+import subprocess
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 from interpreter import python
 
-from grpo_fast import BLOCK, K3, _columns, evaluate
+from grpo_fast import BLOCK, K1, K2, K3, _columns, evaluate
 from grpo_fast.files import sweep
 
 pa = pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[data]'")
@@ -116,11 +119,34 @@ def test_arguments_that_do_not_fit(tmp_path):
     refused("columns are importance_weighted; got kl", path, call=sweep, kl=K3, **GRID, error=TypeError)
     message = "^importance_weighted must be True or False, got 1"
     refused(message, path, call=sweep, importance_weighted=1, **GRID, error=TypeError)
-    refused(
-        "kl, .*aggregation, normalizer; got imp", other, call=sweep, importance_weighted=True, **GRID, error=TypeError
-    )
+    for weighted in (True, False):
+        message = rf"part of kl: kl=functools.partial\(K3, importance_weighted={weighted}\)$"
+        refused(message, other, call=sweep, importance_weighted=weighted, **GRID, error=TypeError)
+        sweep(other, kl=partial(K3, importance_weighted=weighted), **GRID)
+    for term, made in (
+        (lambda beta: K3(2 * beta), r"K3\(beta=0.04\), got K3\(beta=0.08\)"),
+        (lambda beta: K1(beta) if beta < 1 else K2(beta), r"K2\(beta=0.04\), got K1\(beta=0.04\)"),
+        (lambda beta: K3(beta, beta > 0.5), r"K3\(beta=0.04\), got K3\(beta=0.04, importance_weighted=False\)"),
+    ):
+        message = "^kl must return the same KL term for every β, with that β: for 0.04 "
+        refused(message + made, other, call=sweep, kl=term, **GRID)
+    sweep(other, kl=lambda beta: K3(beta) if beta else None, **GRID)  # which is not asked for
     refused("delta must be a number above", other, call=sweep, delta=1.15, **GRID)
     refused("kl must be K1, K2, K3 or a function", other, call=sweep, kl=K3(0.1), **GRID, error=TypeError)
+
+
+def test_what_a_kl_term_needs_cannot_be_left_out(tmp_path):
+    of_tokens = write(tmp_path / "a.parquet", table(tokens(3)))
+    of_samples = write(tmp_path / "b.parquet", table(probabilities(10)))
+    for path, name, options in (
+        (of_tokens, "ref_logps", OPTIONS),
+        (of_samples, "pi_theta_ref", {}),
+        (of_samples, "pi_theta_old", {"call": sweep, **GRID}),
+    ):
+        message = f"^columns={{'{name}': None}} leaves out what the KL term needs: name the column, or compute without"
+        refused(message, path, columns={name: None, "A" if path is of_samples else "logps": "nothing"}, **options)
+    assert evaluate(of_tokens, columns={"logps": "logps", "ref_logps": None}).sequences == 3
+    assert evaluate(of_samples, columns={"rhos": "rhos", "pi_theta_ref": None}, beta=0).tokens == 10
 
 
 def test_files_of_another_format(tmp_path):
@@ -193,7 +219,7 @@ def test_what_is_in_memory_says_how_it_becomes_a_file(tmp_path):
     refused(re.escape(message), table(arrays), error=TypeError)
     refused("a RecordBatch of pyarrow", table(arrays).to_batches()[0], error=TypeError)
     refused("got a dict: arrays in memory are for grpo_loss", arrays, error=TypeError)
-    refused("got a ndarray: arrays in memory are for grpo_loss", arrays["A"], error=TypeError)
+    refused("got an ndarray: arrays in memory are for grpo_loss", arrays["A"], error=TypeError)
     path = write(tmp_path / "a.parquet", table(arrays))
     message = "got a BytesIO: write it into a file, pathlib.Path('rollouts.parquet').write_bytes(x.getvalue()), and na"
     refused(re.escape(message), io.BytesIO(path.read_bytes()), error=TypeError)
@@ -201,6 +227,38 @@ def test_what_is_in_memory_says_how_it_becomes_a_file(tmp_path):
         refused(re.escape(f"name the file instead, {str(path)!r}"), file, error=TypeError)
     refused("got None$", None, error=TypeError)
     refused("got 3 among them", [path, 3], error=TypeError)
+
+
+class Series(list):
+    """As of pandas or polars."""
+
+    def __array__(self):
+        raise AssertionError("nobody looks at the numbers")
+
+    @property
+    def shape(self):
+        return (len(self),)
+
+
+Series.__module__ = "pandas.core.series"
+
+
+def test_arrays_and_series_of_paths_are_iterables_of_them(tmp_path):
+    paths = [str(write(tmp_path / f"{name}.parquet", table(probabilities(10)))) for name in "ab"]
+    expected = evaluate(paths)
+    for kind in (np.array, Series, partial(np.array, dtype=object), lambda x: np.array([name.encode() for name in x])):
+        assert evaluate(kind(paths)) == expected
+    assert evaluate(Series(map(Path, paths))) == expected
+    refused("got a Series: arrays in memory are for grpo_loss", Series([1.0]), error=TypeError)
+    refused("got an ndarray: arrays in memory are for grpo_loss", np.array([paths]), error=TypeError)
+    refused("got an ndarray: arrays in memory are for grpo_loss", np.array([]), error=TypeError)
+    refused("got 3 among them", np.array([paths[0], 3], object), error=TypeError)
+
+
+def test_frames_are_not_advised_to_overwrite(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rollouts.parquet").touch()
+    refused(r"write_table\(x, 'rollouts-2.parquet'\)", table(probabilities(10)), error=TypeError)
 
 
 def run(code, imports):
@@ -234,9 +292,9 @@ def test_json_and_csv_say_what_converts_them_and_that_does(tmp_path):
     ("content", "message"),
     [
         (b"", "x is empty"),
-        (gzip.compress(b"PAR1"), "x is compressed with gzip: gunzip --keep .*x first"),
-        (b"\x28\xb5\x2f\xfd0000", "x is compressed with zstd: zstd --decompress .*x first"),
-        (b"BZh91AY", "x is compressed with bzip2: bunzip2 --keep .*x first"),
+        (gzip.compress(b"PAR1"), "x is compressed with gzip: gunzip < .*x > .*x-2 first"),
+        (b"\x28\xb5\x2f\xfd0000", "x is compressed with zstd: zstd --decompress < .*x > .*x-2 first"),
+        (b"BZh91AY", "x is compressed with bzip2: bunzip2 < .*x > .*x-2 first"),
         (b"PARE0000", r"x is encrypted Parquet: .*read_table\(.*, decryption_properties=…\), 'plain.parquet'\)"),
         (b"PK\x03\x0400", r"x is a zip archive, as .npz and .pt are: load it, and give its arrays to grpo_loss"),
         (b"\x93NUMPY\x01", r"x is a NumPy array: load it"),
@@ -252,12 +310,49 @@ def test_other_files_say_what_they_are(content, message, tmp_path):
 
 def test_encrypted_columns_say_so(tmp_path, monkeypatch):
     def raises(path):
-        raise pa.ArrowInvalid("Cannot decrypt ColumnMetadata. FileDecryption is not setup correctly")
+        raise pa.ArrowInvalid("Cannot decrypt {ColumnMetadata}. FileDecryption is not setup correctly")
 
     monkeypatch.setattr(_formats, "_ParquetFile", raises)
     path = tmp_path / "x.parquet"
     path.write_bytes(b"PAR1")
-    refused("x.parquet: cannot be read: Cannot decrypt .* To write it in plain: pyarrow.parquet.write_table", path)
+    with pytest.raises(ValueError, match=r"x.parquet: cannot be read: Cannot decrypt .*To write it in plain") as error:
+        evaluate(path)
+    assert "in plain: pyarrow.parquet.write_table(" in str(error.value)
+    assert "in plain: python -c 'import pyarrow.parquet; pyarrow.parquet.write_table(" in error.value.in_shell()
+
+
+def test_a_name_does_not_encrypt(tmp_path):
+    path = tmp_path / "decrypted.parquet"
+    path.write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"decrypted\.parquet: cannot be read: ") as error:
+        evaluate(path)
+    assert "in plain" not in str(error.value)
+
+
+def test_advice_overwrites_nothing(tmp_path):
+    """What is advised writes where nothing is, whatever the file is called, also one that a shell would cut up."""
+    folder = tmp_path / "it's a folder"
+    folder.mkdir()
+    good = write(folder / "rollouts.parquet", table(tokens(3, longest=5)))
+    expected, content = evaluate(good, **OPTIONS), good.read_bytes()
+    json_lines = "".join(f"{json.dumps(row)}\n" for row in table(tokens(3, longest=5)).to_pylist())
+    for name, written in (("rollouts.jsonl", "rollouts-2.parquet"), ("b.parquet", "b-2.parquet")):
+        path = folder / name
+        path.write_text(json_lines, encoding="utf-8")
+        with pytest.raises(ValueError, match="is JSON: convert it with ") as raised:
+            evaluate(path)
+        run(str(raised.value).partition("convert it with ")[2], "pyarrow.json")
+        assert path.read_text(encoding="utf-8") == json_lines
+        assert evaluate(folder / written, **OPTIONS).loss == pytest.approx(expected.loss)
+    for name, written in (("rollouts.parquet.gz", "rollouts-3.parquet"), ("c", "c-2"), ("d.parquet", "d-2.parquet")):
+        path = folder / name
+        path.write_bytes(gzip.compress(content))
+        with pytest.raises(ValueError, match="is compressed with gzip: ") as raised:
+            evaluate(path)
+        line = str(raised.value).partition("with gzip: ")[2].removesuffix(" first")
+        subprocess.run(line, shell=True, check=True)
+        assert evaluate(folder / written, **OPTIONS) == expected
+    assert good.read_bytes() == content
 
 
 @pytest.mark.parametrize("place", ["a.parquet", "deep/er/a.parquet", "a.arrow", "nothing.txt"])
@@ -275,6 +370,7 @@ def test_errors_travel_from_workers():
     assert str(again) == str(error)
     assert "columns={'mask': None} ignores it" in str(again)
     assert "--columns mask= ignores it" in again.in_shell()
+    assert repr(again) == f"AdvisedError({str(error)!r})"
 
 
 def test_a_name_that_is_nearly_right_is_told(tmp_path):
@@ -292,5 +388,10 @@ def test_a_name_that_is_nearly_right_is_told(tmp_path):
     nested = pa.table({"r": pa.array([{"logps": [-1.0]}]), "advantages": [1.0]})
     path = write(tmp_path / "b.parquet", nested)
     refused(r"'r' is a struct: table.flatten\(\) makes columns of its fields", path, columns={"logps": "r.logps"})
+    taken = write(tmp_path / "d.parquet", pa.table({"logps": [[0.1]], "old_logps": [[0.1]], "advantages": [1.0]}))
+    refused("'ref_logps' is missing; it has logps, old_logps, advantages$", taken, kl=K3(0.04))
+    renamed = write(tmp_path / "e.parquet", pa.table({"r_logps": [[0.1]], "ref_logp": [[0.1]], "advantages": [1.0]}))
+    message = "'ref_logps' is missing; .*; if it is this one, columns={'ref_logps': 'ref_logp'}$"
+    refused(message, renamed, columns={"logps": "r_logps", "old_logps": None}, kl=K3(0.04))
     flat = write(tmp_path / "c.parquet", nested.flatten())
     assert evaluate(flat, columns={"logps": "r.logps", "old_logps": None}).tokens == 1

@@ -76,6 +76,12 @@ def test_an_option_of_another_kind_says_what_was_meant(options, message):
     refused((TypeError, ValueError), message, grpo_loss, *CALLS[grpo_loss], **options)
 
 
+@pytest.mark.parametrize("name", ["surrogate", "kl"])
+def test_a_bool_is_no_number_of_an_option(name):
+    with pytest.raises(TypeError, match=r"got True$"):
+        grpo_loss(*CALLS[grpo_loss], **{name: True})
+
+
 def test_scale_says_it_too():
     refused(ValueError, "did you mean 'group'?", group_advantages, [[1.0]], scale="groups")
 

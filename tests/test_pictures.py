@@ -9,6 +9,7 @@ from samples import samples
 
 from grpo_fast import grpo_sweep
 from grpo_fast._pictures import ACCENT, OTHERS, STYLE, TEXT, _from_zero, _limits, draw_sweep, picture
+from grpo_fast.files import sweep
 
 matplotlib = pytest.importorskip("matplotlib", reason="pictures need pip install 'grpo_fast[plot]'")
 
@@ -27,7 +28,7 @@ def contrast(a, b):
 
 
 def drawn(tmp_path, result, *files):
-    draw_sweep(result, str(tmp_path / "sweep.svg"), files)
+    draw_sweep(result, str(tmp_path / "sweep.svg"), files, "samples")
     return (tmp_path / "sweep.svg").read_text(encoding="utf-8")
 
 
@@ -75,7 +76,7 @@ def axes_of(result, tmp_path):
     figures = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", lambda self, path, **_: (figures.append(self), Path(path).touch()))
-        draw_sweep(result, str(tmp_path / "sweep.svg"), ["samples.parquet"])
+        draw_sweep(result, str(tmp_path / "sweep.svg"), ["samples.parquet"], "samples")
     figures[0].draw_without_rendering()
     return figures[0].axes
 
@@ -91,6 +92,18 @@ def test_of_a_single_epsilon_the_objective_is_over_beta_and_the_fractions_are_ba
     assert [text.get_text() for text in right.texts] == [f"{bar.get_height():.3%}" for bar in right.patches]
     assert right.get_ylim()[0] == 0
     assert [label.get_text() for label in right.get_xticklabels()] == ["ρ < 1 − ε, A < 0", "ρ > 1 + ε, A > 0"]
+
+
+@pytest.mark.parametrize("epsilons", [[0.2], [0.1, 0.2], [0.3, 0.1]])
+@pytest.mark.parametrize("epsilon_high", [None, 0.3])
+def test_what_is_clipped_is_named_as_it_is(epsilons, epsilon_high, tmp_path):
+    pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[data]'")
+    from rollout_files import table, tokens, write
+
+    path = write(tmp_path / "a.parquet", table(tokens(7)))
+    right = axes_of(sweep(path, epsilons=epsilons, betas=0, epsilon_high=epsilon_high), tmp_path)[1]
+    names = [x.get_text() for x in (right.get_legend().texts if len(epsilons) > 1 else right.get_xticklabels())]
+    assert names == ["ρ < 1 − ε, A < 0", f"ρ > 1 + {'ε' if epsilon_high is None else '0.3'}, A > 0"]
 
 
 @pytest.mark.parametrize("betas", [[0.04], [0.0, 1e-9]])

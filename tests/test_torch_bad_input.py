@@ -75,6 +75,13 @@ def test_a_derivative_that_is_not_known_is_refused_rather_than_0(transform):
         TRANSFORMS[transform](lambda logps: grpo_loss(logps, None, torch.ones(2)))
 
 
+def test_to_map_it_is_refused():
+    with pytest.raises(RuntimeError, match=r"^grpo_loss is of one batch, and not known to torch.vmap: loop over"):
+        torch.vmap(lambda logps: grpo_loss(logps, None, torch.ones(2)))(LOGPS[None])
+    with pytest.raises(RuntimeError, match=r"^grpo_loss is of one batch, and not known to torch.vmap: loop over"):
+        torch.vmap(lambda advantages: grpo_loss(LOGPS, None, advantages))(torch.ones(3, 2))
+
+
 @of_pytorch_itself
 def test_forward_mode_is_refused():
     from torch.autograd import forward_ad

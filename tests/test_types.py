@@ -5,6 +5,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from test_readme import GUIDE, README, blocks, needs, skip_without
@@ -67,6 +68,11 @@ def test_help_begins_with_what_can_be_read(function):
     assert len(head) < 900
     for word in ("_SupportsArray", "_NestedSequence", "unknown", "Union["):
         assert word not in head
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_the_hints_can_be_had(function):
+    assert {"return"} < set(get_type_hints(function))
 
 
 def test_help_of_the_loss_names_array_like():

@@ -46,6 +46,8 @@ print(maybe.grad.sum())  # type: ignore[union-attr]
 loss, grad, stats = step(False)
 assert_type(loss, float)
 assert_type(stats, Stats)
+assert_type(stats.ess, float)
+print(stats.clip_ratio_hihg)  # type: ignore[attr-defined]
 assert_type(stats + stats, Stats)
 log: dict[str, float] = stats.as_dict()
 

@@ -1,7 +1,8 @@
 """What is told of the machine: warnings, of each subject one in a process; and that kernels are being compiled.
 
 Each kernel that is compiled (not loaded from disk) is an INFO record of the logger ``grpo_fast``. Whoever watches, as a
-progress bar does, is called; where nobody watches, a terminal or a notebook is told once, after a second of it.
+progress bar does, is called; where nobody watches, a terminal or a notebook is told once, after a second of it. What
+goes wrong with a notice is nothing to the call that compiles: it is dropped.
 """
 
 import functools
@@ -11,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 logger = logging.getLogger("grpo_fast")
@@ -50,9 +51,9 @@ def announced(name: str, compile_one: Callable[..., Any]) -> Callable[..., Any]:
         global _depth, _spent
         begin = time.perf_counter()
         _depth += 1
-        if _depth == 1:
-            _call_watchers(True)
         try:
+            if _depth == 1:
+                _call_watchers(True)
             result = compile_one(*arguments)
         finally:
             _depth -= 1
@@ -60,7 +61,8 @@ def announced(name: str, compile_one: Callable[..., Any]) -> Callable[..., Any]:
             if _depth == 0:
                 _spent += seconds
                 _call_watchers(False)
-        logger.info("compiled %s in %.2f s", name, seconds)
+        with suppress(Exception):
+            logger.info("compiled %s in %.2f s", name, seconds)
         if _spent > _PATIENCE:  # by now, on a thread that did not wait in `patient_result`
             _tell_once()
         return result
@@ -100,9 +102,21 @@ def watched_by(watcher: Callable[[bool], object]) -> Iterator[None]:
         _watchers.remove(watcher)
 
 
+def untold() -> AbstractContextManager[None]:
+    """A context in which no terminal is told: the caller has said it."""
+    return watched_by(lambda _: None)
+
+
+def never_tell() -> None:
+    """Tell no terminal in this process from now on: another one, whose worker it is, speaks to the user."""
+    global _told
+    _told = True
+
+
 def _call_watchers(compiling: bool) -> None:
     for watcher in tuple(_watchers):
-        watcher(compiling)
+        with suppress(Exception):
+            watcher(compiling)
 
 
 def _tell_once() -> None:
@@ -111,13 +125,14 @@ def _tell_once() -> None:
     if _told or _watchers or not _somebody_reads():
         return
     _told = True
-    print(_LINE, file=sys.stderr, flush=True)
+    with suppress(Exception):  # such as an OSError, where the terminal is gone
+        print(_LINE, file=sys.stderr, flush=True)
 
 
 def _somebody_reads() -> bool:
     """Whether stderr is a terminal, or the output of a notebook."""
-    shell: Any = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     try:
+        shell: Any = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
         return hasattr(shell, "kernel") or sys.stderr.isatty()
-    except (AttributeError, ValueError):  # there is none, or it is closed
+    except Exception:  # there is no stderr, or it is closed
         return False

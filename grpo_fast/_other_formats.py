@@ -1,20 +1,23 @@
 """Files that are of no format that is read here: what they are, and the one line that makes one that is."""
 
 import os
+import shlex
 
 from ._advice import AdvisedError, Code
-from ._paths import printable
+from ._paths import free_name, printable
 
+#: The suffixes that compressed files have behind their own.
+_PACKED = (".gz", ".zst", ".zstd", ".bz2")
 _STREAM = (
     "a stream of Arrow IPC, which is refused since one that was cut off looks complete: write it with "
     "pyarrow.ipc.new_file"
 )
-#: What begins with these bytes, with ``{path}`` and ``{plain}``, the path without its suffix, in what to do.
+#: What begins with these bytes, and what to do, with the names of `refusal`'s values in it.
 _KINDS = (
     (b"PARE", "encrypted Parquet: write it in plain first, {decrypt}"),
-    (b"\x1f\x8b", "compressed with gzip: gunzip --keep {path} first"),
-    (b"\x28\xb5\x2f\xfd", "compressed with zstd: zstd --decompress {path} first"),
-    (b"BZh", "compressed with bzip2: bunzip2 --keep {path} first"),
+    (b"\x1f\x8b", "compressed with gzip: gunzip {unpacked} first"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd: zstd --decompress {unpacked} first"),
+    (b"BZh", "compressed with bzip2: bunzip2 {unpacked} first"),
     (b"\xff\xff\xff\xff", _STREAM),
     (b"FEA1", "Feather of version 1: write it again with {feather}"),
     (b"PK\x03\x04", "a zip archive, as .npz and .pt are: load it, and give its arrays to grpo_loss(**arrays).stats"),
@@ -26,7 +29,7 @@ _KINDS = (
 
 def refusal(path: str, magic: bytes) -> AdvisedError:
     """The error for a file that begins with these bytes, neither those of Parquet nor of Arrow IPC."""
-    name, plain = printable(path), printable(os.path.splitext(path)[0])
+    name = printable(path)
     start = magic.removeprefix(b"\xef\xbb\xbf").lstrip()
     kind = next((kind for prefix, kind in _KINDS if start.startswith(prefix)), None)
     if not magic:
@@ -35,11 +38,13 @@ def refusal(path: str, magic: bytes) -> AdvisedError:
         kind = "text: convert it with {csv}"
     elif kind is None:
         kind = "neither a Parquet nor an Arrow IPC file: it begins with {magic}"
-    target = f"{plain}.parquet"
+    stem, suffix = os.path.splitext(path)
+    target = printable(free_name(f"{stem}.parquet"))
+    unpacked = free_name(stem if suffix.lower() in _PACKED else path)
     write, imports = "pyarrow.parquet.write_table({}, {!r})", "pyarrow.{}, pyarrow.parquet"
     values = {
         "name": name,
-        "path": name,
+        "unpacked": f"< {shlex.quote(name)} > {shlex.quote(printable(unpacked))}",
         "magic": repr(magic),
         "decrypt": encrypted_as_plain(name),
         "feather": Code(write.format(f"pyarrow.feather.read_table({name!r})", target), imports.format("feather")),
@@ -53,7 +58,7 @@ def refusal(path: str, magic: bytes) -> AdvisedError:
     return AdvisedError("{name} is " + kind, values)
 
 
-def encrypted_as_plain(name: str) -> str:
+def encrypted_as_plain(name: str) -> Code:
     """The call that reads an encrypted Parquet file and writes it in plain."""
     read = f"pyarrow.parquet.read_table({name!r}, decryption_properties=…)"
-    return f"pyarrow.parquet.write_table({read}, 'plain.parquet')"
+    return Code(f"pyarrow.parquet.write_table({read}, {free_name('plain.parquet')!r})", "pyarrow.parquet")
