@@ -59,7 +59,7 @@ class Contribution(NamedTuple):
 class Totals(NamedTuple):
     """All contributions, added up."""
 
-    limbs: np.ndarray  # of exact sums: a record with those of `Sums` and of `Numerator`
+    limbs: Any  # of exact sums: a record with those of `Sums` and of `Numerator`; None once they are numbers
     clipped_low: int
     clipped_high: int
     clipped_hard: int
