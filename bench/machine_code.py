@@ -120,7 +120,7 @@ def hot_loops(name: str, dtype: str) -> list[Loop]:
     """
     x = np.ones(4096, dtype)
     batch = Batch(x, x, x[:1], x, None, None, x.copy(), np.array([0, x.size]), False, False)
-    terms = LossTerms(Clip(), K3(0.04), WEIGHTINGS[1], 1.0, True)
+    terms = LossTerms(Clip(), None, K3(0.04), WEIGHTINGS[1], 1.0, True)
     sequences, room = np.array([[0, 1]]), np.empty(0, np.uint8)
     kernel, arguments = {
         "objective": (sample_blocks.objective_block, (x, x, x, x, 0.8, 1.2)),

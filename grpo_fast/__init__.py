@@ -3,7 +3,7 @@
 How the data flows, file by file; each imports only from lines below its own::
 
     __main__                      the command: over files (_command, _pictures), its demonstration (_demonstration,
-    _parser                       _measure); its arguments. Its console script is grpo_fast_command, beside this folder
+    _parser                       _measure); its arguments
     trl                           `FastGRPOTrainer`: TRL's, with the loss below
     torch                         `grpo_loss` for tensors
     _warm_up                      `warm_up`: compiling beforehand

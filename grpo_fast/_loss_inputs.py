@@ -41,7 +41,7 @@ class Inputs(NamedTuple):
             raise ValueError(f"logps must be (B, T) or (N,), got shape {array.shape}{flat_fits}")
         dtype = array.dtype
         if dtype is not FLOAT64 and dtype is not FLOAT32:
-            dtype = FLOAT32 if dtype.newbyteorder("=") == np.float32 else FLOAT64
+            dtype = FLOAT32 if dtype.newbyteorder("=") in (np.float32, np.float16) else FLOAT64
         bounds = _bounds(array.shape, cu_seqlens)
         expected = _Expected(array.shape, dtype, bounds)
         advantages_per_token, flat_advantages = expected.per_token_or_sequence("advantages", advantages)

@@ -137,7 +137,8 @@ def grpo_loss(
     Parameters
     ----------
     logps : (B, T) padded, or (N,) packed with ``cu_seqlens``, or (N,) alone, which is one sequence
-        log π_θ of each token. float32 computes in float32, everything else in float64; the other arrays are cast to it.
+        log π_θ of each token. float32, bfloat16 and float16 compute in float32, everything else in float64; the other
+        arrays are cast to it.
     old_logps : like ``logps``, or None
         log π_old. None is on-policy: ρ = 1, with the gradient of ρ.
     advantages : like ``logps``, or one per sequence: (B,), (S,), (B, 1), (S, 1), or a number for one sequence

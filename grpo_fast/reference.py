@@ -117,7 +117,7 @@ def grpo_loss(
     Parameters
     ----------
     logps : (B, T) padded, or (N,) packed with ``cu_seqlens`` (S + 1,), or (N,) plain: one sequence
-        log π_θ. float32 computes in float32, everything else in float64; sums are float64.
+        log π_θ. float32, bfloat16 and float16 compute in float32, everything else in float64; sums are float64.
     old_logps, ref_logps : like ``logps``, or None
         log π_old, None being on-policy: ρ = 1 with the gradient of ρ; log π_ref, read when there is a ``kl``.
     advantages, rollout_is_weights : like ``logps``, or one per sequence: (B,), (S,), (B, 1), (S, 1)
@@ -148,7 +148,7 @@ def grpo_loss(
         Shapes that do not fit, an unknown option. Values are not checked: an unmasked NaN gives NaN.
     """
     logps = as_array("logps", logps)
-    logps = logps if logps.dtype == np.float32 else logps.astype(np.float64)
+    logps = logps.astype(np.float32 if logps.dtype in (np.float32, np.float16) else np.float64)
     tokens = _Tokens.of(logps, mask, cu_seqlens)
     level = one_of("importance_sampling_level", importance_sampling_level, LEVELS)
 

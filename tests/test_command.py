@@ -9,7 +9,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import tomllib
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -44,7 +43,6 @@ pa = pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[da
 from rollout_files import PROBABILITIES, table, tokens, write  # noqa: E402
 
 BY_SEQUENCE = {"importance_sampling_level": "sequence"}
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -514,29 +512,6 @@ def test_errors_of_what_it_runs_on_are_one_line(error, rollouts, monkeypatch, ca
 def test_without_a_compiler_it_is_one_line():
     script = "from grpo_fast.__main__ import main; print(main(['demo', '--samples', '9']))"
     assert python(script, NUMBA_DISABLE_JIT="1").splitlines()[-1].endswith("2")
-
-
-def test_ctrl_c_while_it_is_imported_is_one_line():
-    script = """
-import builtins, sys
-
-def interrupted(name, *rest, before=builtins.__import__):
-    if name == "numba":
-        raise KeyboardInterrupt
-    return before(name, *rest)
-
-builtins.__import__ = interrupted
-sys.stderr = sys.stdout
-from {module} import {function}
-try:
-    {function}()
-except SystemExit as ended:
-    print("code", ended.code)
-"""
-    module, _, function = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"][
-        "grpo-fast"
-    ].partition(":")
-    assert python(script.format(module=module, function=function)) == "grpo-fast: interrupted\ncode 130\n"
 
 
 @pytest.mark.slow
