@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ._atomic import replaced_when_complete
 from .stats import Sweep
 
 TEXT = "#777e86"
@@ -53,23 +54,10 @@ def picture(path: str, width: float, height: float) -> Iterator[Any]:
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    with style.context(["default", STYLE]), _replaced_when_complete(path) as temporary:
+    with style.context(["default", STYLE]), replaced_when_complete(path) as temporary:
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
         figure.savefig(temporary, metadata={"Date": None} if path.endswith(".svg") else None)
-
-
-@contextmanager
-def _replaced_when_complete(path: str) -> Iterator[str]:
-    """The name of a file beside ``path`` to write to; afterwards it is moved there, or removed on an exception."""
-    stem, suffix = os.path.splitext(path)
-    temporary = f"{stem}.{os.getpid()}{suffix}"
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
 
 
 def draw_sweep(result: Sweep, path: str, files: Sequence[str], unit: str) -> None:

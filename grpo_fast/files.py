@@ -20,9 +20,12 @@ from ._columns import Columns, Form
 from ._jobs import Job, Work, evaluation, refuse_sequences, sweeping
 from ._kernels.threads import serially
 from ._paths import Paths
+from ._writer import RolloutWriter
 from .objective import grid_of
 from .stats import Stats, Sweep
 from .terms import KL, Aggregation, Level, Surrogate, TrustRegion
+
+__all__ = ["RolloutWriter", "evaluate", "sweep"]
 
 if TYPE_CHECKING:
     from ._plan import RowGroup
