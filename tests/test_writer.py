@@ -74,16 +74,15 @@ def test_what_is_in_a_file(tmp_path):
 def test_without_old_logps_all_is_on_policy(tmp_path):
     arrays = tokens(5) | {"old_logps": None}
     path = RolloutWriter(tmp_path).write(step=0, **arrays)
-    expected, found = (f(x, **OPTIONS) for f, x in ((lambda x, **o: grpo_loss(**x, **o).stats, arrays), (evaluate, path)))
-    assert found.as_dict() == expected.as_dict()
+    assert evaluate(path, **OPTIONS).as_dict() == grpo_loss(**arrays, **OPTIONS).stats.as_dict()
 
 
 def test_micro_batches_of_a_step_are_one_file(tmp_path):
     writer = RolloutWriter(tmp_path)
     parts = [padded(0), padded(1, width=17), padded(2, rows=2)]
-    assert [writer.write(step=7, complete=last, **part) for last, part in zip((False, False, True), parts, strict=True)][
-        :2
-    ] == [None, None]
+    assert writer.write(step=7, complete=False, **parts[0]) is None
+    assert writer.write(step=7, complete=False, **parts[1]) is None
+    assert writer.write(step=7, **parts[2]).exists()
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000007-rank-00000.parquet"]
     whole = sum(grpo_loss(**part, **OPTIONS).stats for part in parts)
     assert evaluate(next(tmp_path.iterdir()), **OPTIONS) == whole
@@ -129,7 +128,10 @@ def test_tensors(tmp_path):
         ({"prompt_id": np.arange(8)}, r"prompt_id must have shape \(9,\), one per sequence, got \(8,\)"),
         ({"prompt_id": np.arange(9.0)}, "prompt_id must hold ints or strings, got dtype float64"),
         ({"columns": {"x": [None] * 9}}, "x must hold numbers or strings, got None"),
-        ({"columns": {"logps": np.arange(9)}}, "columns must have other names than those of the arguments, got 'logps'"),
+        (
+            {"columns": {"logps": np.arange(9)}},
+            "columns must have other names .* got 'logps'",
+        ),
         ({"columns": {"step": np.arange(9)}}, "got 'step'"),
     ],
 )
