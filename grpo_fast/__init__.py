@@ -25,16 +25,18 @@ from .files import evaluate
 from .loss import LossResult, grpo_loss
 from .objective import grpo_objective, grpo_stats, grpo_sweep
 from .stats import Stats, Sweep
-from .terms import CISPO, K1, K2, K3, SAPO, TV, Band, BinaryKL, Clip, Unclipped
+from .terms import CISPO, GMPO, K1, K2, K3, SAPO, TV, VESPO, Band, BinaryKL, Clip, Unclipped
 
 __all__ = [
     "BLOCK",
     "CISPO",
+    "GMPO",
     "K1",
     "K2",
     "K3",
     "SAPO",
     "TV",
+    "VESPO",
     "Band",
     "BinaryKL",
     "Clip",
