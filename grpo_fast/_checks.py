@@ -197,11 +197,11 @@ def _readable_tensor(name: str, tensor: Any) -> Any:
 
 
 def as_given(value: Any, result: Array) -> Array:
-    """``result``; as a tensor if ``value`` is one of PyTorch, in its dtype if that is one of floats."""
+    """``result``, as a tensor if ``value`` is one of PyTorch."""
     if type(value).__module__.partition(".")[0] != "torch":
         return result
-    tensor: Any = sys.modules["torch"].from_numpy(result)
-    return tensor.to(value.dtype) if value.dtype.is_floating_point else tensor  # type: ignore[no-any-return]
+    tensor: Array = sys.modules["torch"].from_numpy(result)
+    return tensor
 
 
 def real(name: str, value: ArrayLike | None) -> Array:

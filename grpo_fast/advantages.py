@@ -84,7 +84,7 @@ def group_advantages(
     Returns
     -------
     array, or tensor, like ``rewards``
-        In the dtype of ``rewards``, float64 for ints and bools; a tensor for a tensor, otherwise an array.
+        In the dtype of ``rewards``, float64 for ints and bools, float32 for bfloat16; a tensor for a tensor.
 
     Raises
     ------

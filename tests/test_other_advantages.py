@@ -153,7 +153,7 @@ def test_tensors_in_tensors_out():
             gdpo_advantages(rewards.to(dtype).T, group_size=3),
         ):
             assert torch.is_tensor(found)
-            assert found.dtype is dtype
+            assert found.dtype is (torch.float32 if dtype is torch.bfloat16 else dtype)
     assert group_advantages(torch.tensor([[1, 0]])).dtype is torch.float64
     assert torch.equal(group_advantages(rewards), torch.from_numpy(group_advantages(rewards.numpy())))
     assert torch.is_tensor(whiten(rewards, torch.tensor([[True, True, False]])))
