@@ -13,14 +13,14 @@ How the data flows, file by file; each imports only from lines below its own::
     stats                         exact sums (_additive) → diagnostics
     _kernels                      the kernels; their map is the docstring of that folder
     reference  advantages         the mathematics once more, in NumPy, independent of the kernels; from rewards
-    terms                         the options
+    terms  _groups                the options; rewards by group
     _checks  _advice              what arguments may be; errors that say what to write
 """
 
 from . import reference
 from ._kernels.blocks import BLOCK
 from ._warm_up import warm_up
-from .advantages import group_advantages
+from .advantages import gdpo_advantages, group_advantages, whiten
 from .files import evaluate
 from .loss import LossResult, grpo_loss
 from .objective import grpo_objective, grpo_stats, grpo_sweep
@@ -45,6 +45,7 @@ __all__ = [
     "Sweep",
     "Unclipped",
     "evaluate",
+    "gdpo_advantages",
     "group_advantages",
     "grpo_loss",
     "grpo_objective",
@@ -52,5 +53,6 @@ __all__ = [
     "grpo_sweep",
     "reference",
     "warm_up",
+    "whiten",
 ]
 __version__ = "0.1.0"
