@@ -195,7 +195,8 @@ KILLERS = {
     "stats.py": (("stats", "sweep", "loss"), f"{PROBABILITIES} {LOSS} test_files test_printing"),
     "_additive.py": (("stats", "sweep"), "test_adding test_files test_printing"),
     "terms.py": ((), f"test_terms {LOSS} test_bad_input test_fuzz test_printing"),
-    "advantages.py": ((), "test_group_advantages test_fuzz"),
+    "advantages.py": ((), "test_group_advantages test_other_advantages test_fuzz"),
+    "_groups.py": ((), "test_group_advantages test_other_advantages test_fuzz"),
     "_checks.py": (
         (),
         f"test_arrays test_bad_input test_loss_bad_input test_group_advantages test_hints test_fuzz {LOSS}",

@@ -13,28 +13,31 @@ How the data flows, file by file; each imports only from lines below its own::
     stats                         exact sums (_additive) → diagnostics
     _kernels                      the kernels; their map is the docstring of that folder
     reference  advantages         the mathematics once more, in NumPy, independent of the kernels; from rewards
-    terms                         the options
+    terms  _groups                the options; rewards by group
     _checks  _advice              what arguments may be; errors that say what to write
 """
 
 from . import reference
 from ._kernels.blocks import BLOCK
 from ._warm_up import warm_up
-from .advantages import group_advantages
+from .advantages import gdpo_advantages, group_advantages, whiten
 from .files import evaluate
 from .loss import LossResult, grpo_loss
 from .objective import grpo_objective, grpo_stats, grpo_sweep
+from .prompt_weights import prompt_mean_weights
 from .stats import Stats, Sweep
-from .terms import CISPO, K1, K2, K3, SAPO, TV, Band, BinaryKL, Clip, Unclipped
+from .terms import CISPO, GMPO, K1, K2, K3, SAPO, TV, VESPO, Band, BinaryKL, Clip, Unclipped
 
 __all__ = [
     "BLOCK",
     "CISPO",
+    "GMPO",
     "K1",
     "K2",
     "K3",
     "SAPO",
     "TV",
+    "VESPO",
     "Band",
     "BinaryKL",
     "Clip",
@@ -43,12 +46,15 @@ __all__ = [
     "Sweep",
     "Unclipped",
     "evaluate",
+    "gdpo_advantages",
     "group_advantages",
     "grpo_loss",
     "grpo_objective",
     "grpo_stats",
     "grpo_sweep",
+    "prompt_mean_weights",
     "reference",
     "warm_up",
+    "whiten",
 ]
 __version__ = "0.1.0"

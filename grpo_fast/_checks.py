@@ -5,6 +5,7 @@ Values in arrays are looked at here only after a kernel has found that something
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, TypeVar
@@ -193,6 +194,14 @@ def _readable_tensor(name: str, tensor: Any) -> Any:
     if tensor.device.type != "cpu":
         raise TypeError(f"{name} must be on the CPU, got a tensor on {tensor.device}: {name}.cpu() brings it there")
     return tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor
+
+
+def as_given(value: Any, result: Array) -> Array:
+    """``result``, as a tensor if ``value`` is one of PyTorch."""
+    if type(value).__module__.partition(".")[0] != "torch":
+        return result
+    tensor: Array = sys.modules["torch"].from_numpy(result)
+    return tensor
 
 
 def real(name: str, value: ArrayLike | None) -> Array:

@@ -25,6 +25,7 @@ class Form(Enum):
         "ref_logps",
         "mask",
         "rollout_is_weights",
+        "loss_weights",
         "rollout_logps",
     )
 
@@ -40,11 +41,11 @@ ARGUMENTS = Form.PROBABILITIES.arguments + Form.LOG_PROBABILITIES.arguments
 #: There is nothing to compute without these: ``columns`` cannot map them to None.
 REQUIRED = ("rhos", "A", "logps", "advantages")
 #: Read where a file has such a column; a column for any other argument must be there.
-OPTIONAL = ("mask", "rollout_is_weights", "rollout_logps")
+OPTIONAL = ("mask", "rollout_is_weights", "loss_weights", "rollout_logps")
 #: A null among these is a number that is missing, as a NaN is.
 MAY_BE_NULL = ("rollout_logps",)
 #: One number for each sequence, unless they are lists.
-PER_SEQUENCE = ("advantages", "rollout_is_weights")
+PER_SEQUENCE = ("advantages", "rollout_is_weights", "loss_weights")
 
 
 def no_mask(reason: str) -> AdvisedError:

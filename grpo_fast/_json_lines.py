@@ -64,7 +64,8 @@ class JsonLinesFile:
                 table = _parsed(piece, wanted, use_threads)
             except pa.ArrowInvalid:
                 # An int may be followed by a fraction; what is wrong otherwise is so again.
-                table = _parsed(piece, _widened(wanted, ints=True), use_threads)
+                wanted = pa.schema([_fitting(field, piece) for field in wanted])
+                table = _parsed(piece, wanted, use_threads)
             records = table.combine_chunks().to_batches(max_chunksize=None)
             for part in records:
                 yield from in_parts(part, batch_size) if batch_size or flat else [part]
@@ -131,6 +132,15 @@ def _widened(schema: Any, ints: bool = False) -> Any:
         return pa.float64() if ints and types.is_integer(kind) else kind
 
     return pa.schema([field.with_type(wide(field.type)) for field in schema])
+
+
+def _fitting(field: Any, text: bytes) -> Any:
+    """The field, with float64 in place of int64 where these lines need that."""
+    try:
+        _parsed(text, pa.schema([field]))
+    except pa.ArrowInvalid:
+        return _widened(pa.schema([field]), ints=True).field(0)
+    return field
 
 
 def _only(field: Any, columns: list[str]) -> Any:

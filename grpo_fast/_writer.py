@@ -63,6 +63,7 @@ class RolloutWriter:
         mask: ArrayLike | None = None,
         cu_seqlens: ArrayLike | None = None,
         rollout_is_weights: ArrayLike | None = None,
+        loss_weights: ArrayLike | None = None,
         rollout_logps: ArrayLike | None = None,
         prompt_id: ArrayLike | None = None,
         columns: Mapping[str, ArrayLike] | None = None,
@@ -74,7 +75,7 @@ class RolloutWriter:
         ----------
         step : int
             What `evaluate` has as ``by="step"``. Of a step that is written more than once, each call makes a file.
-        logps, old_logps, advantages, ref_logps, mask, cu_seqlens, rollout_is_weights : array-like
+        logps, old_logps, advantages, ref_logps, mask, cu_seqlens, rollout_is_weights, loss_weights : array-like
             As in `grpo_loss`, whose loss these are the arguments of: padded or packed, arrays or tensors, also ones
             that require a gradient or are on a GPU. bfloat16 and float16 are stored as float32. Without ``old_logps``,
             ``logps`` are stored as such: all is on-policy.
@@ -95,8 +96,9 @@ class RolloutWriter:
             The file cannot be written. There is none then, not a part of one.
         """
         step = _count("step", step)
+        loss = (logps, old_logps, advantages, ref_logps, mask, cu_seqlens, rollout_is_weights, loss_weights)
         table = _table(
-            Arguments(logps, old_logps, advantages, ref_logps, mask, cu_seqlens, rollout_is_weights, rollout_logps),
+            Arguments(*loss, rollout_logps),
             dict(columns or {}) | ({} if prompt_id is None else {"prompt_id": prompt_id}),
             {"step": step, "rank": self.rank},
         )
@@ -164,6 +166,7 @@ class Arguments(NamedTuple):
     mask: Any
     cu_seqlens: Any
     rollout_is_weights: Any
+    loss_weights: Any
     rollout_logps: Any
 
 
@@ -187,6 +190,8 @@ def _table(given: Arguments, per_sequence: dict[str, Any], constants: dict[str, 
     (tokens if batch.advantages_per_token else sequences)["advantages"] = batch.advantages
     if batch.weights is not None:
         (tokens if batch.weights_per_token else sequences)["rollout_is_weights"] = batch.weights
+    if batch.loss_weights is not None:
+        (tokens if batch.loss_weights_per_token else sequences)["loss_weights"] = batch.loss_weights
     tokens["mask"] = np.ones(batch.logps.size, np.bool_) if batch.mask is None else batch.mask.view(np.bool_)
     starts, stops = _unmasked(batch.bounds, batch.mask)
     bounds = np.append(0, np.cumsum(stops - starts, dtype=np.int64))

@@ -31,7 +31,7 @@ import logging
 import math
 import os
 import re
-from typing import Any
+from typing import Any, Literal
 
 from .files import RolloutWriter
 from .stats import Stats
@@ -216,7 +216,7 @@ def _options(trainer: GRPOTrainer) -> Options:
     args = trainer.args
     return Options(
         surrogate=Clip(trainer.epsilon_low, trainer.epsilon_high, args.delta),
-        kl=K3(trainer.beta, args.use_bias_correction_kl) if trainer.beta else None,
+        kl=_kl(trainer),
         importance_sampling_level=trainer.importance_sampling_level,
         aggregation=_AGGREGATIONS[trainer.loss_type],
     )
@@ -226,6 +226,16 @@ def _mask(inputs: dict[str, Any]) -> Tensor:
     """Which tokens count."""
     mask: Tensor = inputs["completion_mask"].bool()
     return mask & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask
+
+
+def _kl(trainer: GRPOTrainer) -> K3 | None:
+    """The KL term; what TRL calls bias-corrected is, at sequence level up to TRL 1.16, multiplied by that level's ρ."""
+    if not trainer.beta:
+        return None
+    weighted: bool | Literal["sequence"] = trainer.args.use_bias_correction_kl
+    if weighted and trainer.importance_sampling_level == "sequence":
+        weighted = "sequence"
+    return K3(trainer.beta, weighted)
 
 
 def _mode(trainer: GRPOTrainer) -> str:

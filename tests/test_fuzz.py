@@ -217,20 +217,21 @@ def advantage_calls(draw):
         x = arguments[name]
         arguments[name] = changed(draw, x) if isinstance(x, np.ndarray) else draw(st.sampled_from(ODD))
     if draw(st.booleans()):
-        option = draw(st.sampled_from(["scale", "leave_one_out", "ddof", "eps"]))
-        arguments[option] = draw(st.sampled_from([*ODD, "none", "batch"]))
+        option = draw(st.sampled_from(["scale", "leave_one_out", "missing", "lengths", "ddof", "eps"]))
+        arguments[option] = draw(st.sampled_from([*ODD, "none", "batch", "mean", "skip"]))
     return arguments
 
 
 @np.errstate(all="ignore")
 def look_at_advantages(arguments):
-    names = ["rewards", "group_size", "group_ids", "scale", "leave_one_out", "ddof", "eps"]
+    names = ["rewards", "group_size", "group_ids", "scale", "leave_one_out", "missing", "lengths", "ddof", "eps"]
     try:
         found = group_advantages(**arguments)
     except Exception as error:
         return raised_for(error, names)
     rewards = np.asarray(arguments["rewards"])
-    assert np.isfinite(rewards.astype(float)).all()
+    skipped = arguments.get("missing") == "skip"
+    assert (np.isfinite(rewards.astype(float)) | (skipped & np.isnan(rewards.astype(float)))).all()
     assert found.shape == rewards.shape
     assert np.isfinite(found).all() or rewards.dtype.itemsize < 8
     return "answered"
