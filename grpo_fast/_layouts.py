@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from ._advice import AdvisedError, Keywords
 from ._arrow import column_names, column_type, is_list, top_level, types
 from ._checks import closest
-from ._columns import ARGUMENTS, OPTIONAL, PER_SEQUENCE, Form, no_mask
+from ._columns import ARGUMENTS, PER_SEQUENCE, Form, no_mask
 
 
 class ColumnLayout(NamedTuple):
@@ -42,15 +42,14 @@ def layout_of(
     name: str,
     schema: Any,
     wanted: Mapping[str, tuple[str, ...]],
-    explicit: set[str],
+    may_be_missing: set[str],
     beside: tuple[str, ...] = (),
 ) -> ColumnLayout:
     """The layout of the file of that name, given its ``schema``; a ValueError if a column is missing or does not fit.
 
-    ``wanted`` are the columns by argument, of which only the mask may have several. Those of `OPTIONAL` arguments may
-    be missing unless in ``explicit``; of the columns ``beside``, those that are missing are left out.
+    ``wanted`` are the columns by argument, of which only the mask may have several. Those of the arguments that
+    ``may_be_missing``, and of the columns ``beside``, are left out where they are.
     """
-    may_be_missing = set(OPTIONAL) - explicit
     used = {column for several in wanted.values() for column in several}
     pairs = [
         (argument, column)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ._advice import AdvisedError, Keywords
 from ._arrow import column_type
-from ._columns import Columns, Form, check_mapping, no_mask
+from ._columns import OPTIONAL, Columns, Form, check_mapping, no_mask
 from ._formats import opened
 from ._keys import Kind, kind_of, missing_key, typed_partition
 from ._layouts import ColumnLayout, holds_nothing, layout_of, refuse_unused_masks
@@ -112,6 +112,7 @@ class Beside(NamedTuple):
     key: str | None = None  # the column, or hive partition, by which results are told apart
     shown: tuple[str, ...] = ()  # columns to show, where a file has them
     row_numbers: bool = False  # whether it matters which row of a file one is
+    optional: tuple[str, ...] = ()  # arguments that a file may lack, beside those that any may
 
 
 _NOTHING = Beside()
@@ -131,7 +132,7 @@ def plan(
         As `open` raises them.
     """
     named = {argument: argument for argument in form.arguments} | dict(columns or {})
-    _refuse_to_go_without(columns or {}, unread)
+    _refuse_to_go_without(columns or {}, unread | set(beside.optional))
     wanted = {
         argument: (column,) if isinstance(column, str) else tuple(column)
         for argument, column in named.items()
@@ -147,7 +148,7 @@ def plan(
         nothing = holds_nothing(schema, *wanted[form.arguments[0]])
         marked = MARK in (schema.metadata or {})  # without a mask where nothing is masked
         explicit = set() if nothing else set(columns or {}) - ({"mask"} if marked else set())
-        layout = layout_of(name, schema, wanted, explicit, others)
+        layout = layout_of(name, schema, wanted, {*OPTIONAL, *beside.optional} - explicit, others)
         if isinstance(named.get("mask", ""), str):  # neither None nor a list, which say that there are no others
             refuse_unused_masks(name, schema, form, layout)
         key = _key_of(source, schema, layout, beside.key, nothing)

@@ -52,7 +52,7 @@ def row_batches(row_groups: Iterable[RowGroup], batch_size: int | None, use_thre
             wanted["mask"] += layout.more_masks
         file = opened(source)
         # It was checked by `plan`, but may have changed since, or be another one on a worker's machine.
-        layout_of(str(source), file.schema, wanted, set(wanted))
+        layout_of(str(source), file.schema, wanted, set())
         for row_group in of_one_file:
             first_row = 0
             try:

@@ -60,8 +60,9 @@ def sum_over_files(
 
     sources = reading.checked()
     form = _plan.form_of(sources, reading.columns)
-    job, unread, options = preparation(form)
-    plan = _plan.plan(sources, form, unread, reading.columns, beside or _plan.Beside())
+    job, unread, options, optional = preparation(form)
+    beside = (beside or _plan.Beside())._replace(optional=optional)
+    plan = _plan.plan(sources, form, unread, reading.columns, beside)
     if options and not plan.rows_are_sequences:
         refuse_sequences(str(plan.row_groups[0].source), options)
     task = partial(of_a_whole, job=job) if task_of is None else task_of(job)

@@ -1,4 +1,6 @@
-"""The objective over rollouts in files, larger than memory or on many machines: `evaluate`, `sweep` and others.
+"""The objective over rollouts in files, larger than memory or on many machines: `evaluate`, `sweep`, and beside them.
+
+`histogram` says how log-ratios are distributed, `worst` which sequences stand out; `RolloutWriter` writes a run.
 
 Here are the functions, most of which is what they promise. How batches are taken in turns with reading, and row groups
 spread over an executor, is in `_summing`; what is computed of one batch in `_jobs`.
@@ -6,7 +8,7 @@ spread over an executor, is in `_summing`; what is computed of one batch in `_jo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from functools import partial
 from typing import Any, Never, TypedDict, Unpack, overload
@@ -15,15 +17,17 @@ from numpy.typing import ArrayLike
 
 from ._checks import hides_unknown, refuse_unknown
 from ._columns import Columns, Form
+from ._histograms import Histogram, counting
 from ._jobs import Work, evaluation, sweeping
 from ._paths import Paths
 from ._summing import Reading, of_each_value, sum_over_files
+from ._worst import SHOWN, Outlier, Rank, checked_count, of_a_batch, ranking
 from ._writer import RolloutWriter
 from .objective import grid_of
 from .stats import Stats, Sweep
 from .terms import KL, Aggregation, Level, Surrogate, TrustRegion
 
-__all__ = ["RolloutWriter", "evaluate", "sweep"]
+__all__ = ["Histogram", "Outlier", "RolloutWriter", "evaluate", "histogram", "sweep", "worst"]
 
 
 class ReadOptions(TypedDict, total=False):
@@ -252,6 +256,119 @@ def sweep(
     reading = Reading(paths, columns, batch_size, executor, progress, filesystem)
     result: Sweep | dict[int | str | None, Sweep] = _summed(reading, by, partial(sweeping, grid=grid, options=options))
     return result
+
+
+@overload
+def histogram(
+    paths: Paths,
+    *,
+    by: None = None,
+    importance_sampling_level: Level | None = None,
+    **options: Unpack[ReadOptions],
+) -> Histogram: ...
+
+
+@overload
+def histogram(
+    paths: Paths, *, by: str, importance_sampling_level: Level | None = None, **options: Unpack[ReadOptions]
+) -> dict[int | str | None, Histogram]: ...
+
+
+@hides_unknown
+def histogram(
+    paths: Paths,
+    *,
+    by: str | None = None,
+    importance_sampling_level: Level | None = None,
+    columns: Columns | None = None,
+    batch_size: int | None = None,
+    executor: Executor | None = None,
+    progress: bool = False,
+    filesystem: Any = None,
+    **unknown: Never,
+) -> Histogram | dict[int | str | None, Histogram]:
+    """How many tokens have which log-ratio, over files of log-probabilities: integer counts on a fixed grid.
+
+    Parameters
+    ----------
+    paths, by, columns, batch_size, executor, progress, filesystem
+        As in `evaluate`; ``advantages`` and weights are not read.
+    importance_sampling_level : {"token", "sequence", "sequence_token"}, optional
+        Whether log ρ is that of the token, as if not given, or the mean over its sequence.
+
+    Returns
+    -------
+    Histogram, or with ``by`` a dict of them
+        Of log ρ, of l = log π_θ − log π_ref if there are ``ref_logps``, and of log π_old − log π_rollout if there are
+        ``rollout_logps``, of which a NaN or null is not known, and not counted.
+
+    Raises
+    ------
+    TypeError, ValueError, FileNotFoundError, PermissionError, ImportError
+        As `evaluate`; and a ValueError for files of probabilities.
+    """
+    if unknown:
+        refuse_unknown(histogram, unknown)
+    reading = Reading(paths, columns, batch_size, executor, progress, filesystem)
+    preparation = partial(counting, level=importance_sampling_level)
+    result: Histogram | dict[int | str | None, Histogram] = _summed(reading, by, preparation)
+    return result
+
+
+@hides_unknown
+def worst(
+    paths: Paths,
+    *,
+    rank: Rank = "ratio",
+    n: int = 20,
+    show: Sequence[str] | None = None,
+    columns: Columns | None = None,
+    batch_size: int | None = None,
+    executor: Executor | None = None,
+    progress: bool = False,
+    filesystem: Any = None,
+    **unknown: Never,
+) -> list[Outlier]:
+    """The sequences that stand out most, over files of log-probabilities in lists, from one read.
+
+    Parameters
+    ----------
+    paths, columns, batch_size, executor, progress, filesystem
+        As in `evaluate`; what the rank does not need is not read.
+    rank : {"ratio", "kl", "mismatch"}
+        By the largest |log π_θ − log π_old| of a token; by the mean of k3 = e⁻ˡ − 1 + l over the tokens, where
+        l = log π_θ − log π_ref; or by the largest |log π_old − log π_rollout| of a token, less those that are NaN or
+        null.
+    n : int
+        How many sequences.
+    show : sequence of str, or None
+        Columns whose values are told of each; None for ``step`` and ``prompt_id``, where there are such.
+
+    Returns
+    -------
+    list of Outlier
+        The largest first; of equal ones in order of the names of files, and of rows. Only unmasked tokens count.
+
+    Raises
+    ------
+    TypeError, ValueError, FileNotFoundError, PermissionError, ImportError
+        As `evaluate`; and a ValueError where the columns are flat, or of probabilities.
+    """
+    if unknown:
+        refuse_unknown(worst, unknown)
+    if isinstance(show, str) or not all(isinstance(name, str) for name in show or ()):
+        raise TypeError(f"show must be a sequence of names of columns, got {show!r}")
+    n = checked_count(n)
+    from ._plan import Beside  # which needs pyarrow
+
+    if rank == "mismatch":  # which cannot do without what others can
+        columns = {"rollout_logps": "rollout_logps", **(columns or {})}
+    reading = Reading(paths, columns, batch_size, executor, progress, filesystem)
+    beside = Beside(shown=SHOWN if show is None else tuple(show), row_numbers=True)
+    found = sum_over_files(
+        reading, partial(ranking, rank=rank), beside, lambda job: partial(of_a_batch, job=job, n=n, shown=show)
+    )
+    return list(found)
 
 
 def _summed(reading: Reading, by: str | None, preparation: Callable[[Form], Work]) -> Any:
