@@ -106,7 +106,7 @@ class Histogram(Additive):
     log_ratio: NDArray[np.int64]
     ref_log_ratio: NDArray[np.int64] | None = added_by(_there)  # noqa: RUF009 - a dataclass field
     mismatch: NDArray[np.int64] | None = added_by(_there)  # noqa: RUF009
-    level: str = added_by(same)  # noqa: RUF009 - of log_ratio
+    level: str = added_by(same)
 
     @property
     def edges(self) -> NDArray[np.float64]:

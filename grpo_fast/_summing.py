@@ -31,10 +31,10 @@ class Reading(NamedTuple):
 
     paths: Paths
     columns: Columns | None
-    batch_size: int | None
-    executor: Executor | None
-    progress: bool
-    filesystem: Any
+    batch_size: int | None = None
+    executor: Executor | None = None
+    progress: bool = False
+    filesystem: Any = None
 
     def checked(self) -> list[Source]:
         """The files and tables; an error for an argument that is wrong, whatever they hold."""
@@ -43,6 +43,20 @@ class Reading(NamedTuple):
         if self.executor is not None and not hasattr(self.executor, "submit"):
             raise TypeError(f"executor must be a concurrent.futures.Executor, got {self.executor!r}")
         return _paths.find(self.paths, self.filesystem)
+
+
+def summed(reading: Reading, by: str | None, preparation: Callable[[Form], Work]) -> Any:
+    """The sum over all rows, or a dict of those over the rows of each value of the column ``by``."""
+    if by is None:
+        return sum_over_files(reading, preparation)
+    if not isinstance(by, str):
+        raise TypeError(f"by must be the name of a column, got {by!r}")
+    from ._plan import Beside  # which needs pyarrow
+
+    def task_of(job: Job) -> Task:
+        return partial(of_each_value, job=job, key=by)
+
+    return sum_over_files(reading, preparation, Beside(key=by), task_of).in_order()
 
 
 def sum_over_files(

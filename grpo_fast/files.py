@@ -16,11 +16,11 @@ from typing import Any, Never, TypedDict, Unpack, overload
 from numpy.typing import ArrayLike
 
 from ._checks import hides_unknown, refuse_unknown
-from ._columns import Columns, Form
+from ._columns import Columns, check_mapping
 from ._histograms import Histogram, counting
-from ._jobs import Work, evaluation, sweeping
+from ._jobs import evaluation, sweeping
 from ._paths import Paths
-from ._summing import Reading, of_each_value, sum_over_files
+from ._summing import Reading, sum_over_files, summed
 from ._worst import SHOWN, Outlier, Rank, checked_count, of_a_batch, ranking
 from ._writer import RolloutWriter
 from .objective import grid_of
@@ -174,7 +174,7 @@ def evaluate(
         trust_region=trust_region,
     )
     reading = Reading(paths, columns, batch_size, executor, progress, filesystem)
-    result: Stats | dict[int | str | None, Stats] = _summed(reading, by, partial(evaluation, options=options))
+    result: Stats | dict[int | str | None, Stats] = summed(reading, by, partial(evaluation, options=options))
     return result
 
 
@@ -254,7 +254,7 @@ def sweep(
     )
     grid = grid_of(epsilons, betas)
     reading = Reading(paths, columns, batch_size, executor, progress, filesystem)
-    result: Sweep | dict[int | str | None, Sweep] = _summed(reading, by, partial(sweeping, grid=grid, options=options))
+    result: Sweep | dict[int | str | None, Sweep] = summed(reading, by, partial(sweeping, grid=grid, options=options))
     return result
 
 
@@ -311,7 +311,7 @@ def histogram(
         refuse_unknown(histogram, unknown)
     reading = Reading(paths, columns, batch_size, executor, progress, filesystem)
     preparation = partial(counting, level=importance_sampling_level)
-    result: Histogram | dict[int | str | None, Histogram] = _summed(reading, by, preparation)
+    result: Histogram | dict[int | str | None, Histogram] = summed(reading, by, preparation)
     return result
 
 
@@ -362,6 +362,7 @@ def worst(
     from ._plan import Beside  # which needs pyarrow
 
     if rank == "mismatch":  # which cannot do without what others can
+        check_mapping(columns)
         columns = {"rollout_logps": "rollout_logps", **(columns or {})}
     reading = Reading(paths, columns, batch_size, executor, progress, filesystem)
     beside = Beside(shown=SHOWN if show is None else tuple(show), row_numbers=True)
@@ -369,19 +370,6 @@ def worst(
         reading, partial(ranking, rank=rank), beside, lambda job: partial(of_a_batch, job=job, n=n, shown=show)
     )
     return list(found)
-
-
-def _summed(reading: Reading, by: str | None, preparation: Callable[[Form], Work]) -> Any:
-    """The sum over all rows, or those over the rows of each value of ``by``."""
-    if by is None:
-        return sum_over_files(reading, preparation)
-    if not isinstance(by, str):
-        raise TypeError(f"by must be the name of a column, got {by!r}")
-    from ._plan import Beside  # which needs pyarrow
-
-    return sum_over_files(
-        reading, preparation, Beside(key=by), lambda job: partial(of_each_value, job=job, key=by)
-    ).in_order()
 
 
 def _given(**options: Any) -> dict[str, Any]:
