@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from operator import add
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._histograms import EDGES, Histogram, magnitudes, quantile
-from ._pictures import OTHERS, TEXT, ends_from_zero, limits, name_of, picture, size_of
+from ._pictures import ACCENT, OTHERS, TEXT, ends_from_zero, limits, name_of, picture, size_of
 from .stats import Stats
 from .terms import CISPO, GMPO, Band, Clip, Options
 
@@ -47,12 +48,15 @@ def draw_run(
         if mismatch and len(mismatch) == len(stats):
             panels.append(lambda axes: _draw_mismatch(axes, over, mismatch))
     if histograms:
-        panels += _distributions(reduce(add, histograms.values()), whole.options)
+        every = reduce(add, histograms.values())
+        if by is not None:
+            every = replace(every, mismatch=None)  # of which there are the quantiles
+        panels += _distributions(every, whole.options)
     if not panels:
         raise ValueError("of probabilities there are curves over a column alone: name it with --by")
     unit = "samples" if whole.sequence_count is None and not histograms else "tokens"
     rows = math.ceil(len(panels) / 2)
-    with picture(path, 9, 0.5 + 2.5 * rows) as figure:
+    with picture(path, 9, 0.5 + 2.3 * rows) as figure:
         figure.suptitle(f"{name_of(files)}: {size_of(whole, unit)}", x=0.01, ha="left", parse_math=False)
         places = figure.subplots(rows, 2, squeeze=False).ravel()
         for axes, draw in zip(places, panels, strict=False):
@@ -113,7 +117,7 @@ def _draw_kl(axes: Any, over: _Over, stats: Sequence[Stats], options: Options) -
     drawn = list(of_old)
     if options.kl is not None:
         of_ref = [x.kl for x in stats]
-        over.plot(axes, of_ref, label=f"to π_ref, {type(options.kl).__name__}")
+        over.plot(axes, of_ref, label=f"to π_ref, {type(options.kl).__name__.lower()}")
         drawn += of_ref
     over.plot(axes, of_old, label="to π_old, k1", color=OTHERS if options.kl is not None else None)
     values = np.array([*drawn, 0.0])
@@ -130,7 +134,7 @@ def clipped_series(options: Options) -> dict[str, Callable[[Stats], float]]:
         if isinstance(surrogate, Clip):
             low, high = "ρ < 1 − ε", f"ρ > 1 + {above}"
         series |= {f"{low}, A < 0": lambda x: x.clip_ratio_low, f"{high}, A > 0": lambda x: x.clip_ratio_high}
-        if isinstance(surrogate, Clip) and surrogate.delta is not None:
+        if isinstance(surrogate, Clip) and surrogate.delta < math.inf:
             series[f"ρ > {surrogate.delta:g}, A < 0"] = lambda x: x.clip_ratio_delta
     if isinstance(surrogate, CISPO):
         series[f"ρ > {surrogate.ratio_max:g}, A > 0"] = lambda x: x.cispo_clip_ratio
@@ -186,14 +190,14 @@ def _draw_mismatch(axes: Any, over: _Over, counts: Sequence[NDArray[np.int64]]) 
 
 def _plain_log_ticks(axes: Any) -> None:
     """Numbers as they are on a logarithmic axis: 0.5, 1, 2."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     low, high = axes.get_ylim()
     decades = math.log10(high / low) if 0 < low < high else 1.0
     subs = (1.0, 2.0, 5.0) if decades < 3 else (1.0,)
     axes.yaxis.set_major_locator(LogLocator(10, subs=subs, numticks=8))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 # --- distributions ----------------------------------------------------------------------------------------------------
@@ -223,7 +227,7 @@ def _bounds(options: Options) -> list[float]:
     if isinstance(surrogate, GMPO):
         return [-surrogate.epsilon, surrogate.epsilon_high]
     if isinstance(surrogate, Clip):
-        ratios += [1 - surrogate.epsilon, 1 + surrogate.epsilon_high, surrogate.delta or 0.0]
+        ratios += [1 - surrogate.epsilon, 1 + surrogate.epsilon_high, surrogate.delta]
     if isinstance(surrogate, CISPO):
         ratios += [surrogate.ratio_min, surrogate.ratio_max]
     if isinstance(options.trust_region, Band):
@@ -239,8 +243,8 @@ def _draw_distribution(axes: Any, of: _Distribution) -> None:
     ends = np.linspace(-half, half, _BINS + 1)
     below = np.interp(ends, np.clip(EDGES, EDGES[1], EDGES[-2]), np.append(0, np.cumsum(of.counts)))
     shares = np.diff(below) / max(total, 1)
-    axes.stairs(shares, ends, fill=True, alpha=0.35)
-    axes.stairs(shares, ends, baseline=None, linewidth=1.2)
+    axes.stairs(shares, ends, fill=True, color=ACCENT, alpha=0.35)
+    axes.stairs(shares, ends, baseline=None, color=ACCENT, linewidth=1.2)
     for bound in of.bounds:
         axes.axvline(bound, color=TEXT, linewidth=0.8, linestyle=(0, (4, 3)))
     seen = shares[shares > 0]
@@ -248,9 +252,9 @@ def _draw_distribution(axes: Any, of: _Distribution) -> None:
     if seen.size:
         axes.set_yscale("log")
         axes.set_ylim(max(0.5 * float(seen.min()), 0.3 / max(total, 1)), 2 * float(seen.max()))
-        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
         axes.yaxis.set_major_locator(LogLocator(10, numticks=6))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_minor_locator(NullLocator())
     axes.locator_params("x", nbins=7)
