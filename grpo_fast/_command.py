@@ -66,6 +66,8 @@ def _evaluate_to_draw(
     level = arguments.importance_sampling_level or "token"
 
     def preparation(form: Form) -> Work:
+        if form is Form.PROBABILITIES and arguments.by is None:
+            raise UsageError("--plot draws probabilities over the values of a column alone: name it with --by")
         work = evaluation(form, options=options)
         return work if form is Form.PROBABILITIES else beside_histogram(work, level)
 

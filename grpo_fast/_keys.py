@@ -34,11 +34,11 @@ def kind_of(name: str, column: str, column_type: Any) -> Kind:
     raise ValueError(f"{name}: by must be a column of ints or strings, got column {column!r} of {column_type}")
 
 
-def missing_key(name: str, column: str, schema: Any, partitions: Sequence[str]) -> ValueError:
-    """The error for a file that has no such column, nor such a hive partition in its path."""
+def missing_column(name: str, column: str, schema: Any, partitions: Sequence[str], argument: str) -> ValueError:
+    """The error for a file that has no such column, nor such a hive partition in its path, for the argument."""
     names = [*column_names(schema), *partitions]
     return ValueError(
-        f"{name}: column {column!r} (for by) is missing; it has {', '.join(names)}{did_you_mean(column, names)}"
+        f"{name}: column {column!r} (for {argument}) is missing; it has {', '.join(names)}{did_you_mean(column, names)}"
     )
 
 

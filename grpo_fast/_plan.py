@@ -10,7 +10,7 @@ from ._advice import AdvisedError, Keywords
 from ._arrow import column_type
 from ._columns import OPTIONAL, Columns, Form, check_mapping, no_mask
 from ._formats import opened
-from ._keys import Kind, kind_of, missing_key, typed_partition
+from ._keys import Kind, kind_of, missing_column, typed_partition
 from ._layouts import ColumnLayout, holds_nothing, layout_of, refuse_unused_masks
 from ._sources import File, Source
 from ._writer import MARK
@@ -111,7 +111,9 @@ class Beside(NamedTuple):
 
     key: str | None = None  # the column, or hive partition, by which results are told apart
     shown: tuple[str, ...] = ()  # columns to show, where a file has them
+    must_show: bool = False  # or it is an error
     row_numbers: bool = False  # whether it matters which row of a file one is
+    sequences_alone: bool = False  # whether flat columns are an error
     optional: tuple[str, ...] = ()  # arguments that a file may lack, beside those that any may
 
 
@@ -151,6 +153,9 @@ def plan(
         layout = layout_of(name, schema, wanted, {*OPTIONAL, *beside.optional} - explicit, others)
         if isinstance(named.get("mask", ""), str):  # neither None nor a list, which say that there are no others
             refuse_unused_masks(name, schema, form, layout)
+        for column in beside.shown if beside.must_show else ():
+            if column not in layout.beside:
+                raise missing_column(name, column, schema, (), "show")
         key = _key_of(source, schema, layout, beside.key, nothing)
         first_rows = file.first_rows() if beside.row_numbers else [0] * file.row_group_count
         groups = [
@@ -167,6 +172,10 @@ def plan(
             raise ValueError(
                 f"{shard.name} differs from {first.name} in its columns: {shard.layout} beside {first.layout}"
             )
+    if beside.sequences_alone and not first.layout.rows_are_sequences:
+        raise ValueError(
+            f"{first.name}: the columns are flat, which does not say where sequences begin: store each as a list"
+        )
     _refuse_keys_of_two_kinds(shards, beside.key)
     row_groups = [row_group for shard in shards for row_group in _with_typed_partitions(shards, shard.row_groups)]
     rows = [shard.rows for shard in shards]
@@ -222,7 +231,7 @@ def _key_of(source: Source, schema: Any, layout: ColumnLayout, key: str | None, 
         return _Key(kind=kind_of(str(source), key, column_type(schema, key)))
     partitions = source.partitions()
     if key not in partitions and not nothing:
-        raise missing_key(str(source), key, schema, list(partitions))
+        raise missing_column(str(source), key, schema, list(partitions), "by")
     return _Key(partition=((key, partitions.get(key)),))
 
 

@@ -52,8 +52,6 @@ def draw_run(
         if by is not None:
             every = replace(every, mismatch=None)  # of which there are the quantiles
         panels += _distributions(every, whole.options)
-    if not panels:
-        raise ValueError("of probabilities there are curves over a column alone: name it with --by")
     unit = "samples" if whole.sequence_count is None and not histograms else "tokens"
     rows = math.ceil(len(panels) / 2)
     with picture(path, 9, 0.5 + 2.3 * rows) as figure:

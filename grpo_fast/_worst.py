@@ -96,8 +96,6 @@ def ranking(form: Form, *, rank: str) -> Work:
 
 
 def _numbers(arrays: dict[str, Array], *, rank: str) -> Numbers:
-    if "cu_seqlens" not in arrays:
-        raise ValueError("worst ranks sequences, and flat columns do not say where one begins: store each as a list")
     if _NEEDS[rank] not in arrays and rank != "ratio":  # without old_logps all is on-policy
         raise ValueError(f"rank={rank!r} needs {_NEEDS[rank]}, of which there is no column")
     keep = unmasked(arrays)
@@ -117,15 +115,11 @@ def _numbers(arrays: dict[str, Array], *, rank: str) -> Numbers:
     return Numbers(values, keep, arrays["cu_seqlens"], rank == "kl")
 
 
-def of_a_batch(batch: RowBatch, *, job: Callable[[dict[str, Array]], Numbers], n: int, shown: Any) -> Outliers:
+def of_a_batch(batch: RowBatch, *, job: Callable[[dict[str, Array]], Numbers], n: int) -> Outliers:
     """The largest of a batch."""
-    from ._arrow import column_names, column_of
+    from ._arrow import column_of  # which needs pyarrow
 
     there = batch.row_group.layout.beside
-    missing = [name for name in shown or () if name not in there]
-    if missing:
-        names = ", ".join(column_names(batch.records.schema))
-        raise ValueError(f"column {missing[0]!r} (for show) is missing; read are {names}")
     numbers = job(batch.arrays())
     counts = _sums(numbers.keep, numbers.bounds)
     size = np.abs(numbers.per_token)
@@ -134,7 +128,7 @@ def of_a_batch(batch: RowBatch, *, job: Callable[[dict[str, Array]], Numbers], n
     if numbers.mean:
         largest = _sums(numbers.per_token, numbers.bounds)[rows] / counts[rows]
     else:  # between two sequences that have tokens, others have none
-        largest = np.maximum.reduceat(size, starts) if len(rows) else size
+        largest = np.maximum.reduceat(size, starts) if len(rows) else size[:0]
     first = np.argsort(-largest, kind="stable")[:n]
     columns = {name: column_of(batch.records, name) for name in there}
     found = []

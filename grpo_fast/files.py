@@ -365,11 +365,11 @@ def worst(
         check_mapping(columns)
         columns = {"rollout_logps": "rollout_logps", **(columns or {})}
     reading = Reading(paths, columns, batch_size, executor, progress, filesystem)
-    beside = Beside(shown=SHOWN if show is None else tuple(show), row_numbers=True)
-    found = sum_over_files(
-        reading, partial(ranking, rank=rank), beside, lambda job: partial(of_a_batch, job=job, n=n, shown=show)
+    shown = SHOWN if show is None else tuple(show)
+    beside = Beside(shown=shown, must_show=show is not None, row_numbers=True, sequences_alone=True)
+    return list(
+        sum_over_files(reading, partial(ranking, rank=rank), beside, lambda job: partial(of_a_batch, job=job, n=n))
     )
-    return list(found)
 
 
 def _given(**options: Any) -> dict[str, Any]:
