@@ -1,5 +1,7 @@
 """JSON Lines, packed or not, in bounded memory: pieces of whole lines, of which pyarrow parses what is asked for."""
 
+import hashlib
+import re
 from collections.abc import Iterator
 from typing import Any, Self
 
@@ -14,6 +16,9 @@ _BOM = b"\xef\xbb\xbf"
 _FIRST_PIECE = 1 << 20  # bytes, of which the types of columns are taken
 _LINES = 100  # of which they are taken where those of some column differ
 _PIECE = 16 << 20  # bytes of text: about half as many of numbers
+#: The types that were found, by a digest of the text: a file is opened some times, and finding them takes 20 ms.
+_SCHEMAS: dict[bytes, Any] = {}
+_SCHEMAS_KEPT = 64
 _AT_ONCE = 1 << 20  # bytes that one thread parses; a longer line is parsed alone
 
 
@@ -29,8 +34,8 @@ class JsonLinesFile:
 
     def __init__(self, file: File, packed: str | None) -> None:
         self._source, self._packed = file, packed
-        first = next((piece for piece in self._pieces(_FIRST_PIECE) if piece.strip()), b"")
-        self.rows = None if first else 0  # unknown until it is read
+        first = next((piece for piece in self._pieces(_FIRST_PIECE) if not _blank(piece)), memoryview(b""))
+        self.rows = None if len(first) else 0  # unknown until it is read
         self.schema = _widened(_schema_of(first))
 
     @classmethod
@@ -70,19 +75,22 @@ class JsonLinesFile:
             for part in records:
                 yield from in_parts(part, batch_size) if batch_size or flat else [part]
 
-    def _pieces(self, size: int) -> Iterator[bytes]:
+    def _pieces(self, size: int) -> Iterator[memoryview]:
         """Yield the text in pieces of whole lines, of about so many bytes unless a line is longer."""
         with _unpacked(self._source, self._packed) as stream:
             rest = stream.read(len(_BOM)).removeprefix(_BOM)
-            while text := stream.read(size):
-                end = text.rfind(b"\n") + 1
+            while True:
+                text = bytearray(len(rest) + size)
+                text[: len(rest)] = rest
+                stop = len(rest) + stream.readinto(memoryview(text)[len(rest) :])
+                if stop == len(rest):
+                    break
+                end = text.rfind(b"\n", len(rest), stop) + 1
                 if end:
-                    yield rest + text[:end]
-                    rest = text[end:]
-                else:
-                    rest += text
+                    yield memoryview(text)[:end]
+                rest = text[end:stop]
             if rest:
-                yield rest
+                yield memoryview(rest)
 
 
 def _unpacked(file: File, packed: str | None) -> Any:
@@ -90,30 +98,43 @@ def _unpacked(file: File, packed: str | None) -> Any:
     return pa.CompressedInputStream(stream, packed) if packed else stream
 
 
-def _parsed(text: bytes, schema: Any, use_threads: bool = True) -> Any:
+def _blank(text: memoryview) -> bool:
+    return re.search(rb"\S", text) is None
+
+
+def _parsed(text: memoryview, schema: Any, use_threads: bool = True) -> Any:
     """The rows of whole lines as a table, of the columns of ``schema`` alone, or of all."""
     behavior = "infer" if schema is None else "ignore"
     options = json.ParseOptions(explicit_schema=schema, unexpected_field_behavior=behavior)
-    if not text.strip():  # pyarrow takes no empty file
+    if _blank(text):  # pyarrow takes no empty file
         return (schema or pa.schema([])).empty_table()
     for block_size in (_AT_ONCE, len(text) + 1):
         reading = json.ReadOptions(use_threads=use_threads, block_size=block_size)
         try:
-            return json.read_json(pa.BufferReader(text), reading, options)
+            return json.read_json(pa.BufferReader(pa.py_buffer(text)), reading, options)
         except pa.ArrowInvalid as error:
             if "straddling" not in str(error) or block_size > len(text):
                 raise
     raise AssertionError("unreachable")
 
 
-def _schema_of(text: bytes) -> Any:
+def _schema_of(text: memoryview) -> Any:
     """The types of the columns of these lines; of a column that has several, the first that a line has."""
+    key = hashlib.blake2b(text).digest()
+    if key not in _SCHEMAS:
+        while len(_SCHEMAS) >= _SCHEMAS_KEPT:
+            _SCHEMAS.pop(next(iter(_SCHEMAS)), None)
+        _SCHEMAS[key] = _found_schema(text)
+    return _SCHEMAS[key]
+
+
+def _found_schema(text: memoryview) -> Any:
     try:
         return _parsed(text, None).schema
     except pa.ArrowInvalid:
         found: dict[str, Any] = {}
-        for line in text.splitlines()[:_LINES]:
-            for field in _parsed(line, None).schema:
+        for line in bytes(text).splitlines()[:_LINES]:
+            for field in _parsed(memoryview(line), None).schema:
                 if field.name not in found or types.is_null(found[field.name].type):
                     found[field.name] = field
         return pa.schema(list(found.values()))
@@ -134,7 +155,7 @@ def _widened(schema: Any, ints: bool = False) -> Any:
     return pa.schema([field.with_type(wide(field.type)) for field in schema])
 
 
-def _fitting(field: Any, text: bytes) -> Any:
+def _fitting(field: Any, text: memoryview) -> Any:
     """The field, with float64 in place of int64 where these lines need that."""
     try:
         _parsed(text, pa.schema([field]))
