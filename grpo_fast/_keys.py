@@ -1,7 +1,7 @@
 """The column by which results are told apart, ``by="step"``: what its values may be, and the rows of each value."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any, TypeAlias
 
@@ -47,8 +47,8 @@ def typed_partition(values: Sequence[str]) -> Callable[[str], Value]:
     return int if all(re.fullmatch(r"[+-]?[0-9]+", value) for value in values) else str
 
 
-def parts_by_value(records: Any, column: str) -> Iterator[tuple[Value, Any]]:
-    """Yield each value of the column with its rows, in order, as a pyarrow.RecordBatch."""
+def by_value(records: Any, column: str) -> tuple[Any, list[tuple[Value, int, int]]]:
+    """The rows so that those of a value lie together, in order; and each value, with its first row and its last + 1."""
     keys = column_of(records, column)
     if types.is_dictionary(keys.type):
         keys = keys.dictionary_decode()
@@ -60,8 +60,8 @@ def parts_by_value(records: Any, column: str) -> Iterator[tuple[Value, Any]]:
         order = np.argsort(codes, kind="stable")
         records, codes = records.take(pa.array(order)), codes[order]
         starts = np.append(0, np.flatnonzero(np.diff(codes)) + 1)
-    for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(codes)], strict=True):
-        yield values[codes[start]], records.slice(start, stop - start)
+    ends = zip(starts.tolist(), [*starts[1:].tolist(), len(codes)], strict=True)
+    return records, [(values[codes[start]], start, stop) for start, stop in ends]
 
 
 class ByValue(dict[Value, Any]):

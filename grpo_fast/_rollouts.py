@@ -132,6 +132,19 @@ def arrays_of(records: Any, layout: ColumnLayout) -> dict[str, Array]:
     return arguments
 
 
+def rows_of(arrays: dict[str, Array], start: int, stop: int) -> dict[str, Array]:
+    """Those of the rows from ``start`` to before ``stop``, of what `arrays_of` has made."""
+    bounds = arrays.get("cu_seqlens")
+    if bounds is None:
+        return {name: x[start:stop] for name, x in arrays.items()}
+    first, last = int(bounds[start]), int(bounds[stop])
+    part = {name: x[first:last] for name, x in arrays.items() if x.ndim == 1}
+    for name, x in arrays.items():
+        if x.ndim == 2:  # per token, (1, N), or per sequence, (S, 1)
+            part[name] = x[start:stop] if len(x) == len(bounds) - 1 and x.shape[1] == 1 else x[:, first:last]
+    return part | {"cu_seqlens": bounds[start : stop + 1] - first}
+
+
 def _unequal_lengths(column: str, bounds: Array, reference_column: str, reference_bounds: Array) -> ValueError:
     """The error that names the lengths of the first two lists in one row that differ in them."""
     row = int((np.diff(bounds) != np.diff(reference_bounds)).argmax())

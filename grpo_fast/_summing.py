@@ -105,16 +105,15 @@ def of_a_whole(batch: RowBatch, *, job: Job) -> Any:
 
 def of_each_value(batch: RowBatch, *, job: Job, key: str) -> Any:
     """What the job makes of the rows of each value of the column, or hive partition, of that name."""
-    from ._keys import ByValue, parts_by_value
-    from ._rollouts import arrays_of
+    from ._keys import ByValue, by_value
+    from ._rollouts import arrays_of, rows_of
 
     layout = batch.row_group.layout
-    pairs: Iterable[tuple[Any, Any]]
-    if key not in layout.beside:
-        pairs = [(dict(batch.row_group.partitions)[key], batch.records)]
-    else:
-        pairs = parts_by_value(batch.records, key)
-    results = ((value, job(arrays_of(records, layout))) for value, records in pairs)
+    records, parts = batch.records, [(dict(batch.row_group.partitions).get(key), 0, batch.records.num_rows)]
+    if key in layout.beside:
+        records, parts = by_value(records, key)
+    arrays = arrays_of(records, layout)
+    results = ((value, job(rows_of(arrays, start, stop))) for value, start, stop in parts)
     return ByValue({value: result for value, result in results if result is not None})
 
 
