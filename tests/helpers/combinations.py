@@ -133,8 +133,8 @@ def batch(row, lengths, drift=0.5, ref_drift=0.5, seed=0, said=True):
 
     Where there are as many tokens as sequences, the shapes of what has one value for either say which, if ``said``.
 
-    No ρ is within 10⁻⁴ of a bound, and of GMPO no token's log ρ. Two ways to compute it differ by some (2 + |log ρ|)·eps,
-    where one may find a token clipped and the other not; so far away both decide alike, in float32, too.
+    No ρ is within 10⁻⁴ of a bound, and of GMPO no token's log ρ. Two ways to compute it differ by (2 + |log ρ|)·eps or
+    so, where one may find a token clipped and the other not; so far away both decide alike, in float32, too.
     """
     rng = np.random.default_rng(seed)
     lengths = [sum(lengths)] if row.layout == "plain" else lengths
