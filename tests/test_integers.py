@@ -87,7 +87,7 @@ def test_one_sequence_of_many_tokens_is_shared_out(tasks):
 def test_counts_and_offsets(shape, masked):
     logps = np.zeros(shape)
     mask = np.ones(shape, bool) if masked else None
-    inputs = Inputs.of(logps, None, np.zeros(shape), None, mask, None, None, True)
+    inputs = Inputs.of(logps, None, np.zeros(shape), None, mask, None, None, None, True)
     assert inputs.batch.bounds.dtype == np.int64
     tokens = reference._Tokens.of(logps, mask, None)
     assert tokens.lengths.dtype == tokens.counts.dtype == np.int64

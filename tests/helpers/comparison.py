@@ -17,7 +17,7 @@ def limits(arguments, eps):
     lanes) in float64: less than 64 eps in all. The error of log ρ, a difference and at sequence level a sum, is as much
     times |log π_θ − log π_old|, and is relative to ρ. An error of l moves the KL term by l·∂k/∂l ≤ 3|k|(1 + |l|), its
     slope by at most |l| more than that. The exponent of VESPO's φ has the error of log w, times k + λ·w. SAPO's slope
-    falls like e^(−τρ), so that it feels an error of ρ, not of log ρ; and it may be taken for 0 when that is below 1e-31.
+    falls like e^(−τρ), so that it feels an error of ρ, not of log ρ; and it may be taken for 0 when below 1e-31.
     """
     logps, old, A, ref, w, u = (arguments[name] for name in ARRAYS)
     surrogate, kl, level = arguments["surrogate"], arguments["kl"], arguments["importance_sampling_level"]
