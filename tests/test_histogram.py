@@ -1,6 +1,7 @@
 """Counts of log-ratios are those of NumPy on the same edges, add over shards, and leave out what is masked."""
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -103,7 +104,7 @@ def test_of_sequences(tmp_path):
     found = histogram(path, importance_sampling_level="sequence")
     shifts, keep, bounds = arrays["logps"] - arrays["old_logps"], arrays["mask"], arrays["cu_seqlens"]
     expected = np.zeros(len(EDGES) - 1, int)
-    for i, j in zip(bounds[:-1], bounds[1:], strict=True):
+    for i, j in pairwise(bounds):
         if keep[i:j].any():
             expected += by_numpy([shifts[i:j][keep[i:j]].mean()] * keep[i:j].sum())
     assert np.array_equal(found.log_ratio, expected)

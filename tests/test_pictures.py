@@ -8,7 +8,7 @@ import pytest
 from samples import samples
 
 from grpo_fast import grpo_sweep
-from grpo_fast._pictures import ACCENT, OTHERS, STYLE, TEXT, ends_from_zero, limits, draw_sweep, picture
+from grpo_fast._pictures import ACCENT, OTHERS, STYLE, TEXT, draw_sweep, ends_from_zero, limits, picture
 from grpo_fast.files import sweep
 
 matplotlib = pytest.importorskip("matplotlib", reason="pictures need pip install 'grpo_fast[plot]'")

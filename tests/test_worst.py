@@ -1,6 +1,8 @@
 """The sequences that stand out are those that a search over all of them finds, in whatever files and batches."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ def searched(arrays, rollout, rank):
         "kl": np.exp(-l) - 1 + l,
         "mismatch": np.nan_to_num(arrays["old_logps"] - rollout),
     }[rank]
-    for row, (i, j) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for row, (i, j) in enumerate(pairwise(bounds)):
         x = np.where(keep[i:j], values[i:j], 0)
         if keep[i:j].any():
             token = int(np.abs(x).argmax())
@@ -43,8 +45,6 @@ def test_they_are_those_of_a_search(rank, suffix, tmp_path):
     whole = whole.append_column("rollout_logps", pa.LargeListArray.from_arrays(offsets, column))
     path = tmp_path / f"a.{suffix}"
     if suffix == "jsonl":
-        import json
-
         path.write_text("".join(f"{json.dumps(row)}\n" for row in whole.to_pylist()))
     else:
         write(path, whole[:7], whole[7:40], whole[40:])
