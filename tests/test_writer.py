@@ -38,6 +38,9 @@ def test_padded_and_packed_give_the_bits_of_the_loss(dtype, per_token, tmp_path)
         arrays["advantages"] = np.random.default_rng(1).normal(size=arrays["logps"].shape)
     arrays = {name: x if name == "mask" else x.astype(dtype) for name, x in arrays.items()}
     arrays["rollout_is_weights"] = np.full(arrays["logps"].shape, 0.5, dtype)
+    arrays["loss_weights"] = np.linspace(0, 1, 9, dtype=dtype).reshape((9, 1))
+    if per_token:
+        arrays["loss_weights"] = np.broadcast_to(arrays["loss_weights"], arrays["logps"].shape)
     writer = RolloutWriter(tmp_path)
     path = writer.write(step=1, **arrays)
     assert evaluate(path, **OPTIONS) == grpo_loss(**arrays, **OPTIONS).stats
