@@ -15,6 +15,7 @@ from ._parser import UsageError, parsed
 _RUN: dict[str, Callable[[Any], str | int]] = {
     "evaluate": _command.run_evaluate,
     "sweep": _command.run_sweep,
+    "worst": _command.run_worst,
     "compile": _command.run_compile,
     "demo": _demonstration.run,
 }

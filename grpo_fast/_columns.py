@@ -26,6 +26,7 @@ class Form(Enum):
         "mask",
         "rollout_is_weights",
         "loss_weights",
+        "rollout_logps",
     )
 
     @property
@@ -40,7 +41,9 @@ ARGUMENTS = Form.PROBABILITIES.arguments + Form.LOG_PROBABILITIES.arguments
 #: There is nothing to compute without these: ``columns`` cannot map them to None.
 REQUIRED = ("rhos", "A", "logps", "advantages")
 #: Read where a file has such a column; a column for any other argument must be there.
-OPTIONAL = ("mask", "rollout_is_weights", "loss_weights")
+OPTIONAL = ("mask", "rollout_is_weights", "loss_weights", "rollout_logps")
+#: A null among these is a number that is missing, as a NaN is.
+MAY_BE_NULL = ("rollout_logps",)
 #: One number for each sequence, unless they are lists.
 PER_SEQUENCE = ("advantages", "rollout_is_weights", "loss_weights")
 

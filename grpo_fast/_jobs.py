@@ -23,6 +23,8 @@ Job: TypeAlias = Callable[[dict[str, Array]], Any]
 
 #: The arguments that only a KL term needs.
 _PI, _REF = {"pi_theta_old", "pi_theta_ref"}, {"ref_logps"}
+#: Of log-probabilities, those that no loss needs.
+_SAMPLER = {"rollout_logps"}
 
 
 class Work(NamedTuple):
@@ -31,6 +33,7 @@ class Work(NamedTuple):
     job: Job
     unread: set[str]  # the arguments whose columns it does not need
     options: Options | None  # of log-probabilities
+    optional: tuple[str, ...] = ()  # arguments that are read only where a file has them, beside those always so
 
 
 def evaluation(form: Form, *, options: dict[str, Any]) -> Work:
@@ -42,7 +45,7 @@ def evaluation(form: Form, *, options: dict[str, Any]) -> Work:
         return Work(partial(_stats_of_samples, epsilon=clip.epsilon, k3=k3), set() if k3.beta else _PI, None)
     _refuse_others(options, "log-probability", Options._fields)
     checked = Options(**options)
-    return Work(partial(_stats_of_tokens, options=checked), set() if checked.kl else _REF, checked)
+    return Work(partial(_stats_of_tokens, options=checked), _SAMPLER if checked.kl else _SAMPLER | _REF, checked)
 
 
 def sweeping(form: Form, *, grid: tuple[tuple[float, ...], ...], options: dict[str, Any]) -> Work:
@@ -69,7 +72,7 @@ def sweeping(form: Form, *, grid: tuple[tuple[float, ...], ...], options: dict[s
     if kl is not None:
         _refuse_unless_one_term(term, kl, grid[1])
     job = partial(_sweep_of_tokens, grid=grid, clips=clips, options=checked)
-    return Work(job, set() if with_kl else _REF, checked)
+    return Work(job, _SAMPLER if with_kl else _SAMPLER | _REF, checked)
 
 
 def _refuse_unless_one_term(term: Callable[[float], KL], kl: KL, betas: Iterable[float]) -> None:

@@ -44,7 +44,7 @@ class Inputs(NamedTuple):
         if dtype is not FLOAT64 and dtype is not FLOAT32:
             dtype = FLOAT32 if dtype.newbyteorder("=") in (np.float32, np.float16) else FLOAT64
         bounds = bounds_of(array.shape, cu_seqlens)
-        expected = _Expected(array.shape, dtype, bounds)
+        expected = Expected(array.shape, dtype, bounds)
         advantages_per_token, flat_advantages = expected.per_token_or_sequence("advantages", advantages)
         weights_per_token, weights = loss_weights_per_token, of_both = True, None
         if rollout_is_weights is not None:
@@ -94,7 +94,7 @@ class Inputs(NamedTuple):
             self.place[...] = self.batch.grad.reshape(self.shape)
 
 
-class _Expected(NamedTuple):
+class Expected(NamedTuple):
     """What arrays beside ``logps`` must be like."""
 
     shape: tuple[int, ...]

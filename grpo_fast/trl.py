@@ -26,11 +26,14 @@ Left to TRL, with a warning of the logger ``grpo_fast.trl`` that says why, each 
 - the bias-corrected KL at sequence level in a TRL newer than 1.16, which may weight it otherwise.
 """
 
+import hashlib
 import logging
 import math
+import os
 import re
 from typing import Any, Literal
 
+from .files import RolloutWriter
 from .stats import Stats
 from .terms import K3, Aggregation, Clip, Options
 from .torch import Tensor, grpo_loss
@@ -79,10 +82,20 @@ class FastGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is not followed
     What is covered, and what is left to TRL with a warning, is in the docstring of `grpo_fast.trl`. The metrics of the
     loss have TRL's names and meanings: "kl", "entropy" and "clip_ratio/…", over all processes.
 
+    Parameters
+    ----------
+    *args, **kwargs
+        Those of TRL's trainer.
+    rollouts : path, or None
+        A folder in which a `RolloutWriter` stores what the loss of each optimizer step is given, also of a loss that is
+        left to TRL: one file for each step, numbered as in the log, and process. ``prompt_id`` is a hash of the
+        prompt's tokens. Evaluations are not stored.
+
     Raises
     ------
     ValueError
         In training: an unmasked log-probability or an advantage is not finite. TRL's loss would be NaN from then on.
+        Or ``rollouts`` is given with ``use_liger_kernel``, which makes no log-probabilities.
 
     Notes
     -----
@@ -90,9 +103,34 @@ class FastGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is not followed
     """
 
     _warnings_given: frozenset[str] = frozenset()
+    _writer: RolloutWriter | None = None
+    _policy_logps: Tensor | None = None  # those last computed, if they are to be written
+
+    def __init__(self, *args: Any, rollouts: str | os.PathLike[str] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if rollouts is not None:
+            if getattr(self, "use_liger_kernel", False):
+                raise ValueError("rollouts cannot be written with use_liger_kernel, which makes no log-probabilities")
+            self._writer = RolloutWriter(rollouts, rank=self.accelerator.process_index)
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self._writer is not None:
+            self._policy_logps = found[0].detach()
+        return found
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """The loss of a micro-batch, to be differentiated; appends its metrics to ``_metrics``, may log a warning."""
+        """The loss of a micro-batch, to be differentiated; appends its metrics to ``_metrics``, may log a warning.
+
+        In training its rollouts are written, if they are to be.
+        """
+        loss = self._computed_loss(model, inputs)
+        if self._writer is not None and _mode(self) == "train":
+            _write(self, self._writer, inputs)
+        self._policy_logps = None
+        return loss
+
+    def _computed_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if _INSTALLED > COMPARED_WITH:
             self._warn_once(
                 f"the loss was compared with that of TRL {'.'.join(map(str, COMPARED_WITH))}; in the TRL installed, "
@@ -103,9 +141,7 @@ class FastGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is not followed
             self._warn_once(f"the loss is left to TRL: {'; '.join(reasons)}")
             loss: Tensor = super()._compute_loss(model, inputs)
             return loss
-        mask = inputs["completion_mask"].bool()
-        if "tool_mask" in inputs:
-            mask = mask & inputs["tool_mask"].bool()
+        mask = _mask(inputs)
         logps, entropies, _ = self._get_per_token_logps_and_entropies(
             model,
             torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
@@ -184,6 +220,12 @@ def _options(trainer: GRPOTrainer) -> Options:
         importance_sampling_level=trainer.importance_sampling_level,
         aggregation=_AGGREGATIONS[trainer.loss_type],
     )
+
+
+def _mask(inputs: dict[str, Any]) -> Tensor:
+    """Which tokens count."""
+    mask: Tensor = inputs["completion_mask"].bool()
+    return mask & inputs["tool_mask"].bool() if "tool_mask" in inputs else mask
 
 
 def _kl(trainer: GRPOTrainer) -> K3 | None:
@@ -266,3 +308,26 @@ def _log(trainer: GRPOTrainer, stats: Stats, mask: Tensor, entropies: Tensor, cl
     for name, part, extreme in (("low_min", low, torch.min), ("high_max", high, torch.max)):
         of_sequences = (part / values)[some]
         metrics[f"clip_ratio/{name}"].append(extreme(of_sequences).item() if len(of_sequences) else math.nan)
+
+
+# --- the rollouts -----------------------------------------------------------------------------------------------------
+def _write(trainer: GRPOTrainer, writer: RolloutWriter, inputs: dict[str, Any]) -> None:
+    """Write what the loss of a micro-batch was given; the file of a step is complete with its last micro-batch."""
+    writer.write(
+        step=trainer.state.global_step + 1,  # as the log will call it
+        logps=trainer._policy_logps,
+        old_logps=inputs.get("old_per_token_logps"),
+        advantages=inputs["advantages"],
+        ref_logps=inputs.get("ref_per_token_logps"),
+        mask=_mask(inputs),
+        rollout_is_weights=inputs.get("importance_sampling_ratio"),
+        rollout_logps=inputs.get("sampling_per_token_logps"),
+        prompt_id=_hashes(inputs["prompt_ids"], inputs["prompt_mask"]),
+        complete=trainer.accelerator.sync_gradients,
+    )
+
+
+def _hashes(prompt_ids: Tensor, prompt_mask: Tensor) -> list[str]:
+    """A name for each prompt, the same for the same tokens, whatever their padding."""
+    prompts = zip(prompt_ids.cpu(), prompt_mask.cpu().bool(), strict=True)
+    return [hashlib.blake2b(ids[keep].numpy().tobytes(), digest_size=8).hexdigest() for ids, keep in prompts]

@@ -8,7 +8,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from types import SimpleNamespace
 
 import pytest
@@ -561,3 +561,52 @@ def test_its_loss_gradient_and_metrics_are_those_of_trl(trainer, steps, evaluati
     assert list(metrics) == list(theirs) == ["kl", "entropy", *CLIP_RATIOS]
     for name, values in metrics.items():
         assert values == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+
+
+# --- rollouts ---------------------------------------------------------------------------------------------------------
+def test_a_run_is_written_as_the_loss_saw_it(trainer, tmp_path):
+    pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[data]'")
+    from datasets import Dataset
+
+    args = trainer.args
+    args.max_steps = 3
+    prompts = Dataset.from_dict({"prompt": ["a b", "c d e", "f", "g h"] * 4})
+    options = {"model": trainer.model.name_or_path, "reward_funcs": trainer.reward_funcs, "args": args}
+    options |= {"train_dataset": prompts, "processing_class": trainer.processing_class}
+    writing = FastGRPOTrainer(**options, rollouts=tmp_path / "run")
+    writing.train()
+    writing.evaluate(prompts.select(range(2)))
+    names = sorted(os.listdir(tmp_path / "run"))
+    assert names == [f"step-{step:08d}-rank-00000.parquet" for step in (1, 2, 3)]
+    logged = [entry for entry in writing.state.log_history if "clip_ratio/low_mean" in entry][:3]
+    from pyarrow import parquet
+
+    for name, entry in zip(names, logged, strict=True):
+        table = parquet.read_table(tmp_path / "run" / name)
+        assert len(table) == 16  # two micro-batches
+        of_prompts = Counter(table["prompt_id"].to_pylist()).values()
+        assert {count % 4 for count in of_prompts} == {0}  # its groups, as a whole
+        ratios = []
+        for rows in (table.slice(0, 8), table.slice(8)):  # the log has the mean over them
+            parquet.write_table(rows, tmp_path / "micro-batch.parquet")
+            ratios.append(grpo_fast.evaluate(tmp_path / "micro-batch.parquet").clip_ratio_region)
+        assert sum(ratios) / 2 == pytest.approx(entry["clip_ratio/region_mean"])
+    assert entry["clip_ratio/region_mean"] == 0 < logged[1]["clip_ratio/region_mean"]  # of 2 the second iteration
+
+
+def test_a_loss_that_is_left_to_trl_is_written_too(trainer, tmp_path):
+    pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[data]'")
+    from datasets import Dataset
+
+    prompts = Dataset.from_dict({"prompt": ["a b", "c d e", "f", "g h"] * 4})
+    args = trainer.args
+    args.max_steps, args.loss_type = 1, "cispo"
+    options = {"model": trainer.model.name_or_path, "reward_funcs": trainer.reward_funcs, "args": args}
+    writing = FastGRPOTrainer(
+        **options, train_dataset=prompts, processing_class=trainer.processing_class, rollouts=str(tmp_path)
+    )
+    args.loss_type = "dapo"
+    assert writing.loss_type == "cispo"
+    writing.train()
+    assert os.listdir(tmp_path) == ["step-00000001-rank-00000.parquet"]
+    assert grpo_fast.evaluate(tmp_path / "step-00000001-rank-00000.parquet").sequences == 16
