@@ -9,11 +9,12 @@ How the data flows, file by file; each imports only from lines below its own::
     _warm_up                      `warm_up`: compiling beforehand
     files                         `evaluate`, `sweep`: files (_paths) → columns (_plan, _columns) → batches (_rollouts,
                                   _formats, _other_formats) → jobs (_jobs) → sums (_workers)
-    objective  loss               arrays → checked arrays (_loss_inputs) → kernels → `Stats`
-    stats                         exact sums (_additive) → diagnostics
+    objective  loss  rollout      arrays → checked arrays (_loss_inputs) → tasks (_shares) → kernels → `Stats`
+    stats  rollout_stats          exact sums (_additive) → diagnostics
     _kernels                      the kernels; their map is the docstring of that folder
     reference  advantages         the mathematics once more, in NumPy, independent of the kernels; from rewards
-    terms  _groups                the options; rewards by group
+    terms  rollout_terms          the options
+    _groups                       rewards by group
     _checks  _advice              what arguments may be; errors that say what to write
 """
 
@@ -24,6 +25,9 @@ from .advantages import gdpo_advantages, group_advantages, whiten
 from .files import evaluate
 from .loss import LossResult, grpo_loss
 from .objective import grpo_objective, grpo_stats, grpo_sweep
+from .rollout import RolloutCorrection, high_entropy_mask, off_policy_sequence_mask, rollout_correction
+from .rollout_stats import RolloutStats
+from .rollout_terms import Reject
 from .stats import Stats, Sweep
 from .terms import CISPO, K1, K2, K3, SAPO, TV, Band, BinaryKL, Clip, Unclipped
 
@@ -39,6 +43,9 @@ __all__ = [
     "BinaryKL",
     "Clip",
     "LossResult",
+    "Reject",
+    "RolloutCorrection",
+    "RolloutStats",
     "Stats",
     "Sweep",
     "Unclipped",
@@ -49,7 +56,10 @@ __all__ = [
     "grpo_objective",
     "grpo_stats",
     "grpo_sweep",
+    "high_entropy_mask",
+    "off_policy_sequence_mask",
     "reference",
+    "rollout_correction",
     "warm_up",
     "whiten",
 ]

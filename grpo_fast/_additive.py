@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import field, fields
 from typing import Any, Self
 
-from .terms import Options
+from .terms import _Option
 
 
 def added_by(how: Callable[[Any, Any], Any]) -> Any:
@@ -34,7 +34,7 @@ class Additive:
 
 def _difference(name: str, a: Any, b: Any) -> tuple[str, Any, Any]:
     """The name and the values of a field; of options, of the first one that differs."""
-    if isinstance(a, Options):
+    if isinstance(a, _Option):
         return next((x, y, z) for x, y, z in zip(a._fields, a, b, strict=True) if y != z)
     return name, a, b
 

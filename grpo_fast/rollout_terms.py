@@ -1,0 +1,132 @@
+"""The options of `rollout_correction` as values: `Reject`, and all of them together, checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal, NamedTuple, Self, TypeAlias, get_args
+
+from ._checks import number, one_of
+from .terms import _kept, _Option
+
+WeightLevel: TypeAlias = Literal["token", "sequence", "geometric"]
+WeightMode: TypeAlias = Literal["truncate", "mask", "raw"]
+Statistic: TypeAlias = Literal["ratio", "k2", "k3"]
+RejectLevel: TypeAlias = Literal["token", "sequence", "geometric", "seq_min", "seq_max", "seq_sum", "seq_mean"]
+WEIGHT_LEVELS: tuple[str, ...] = get_args(WeightLevel)
+WEIGHT_MODES: tuple[str, ...] = get_args(WeightMode)
+#: The levels of each statistic.
+REJECT_LEVELS: dict[str, tuple[str, ...]] = {
+    "ratio": ("token", "sequence", "geometric", "seq_min", "seq_max"),
+    "k2": ("token", "seq_sum", "seq_mean", "seq_max"),
+    "k3": ("token", "seq_sum", "seq_mean", "seq_max"),
+}
+#: The bounds of the weights, where there are some and others are not given.
+LOWER, UPPER = 0.0, 2.0
+
+
+@_kept
+class Reject(_Option, NamedTuple("Reject", [("statistic", str), ("level", str), ("lower", float), ("upper", float)])):
+    """A criterion of `rollout_correction`: kept is what has lower ≤ statistic ≤ upper, the bounds included.
+
+    ::
+
+        "ratio"   r = π_old/π_rollout
+        "k2"      ½·log²r
+        "k3"      r − 1 − log r
+
+    of a token at level "token", which rejects that token. All other levels are of a sequence, over its unmasked tokens,
+    and reject all of it: of the ratio "sequence" is exp Σ log r, the product, "geometric" exp mean log r, "seq_min" and
+    "seq_max" the least and the largest r; of k2 and k3 "seq_sum", "seq_mean", "seq_max".
+
+    Parameters
+    ----------
+    statistic : "ratio", "k2" or "k3"
+        verl ``rollout_rs``, whose ``"seq_mean_k1"`` is the geometric ratio here, as its bounds are those of r.
+    level : str
+        See above.
+    lower, upper : float, in [-inf, inf], lower ≤ upper
+        What is exactly at a bound is kept.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A word is none of those allowed, or a bound not a number, or ``lower`` above ``upper``.
+
+    References
+    ----------
+    Masked importance sampling (MIS) and IcePop, arXiv:2510.18855; the geometric mask of NeMo-RL
+    (``truncated_importance_sampling_type="seq-mask-tis"``) and of OpenRLHF; a veto is ``Reject("ratio", "seq_min",
+    1e-4)``.
+    """
+
+    __slots__ = ()
+
+    def __new__(
+        cls, statistic: Statistic, level: RejectLevel, lower: float = -math.inf, upper: float = math.inf
+    ) -> Self:
+        one_of("statistic", statistic, tuple(REJECT_LEVELS))
+        if level not in REJECT_LEVELS[statistic]:
+            one_of(f"level of {statistic!r}", level, REJECT_LEVELS[statistic])
+        low = number("lower", lower, "in [-inf, inf]", lambda x: x == x)
+        return super().__new__(
+            cls, statistic, level, low, number("upper", upper, f"in [lower = {low}, inf]", lambda x: x >= low)
+        )
+
+
+@_kept
+class RolloutOptions(
+    _Option,
+    NamedTuple(
+        "RolloutOptions",
+        [("level", str), ("mode", str), ("lower", float), ("upper", float), ("reject", tuple[Reject, ...])],
+    ),
+):
+    """What `rollout_correction` computes: its options, checked. Only `RolloutStats` of the same ones can be added.
+
+    With mode "raw" the bounds are 0 and infinity, which bound nothing.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An option is of another type, not one of the words allowed, or outside its interval.
+    """
+
+    __slots__ = ()
+
+    def __new__(
+        cls,
+        level: WeightLevel = "token",
+        mode: WeightMode = "truncate",
+        lower: float | None = None,
+        upper: float | None = None,
+        reject: Reject | Iterable[Reject] = (),
+    ) -> Self:
+        one_of("level", level, WEIGHT_LEVELS)
+        one_of("mode", mode, WEIGHT_MODES)
+        bounds = {name: x for name, x in (("lower", lower), ("upper", upper)) if x is not None}
+        if mode == "raw":
+            for name, value in bounds.items():
+                if (name, value) not in (("lower", 0.0), ("upper", math.inf)):  # as this class itself says it
+                    raise ValueError(f"{name} must be None with mode='raw', which has no bounds, got {value!r}")
+            low, high = 0.0, math.inf
+        else:
+            low = number("lower", bounds.get("lower", LOWER), "in [0, inf]", lambda x: x >= 0)
+            high = number("upper", bounds.get("upper", UPPER), f"in [lower = {low}, inf]", lambda x: x >= low)
+        return super().__new__(cls, level, mode, low, high, _checked_rejects(reject))
+
+    def band(self, statistic: str, level: str) -> tuple[float, float]:
+        """Between what a statistic must lie at that level: within the bounds of all that are about it."""
+        about = [r for r in self.reject if (r.statistic, r.level) == (statistic, level)]
+        return max((r.lower for r in about), default=-math.inf), min((r.upper for r in about), default=math.inf)
+
+
+def _checked_rejects(reject: object) -> tuple[Reject, ...]:
+    """``reject`` as a tuple, or the TypeError."""
+    if type(reject) is Reject:
+        return (reject,)
+    rejects = tuple(reject) if isinstance(reject, Iterable) and not isinstance(reject, (str, bytes)) else (reject,)
+    for each in rejects:
+        if type(each) is not Reject:
+            raise TypeError(f"reject must be any number of Reject(…), got {each!r}")
+    return rejects
