@@ -25,20 +25,23 @@ from .advantages import gdpo_advantages, group_advantages, whiten
 from .files import evaluate
 from .loss import LossResult, grpo_loss
 from .objective import grpo_objective, grpo_stats, grpo_sweep
+from .prompt_weights import prompt_mean_weights
 from .rollout import RolloutCorrection, high_entropy_mask, off_policy_sequence_mask, rollout_correction
 from .rollout_stats import RolloutStats
 from .rollout_terms import Reject
 from .stats import Stats, Sweep
-from .terms import CISPO, K1, K2, K3, SAPO, TV, Band, BinaryKL, Clip, Unclipped
+from .terms import CISPO, GMPO, K1, K2, K3, SAPO, TV, VESPO, Band, BinaryKL, Clip, Unclipped
 
 __all__ = [
     "BLOCK",
     "CISPO",
+    "GMPO",
     "K1",
     "K2",
     "K3",
     "SAPO",
     "TV",
+    "VESPO",
     "Band",
     "BinaryKL",
     "Clip",
@@ -58,6 +61,7 @@ __all__ = [
     "grpo_sweep",
     "high_entropy_mask",
     "off_policy_sequence_mask",
+    "prompt_mean_weights",
     "reference",
     "rollout_correction",
     "warm_up",

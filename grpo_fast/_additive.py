@@ -35,7 +35,8 @@ class Additive:
 def _difference(name: str, a: Any, b: Any) -> tuple[str, Any, Any]:
     """The name and the values of a field; of options, of the first one that differs."""
     if isinstance(a, _Option):
-        return next((x, y, z) for x, y, z in zip(a._fields, a, b, strict=True) if y != z)
+        fields: tuple[str, ...] = a._fields  # type: ignore[attr-defined]  # all of them are named tuples
+        return next((x, y, z) for x, y, z in zip(fields, a, b, strict=True) if y != z)
     return name, a, b
 
 

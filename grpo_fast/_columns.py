@@ -18,7 +18,15 @@ class Form(Enum):
     """
 
     PROBABILITIES = ("rhos", "A", "pi_theta_old", "pi_theta_ref")
-    LOG_PROBABILITIES = ("logps", "old_logps", "advantages", "ref_logps", "mask", "rollout_is_weights")
+    LOG_PROBABILITIES = (
+        "logps",
+        "old_logps",
+        "advantages",
+        "ref_logps",
+        "mask",
+        "rollout_is_weights",
+        "loss_weights",
+    )
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -32,9 +40,9 @@ ARGUMENTS = Form.PROBABILITIES.arguments + Form.LOG_PROBABILITIES.arguments
 #: There is nothing to compute without these: ``columns`` cannot map them to None.
 REQUIRED = ("rhos", "A", "logps", "advantages")
 #: Read where a file has such a column; a column for any other argument must be there.
-OPTIONAL = ("mask", "rollout_is_weights")
+OPTIONAL = ("mask", "rollout_is_weights", "loss_weights")
 #: One number for each sequence, unless they are lists.
-PER_SEQUENCE = ("advantages", "rollout_is_weights")
+PER_SEQUENCE = ("advantages", "rollout_is_weights", "loss_weights")
 
 
 def no_mask(reason: str) -> AdvisedError:

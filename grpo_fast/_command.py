@@ -25,7 +25,7 @@ from ._kernels.threads import WORTH_SHARING
 from ._measure import read
 from ._parser import BY_NAME, KL_TERMS, PICTURES, SURROGATES, UsageError, in_terms_of_the_shell
 from ._pictures import draw_sweep
-from ._warm_up import DTYPES, PAPERS, calls_with, steps
+from ._warm_up import ARRAYS, DTYPES, PAPERS, calls_with, steps
 from .files import evaluate, sweep
 from .terms import BETA, Clip, Options
 
@@ -69,14 +69,16 @@ def _by_name(arguments: argparse.Namespace) -> dict[str, Any]:
 def _refuse_weighting_of_nothing(arguments: argparse.Namespace, with_kl: bool, needed: str) -> None:
     if arguments.importance_weighted is not None and not with_kl:
         raise UsageError(f"--importance-weighted and --no-importance-weighted are about a KL term: add {needed}")
+    if arguments.kl_gradient is not None and not with_kl:
+        raise UsageError(f"--kl-gradient is about a KL term: add {needed}")
 
 
 def _surrogate(arguments: argparse.Namespace) -> Any:
     """The policy term with those of its numbers that are given."""
     chosen = arguments.surrogate or "clip"
     for kind, surrogate in SURROGATES.items():
-        others = list(_given(arguments, surrogate._fields))
-        if kind != chosen and others:
+        others = [name for name in _given(arguments, surrogate._fields) if name not in SURROGATES[chosen]._fields]
+        if others:
             raise UsageError(f"{flag_of(others[0])} is an option of --surrogate {kind}, got --surrogate {chosen}")
     surrogate = SURROGATES[chosen]
     return surrogate(**_given(arguments, surrogate._fields))
@@ -89,7 +91,15 @@ def _kl(arguments: argparse.Namespace) -> Any:
     if arguments.kl == "none" or (arguments.kl is None and not arguments.beta):
         return None
     beta = BETA if arguments.beta is None else arguments.beta
-    return KL_TERMS[arguments.kl or "k3"](beta, arguments.importance_weighted is not False)
+    return KL_TERMS[arguments.kl or "k3"](beta, **_weighting(arguments))
+
+
+def _weighting(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What is said of a KL term beside its name and weight."""
+    weighted, gradient = arguments.importance_weighted is not False, arguments.kl_gradient or "own"
+    if gradient != "own" and weighted:
+        raise UsageError(f"--kl-gradient {gradient} needs --no-importance-weighted")
+    return {"importance_weighted": weighted, "gradient": gradient}
 
 
 # --- sweep ------------------------------------------------------------------------------------------------------------
@@ -107,9 +117,8 @@ def run_sweep(arguments: argparse.Namespace) -> str:
     form = _form_of(arguments, columns)
     if form is Form.LOG_PROBABILITIES:
         term = KL_TERMS[arguments.kl or "k3"]
-        weighted = arguments.importance_weighted is not False
         options = _given(arguments, ("epsilon_high", "delta")) | _by_name(arguments)
-        options["kl"] = partial(term, importance_weighted=weighted)
+        options["kl"] = partial(term, **_weighting(arguments))
         betas = arguments.betas or ([0.0, BETA] if arguments.kl else [0.0])
         _refuse_weighting_of_nothing(arguments, any(betas), "--kl or --beta")
     else:
@@ -147,8 +156,8 @@ def run_compile(arguments: argparse.Namespace) -> str:
     if arguments.surrogate:
         options["surrogate"] = SURROGATES[arguments.surrogate]()
     if arguments.kl:
-        options["kl"] = KL_TERMS[arguments.kl](BETA, arguments.importance_weighted is not False)
-    arrays = {name: getattr(arguments, name) for name in ("old_logps", "mask", "rollout_is_weights")}
+        options["kl"] = KL_TERMS[arguments.kl](BETA, **_weighting(arguments))
+    arrays = {name: getattr(arguments, name) for name in ARRAYS}
     calls = calls_with(options, arrays)
     grads = (True, False) if arguments.grad is None else (arguments.grad,)
     dtypes = (arguments.dtype,) if arguments.dtype else DTYPES

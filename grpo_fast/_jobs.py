@@ -38,7 +38,7 @@ def evaluation(form: Form, *, options: dict[str, Any]) -> Work:
     if form is Form.PROBABILITIES:
         _refuse_others(options, "probability", ("epsilon", "beta", "importance_weighted"))
         clip = Clip(options.get("epsilon", EPSILON))
-        k3 = K3(options.get("beta", BETA), options.get("importance_weighted", True))
+        k3 = K3(options.get("beta", BETA), flag("importance_weighted", options.get("importance_weighted", True)))
         return Work(partial(_stats_of_samples, epsilon=clip.epsilon, k3=k3), set() if k3.beta else _PI, None)
     _refuse_others(options, "log-probability", Options._fields)
     checked = Options(**options)
@@ -91,7 +91,9 @@ def _refuse_others(options: Mapping[str, Any], kind: str, allowed: tuple[str, ..
 
 def _stats_of_samples(arrays: dict[str, Array], *, epsilon: float, k3: K3) -> Stats | None:
     samples = _samples_of(arrays)
-    return grpo_stats(*samples, epsilon, **k3._asdict()) if samples[0].size else None
+    if not samples[0].size:
+        return None
+    return grpo_stats(*samples, epsilon, k3.beta, importance_weighted=bool(k3.importance_weighted))
 
 
 def _sweep_of_samples(

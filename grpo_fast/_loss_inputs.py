@@ -32,14 +32,17 @@ class Inputs(NamedTuple):
         mask: ArrayLike | None,
         cu_seqlens: ArrayLike | None,
         rollout_is_weights: ArrayLike | None,
+        loss_weights: ArrayLike | None,
         grad: bool | Array,
     ) -> "Inputs":
         """The inputs of these arguments, which are those of `grpo_loss`; see there for what is raised."""
         array, expected = expected_beside("logps", logps, cu_seqlens)
         advantages_per_token, flat_advantages = expected.per_token_or_sequence("advantages", advantages)
-        weights_per_token, weights = True, None
+        weights_per_token, weights = loss_weights_per_token, of_both = True, None
         if rollout_is_weights is not None:
             weights_per_token, weights = expected.per_token_or_sequence("rollout_is_weights", rollout_is_weights)
+        if loss_weights is not None:
+            loss_weights_per_token, of_both = expected.per_token_or_sequence("loss_weights", loss_weights)
         place = _place_for(grad, array.shape, expected.dtype)
         if place is not None and place is grad:
             _refuse_overlap(
@@ -50,6 +53,7 @@ class Inputs(NamedTuple):
                 ref_logps=ref_logps,
                 mask=mask,
                 rollout_is_weights=rollout_is_weights,
+                loss_weights=loss_weights,
                 cu_seqlens=cu_seqlens,
             )
         batch = Batch(
@@ -59,12 +63,22 @@ class Inputs(NamedTuple):
             ref_logps=None if ref_logps is None else expected.per_token("ref_logps", ref_logps),
             mask=None if mask is None else expected.mask(mask),
             weights=weights,
+            loss_weights=of_both,
             grad=None if place is None else _flat_gradient(place),
             bounds=expected.bounds,
             advantages_per_token=advantages_per_token,
             weights_per_token=weights_per_token,
+            loss_weights_per_token=loss_weights_per_token,
         )
         return cls(batch, array.shape, place)
+
+    def refuse_advantages_of_tokens(self) -> None:
+        """Raise the ValueError unless there is one advantage for each sequence."""
+        if self.batch.advantages_per_token and (np.diff(self.batch.bounds) > 1).any():
+            sequences = len(self.batch.bounds) - 1
+            raise ValueError(
+                f"advantages must be one per sequence, {(sequences,)}, with a GMPO, got one per token, {self.shape}"
+            )
 
     def deliver_gradient(self) -> None:
         """Copy the gradient to where the caller wants it, if the kernels could not write it there."""
@@ -81,7 +95,7 @@ def expected_beside(name: str, value: ArrayLike, cu_seqlens: ArrayLike | None) -
     dtype = array.dtype
     if dtype is not FLOAT64 and dtype is not FLOAT32:
         dtype = FLOAT32 if dtype.newbyteorder("=") in (np.float32, np.float16) else FLOAT64
-    return array, Expected(name, array.shape, dtype, _bounds(name, array.shape, cu_seqlens))
+    return array, Expected(name, array.shape, dtype, bounds_of(array.shape, cu_seqlens, beside=name))
 
 
 class Expected(NamedTuple):
@@ -151,21 +165,21 @@ class Expected(NamedTuple):
         )
 
 
-def _bounds(name: str, shape: tuple[int, ...], cu_seqlens: ArrayLike | None) -> Array:
-    """Where sequences begin and end in the flat arrays, int64 (S + 1,)."""
+def bounds_of(shape: tuple[int, ...], cu_seqlens: ArrayLike | None, *, beside: str = "logps") -> Array:
+    """Where sequences begin and end in the flat arrays, int64 (S + 1,), of which one is ``beside`` it in messages."""
     size = math.prod(shape)
     if cu_seqlens is None:
         return _bounds_of_rows(*(shape if len(shape) == 2 else (1, size)))
     bounds = real("cu_seqlens", cu_seqlens)
     if len(shape) != 1 or bounds.ndim != 1 or bounds.size < 1 or bounds.dtype.kind not in "iu":
         raise ValueError(
-            f"cu_seqlens must be a one-dimensional array of at least one int, beside {name} of shape (N,); "
-            f"got {bounds.dtype} {bounds.shape} beside {name} {shape}{_flat_fits(name, shape, bounds)}"
+            f"cu_seqlens must be a one-dimensional array of at least one int, beside {beside} of shape (N,); "
+            f"got {bounds.dtype} {bounds.shape} beside {beside} {shape}{_flat_fits(shape, bounds, beside)}"
         )
     if bounds[0] != 0 or bounds[-1] != size:
-        cut = f"; without padding at the end: {name}[:{bounds[-1]}]" if 0 <= bounds[-1] < size else ""
+        cut = f"; without padding at the end: {beside}[:{bounds[-1]}]" if 0 <= bounds[-1] < size else ""
         raise ValueError(
-            f"cu_seqlens must go from 0 to {size}, the size of {name}, got {bounds[0]} to {bounds[-1]}{cut}"
+            f"cu_seqlens must go from 0 to {size}, the size of {beside}, got {bounds[0]} to {bounds[-1]}{cut}"
         )
     falling = bounds[1:] < bounds[:-1]
     if falling.any():
@@ -174,13 +188,13 @@ def _bounds(name: str, shape: tuple[int, ...], cu_seqlens: ArrayLike | None) -> 
     return flat(bounds, np.dtype(np.int64))
 
 
-def _flat_fits(name: str, shape: tuple[int, ...], bounds: Array) -> str:
+def _flat_fits(shape: tuple[int, ...], bounds: Array, beside: str) -> str:
     """The end of a message about packed arrays that have dimensions too many."""
     if shape[:1] == (1,):
-        return f": {name}[0] is"
+        return f": {beside}[0] is"
     if len(shape) == 1 and bounds.ndim > 1:
         return ": cu_seqlens.ravel() is"
-    return f": {name}.ravel() is, and {name}[mask] without padding" if len(shape) == 2 else ""
+    return f": {beside}.ravel() is, and {beside}[mask] without padding" if len(shape) == 2 else ""
 
 
 @lru_cache(maxsize=16)
@@ -231,19 +245,23 @@ def _refuse_overlap(grad: Array, **arguments: Any) -> None:
 
 # --- what is not finite -----------------------------------------------------------------------------------------------
 def refuse_if_not_finite(inputs: Inputs) -> None:
-    """Raise the ValueError for the first unmasked token that is not finite, if any: sums may overflow, too."""
+    """Raise the ValueError for the first unmasked token with a number that is not finite, or is not allowed, if any.
+
+    There may be none: sums may overflow, too.
+    """
     batch = inputs.batch
     mask = np.ones(1, np.uint8) if batch.mask is None else batch.mask
     per_token = {"logps": batch.logps, "old_logps": batch.old_logps, "ref_logps": batch.ref_logps}
     per_sequence: dict[str, Any] = {}
     (per_token if batch.advantages_per_token else per_sequence)["advantages"] = batch.advantages
     (per_token if batch.weights_per_token else per_sequence)["rollout_is_weights"] = batch.weights
+    (per_token if batch.loss_weights_per_token else per_sequence)["loss_weights"] = batch.loss_weights
     named = {name: array for name, array in per_token.items() if array is not None}
 
     def problems(keep: Any, *arrays: Any) -> Mapping[str, NDArray[np.bool_]]:
         return {
-            f"{name} must be finite where it is not masked, got {name}[{{i}}] = {{values[{k}]!r}}": ~np.isfinite(x)
-            & (keep != 0)
+            f"{name} must be {_ALLOWED[name == 'loss_weights']} where it is not masked, "
+            f"got {name}[{{i}}] = {{values[{k}]!r}}": _is_wrong(name, x) & (keep != 0)
             for k, (name, x) in enumerate(zip(named, arrays, strict=True), start=1)
         }
 
@@ -253,7 +271,19 @@ def refuse_if_not_finite(inputs: Inputs) -> None:
     for name, array in per_sequence.items():
         if array is None:
             continue
-        for i in np.flatnonzero(~np.isfinite(array)).tolist():
+        for i in np.flatnonzero(_is_wrong(name, array)).tolist():
             first, last = batch.bounds[i : i + 2].tolist()
             if last > first if batch.mask is None else batch.mask[first:last].any():
-                raise ValueError(f"{name} must be finite where it is not masked, got {name}[{i}] = {array[i].item()!r}")
+                allowed = _ALLOWED[name == "loss_weights"]
+                raise ValueError(
+                    f"{name} must be {allowed} where it is not masked, got {name}[{i}] = {array[i].item()!r}"
+                )
+
+
+#: What an unmasked number may be; and a loss weight.
+_ALLOWED = ("finite", "finite and at least 0")
+
+
+def _is_wrong(name: str, x: Array) -> NDArray[np.bool_]:
+    wrong: NDArray[np.bool_] = ~np.isfinite(x)
+    return wrong | (x < 0) if name == "loss_weights" else wrong

@@ -15,9 +15,34 @@ from ._advice import flag_of
 from ._checks import did_you_mean
 from ._columns import ARGUMENTS, REQUIRED
 from ._warm_up import DTYPES
-from .terms import AGGREGATIONS, BETA, CISPO, EPSILON, K1, K2, K3, LEVELS, SAPO, TV, Band, BinaryKL, Clip, Unclipped
+from .terms import (
+    AGGREGATIONS,
+    BETA,
+    CISPO,
+    EPSILON,
+    GMPO,
+    K1,
+    K2,
+    K3,
+    KL_GRADIENTS,
+    LEVELS,
+    SAPO,
+    TV,
+    VESPO,
+    Band,
+    BinaryKL,
+    Clip,
+    Unclipped,
+)
 
-SURROGATES: dict[str, Any] = {"clip": Clip, "cispo": CISPO, "sapo": SAPO, "unclipped": Unclipped}
+SURROGATES: dict[str, Any] = {
+    "clip": Clip,
+    "cispo": CISPO,
+    "sapo": SAPO,
+    "unclipped": Unclipped,
+    "vespo": VESPO,
+    "gmpo": GMPO,
+}
 TRUST_REGIONS: dict[str, Any] = {"tv": TV, "binary-kl": BinaryKL, "band": Band}
 KL_TERMS: dict[str, Any] = {"k1": K1, "k2": K2, "k3": K3}
 #: Options that are named as the arguments of `grpo_loss` and go there as they are.
@@ -42,7 +67,8 @@ columns of FILE:
     advantages             one number, or a list
     ref_logps              with a KL term: under the reference
     mask                   if there: 0 where a token does not count
-    rollout_is_weights     if there: one number, or a list
+    rollout_is_weights     if there: weights of the policy term, one number, or a list
+    loss_weights           if there: weights of policy and KL term, one number, or a list
   or a row is a token, with a number in each of these columns; or a sample, given as probabilities:
     rhos, A                ratio and advantage
     pi_theta_old, pi_theta_ref
@@ -74,13 +100,17 @@ examples:
 """
 #: What the arguments of the surrogates are, for their help.
 _ABOUT = {
-    "epsilon": f"how far the ratio may fall below 1 ({EPSILON})",
+    "epsilon": f"how far the ratio may fall below 1 ({EPSILON}), or its log below 0 ({GMPO().epsilon:g})",
     "epsilon_high": "how far it may rise above 1 (as --epsilon)",
     "delta": "hard bound of the ratio where A < 0 (none)",
     "ratio_max": f"upper bound of the weight ({CISPO().ratio_max:g})",
     "ratio_min": f"its lower bound ({CISPO().ratio_min:g})",
     "tau_pos": f"temperature where A > 0 ({SAPO().tau_pos:g})",
     "tau_neg": f"temperature elsewhere ({SAPO().tau_neg:g})",
+    "k_pos": f"power of the sequence's ratio where A >= 0 ({VESPO().k_pos:g})",
+    "lambda_pos": f"its decay ({VESPO().lambda_pos:g})",
+    "k_neg": f"power of the sequence's ratio where A < 0 ({VESPO().k_neg:g})",
+    "lambda_neg": f"its decay ({VESPO().lambda_neg:g})",
 }
 
 
@@ -203,6 +233,7 @@ def _add_sweep(subparsers: Any) -> None:
         fixed.add_argument(flag_of(name), type=float, metavar="X", help=_ABOUT[name])
     fixed.add_argument("--kl", choices=tuple(KL_TERMS), help="estimator of the KL term (k3)")
     _add_importance_weighted(fixed)
+    _add_kl_gradient(fixed)
     _add_aggregation(parser)
     _add_reading(parser)
     parser.add_argument("--plot", metavar="PICTURE", help=f"draw it into a file: {', '.join(PICTURES)}")
@@ -214,11 +245,13 @@ def _add_compile(subparsers: Any) -> None:
     parser.add_argument("--surrogate", choices=tuple(SURROGATES), help="(clip)")
     parser.add_argument("--kl", choices=tuple(KL_TERMS), help="(none)")
     _add_importance_weighted(parser)
+    _add_kl_gradient(parser)
     _add_level(parser)
     for name in ("old-logps", "mask"):
         flags = {"action": "store_false", "help": f"for calls without {name.replace('-', '_')}"}
         parser.add_argument(f"--no-{name}", dest=name.replace("-", "_"), **flags)
-    parser.add_argument("--rollout-is-weights", action="store_true", help="for calls with them")
+    for name in ("rollout-is-weights", "loss-weights"):
+        parser.add_argument(f"--{name}", action="store_true", help="for calls with them")
     parser.add_argument(
         "--grad", action=argparse.BooleanOptionalAction, help="for calls with the gradient, or without (both)"
     )
@@ -251,9 +284,9 @@ def _add_files(parser: Any) -> None:
 def _add_policy_term(parser: Any) -> None:
     group = parser.add_argument_group("policy term (of probabilities: --epsilon)")
     group.add_argument("--surrogate", choices=tuple(SURROGATES), help="(clip)")
-    for kind, surrogate in SURROGATES.items():
-        for name in surrogate._fields:
-            group.add_argument(flag_of(name), type=float, metavar="X", help=f"{kind}: {_ABOUT[name]}")
+    for name, about in _ABOUT.items():
+        kinds = ", ".join(kind for kind, surrogate in SURROGATES.items() if name in surrogate._fields)
+        group.add_argument(flag_of(name), type=float, metavar="X", help=f"{kinds}: {about}")
     _add_level(group)
     _add_trust_region(group)
 
@@ -273,7 +306,7 @@ def _add_level(group: Any) -> None:
         "--importance-sampling-level",
         "--level",
         choices=LEVELS,
-        help="one ratio for each token, or for each sequence (token)",
+        help="one ratio for each token, or for each sequence, in whose gradient tokens may be their own (token)",
     )
 
 
@@ -284,6 +317,7 @@ def _add_kl_term(parser: Any) -> None:
     group.add_argument("--kl", choices=("none", *KL_TERMS), help="estimator (with --beta: k3)")
     group.add_argument("--beta", type=float, metavar="B", help=f"its weight ({BETA}); 0: no KL term, unless --kl")
     _add_importance_weighted(group)
+    _add_kl_gradient(group)
 
 
 def _add_importance_weighted(group: Any) -> None:
@@ -291,6 +325,12 @@ def _add_importance_weighted(group: Any) -> None:
         "--importance-weighted",
         action=argparse.BooleanOptionalAction,
         help="whether the ratio multiplies the KL term; not in DeepSeekMath (it does)",
+    )
+
+
+def _add_kl_gradient(group: Any) -> None:
+    group.add_argument(
+        "--kl-gradient", choices=KL_GRADIENTS, help="of a term that is not importance-weighted: another one (own)"
     )
 
 

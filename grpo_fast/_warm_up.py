@@ -16,11 +16,13 @@ from .objective import grpo_objective, grpo_stats, grpo_sweep
 from .terms import (
     CISPO,
     DEFAULT_SURROGATE,
+    GMPO,
     K3,
     KL,
     LEVELS,
     SAPO,
     TV,
+    VESPO,
     Band,
     BinaryKL,
     Clip,
@@ -34,7 +36,7 @@ DType: TypeAlias = Literal["float64", "float32"]
 DTYPES: tuple[DType, ...] = get_args(DType)
 
 #: Which arrays calls have unless told otherwise.
-_ARRAYS = {"old_logps": True, "mask": True, "rollout_is_weights": False}
+ARRAYS = {"old_logps": True, "mask": True, "rollout_is_weights": False, "loss_weights": False}
 #: The calls of the guide's table of papers, as arguments of `warm_up`: one of each kind, since what is compiled depends
 #: on the classes of the options and on which arrays there are, not on numbers.
 PAPERS: dict[str, dict[str, Any]] = {
@@ -47,8 +49,11 @@ PAPERS: dict[str, dict[str, Any]] = {
     "DPPO, by KL": {"surrogate": Unclipped(), "trust_region": BinaryKL(0.05)},
     "GLM-5": {"surrogate": CISPO(float("inf")), "trust_region": Band(0.5, 2.0)},
     "GSPO, LUSPO": {"importance_sampling_level": "sequence"},
+    "VESPO": {"surrogate": VESPO(), "importance_sampling_level": "sequence"},
+    "GMPO": {"surrogate": GMPO(), "importance_sampling_level": "sequence"},
     "RLOO, on-policy": {"old_logps": False},
     "truncated importance sampling": {"rollout_is_weights": True},
+    "ScaleRL": {"surrogate": CISPO(), "loss_weights": True},
 }
 
 
@@ -61,6 +66,7 @@ def warm_up(
     old_logps: bool = True,
     mask: bool = True,
     rollout_is_weights: bool = False,
+    loss_weights: bool = False,
     grad: bool | None = None,
     dtype: DType | None = None,
 ) -> None:
@@ -76,8 +82,9 @@ def warm_up(
     Parameters
     ----------
     surrogate, kl, importance_sampling_level, trust_region
-        As in `grpo_loss`. Only their classes matter, and whether the KL term is importance-weighted, not their numbers.
-    old_logps, mask, rollout_is_weights : bool
+        As in `grpo_loss`. Only their classes matter, and how the KL term is weighted and differentiated, not their
+        numbers. "sequence" and "sequence_token" are one.
+    old_logps, mask, rollout_is_weights, loss_weights : bool
         Whether calls will have that array.
     grad : bool, or None
         Whether they will ask for the gradient; None for both.
@@ -93,6 +100,7 @@ def warm_up(
     options["importance_sampling_level"] = importance_sampling_level
     given = {name: value for name, value in options.items() if value is not None}
     arrays: dict[str, bool] = {"old_logps": old_logps, "mask": mask, "rollout_is_weights": rollout_is_weights}
+    arrays["loss_weights"] = loss_weights
     for name, value in arrays.items():
         flag(name, value)
     grads = (True, False) if grad is None else (flag("grad", grad),)
@@ -103,7 +111,7 @@ def warm_up(
 
 def calls_with(options: dict[str, Any], arrays: dict[str, bool]) -> dict[str, dict[str, Any]]:
     """The call of `grpo_loss` with these options and arrays, by its name; where none is given, all `PAPERS`."""
-    return {"grpo_loss": options | arrays} if options or arrays != _ARRAYS else PAPERS
+    return {"grpo_loss": options | arrays} if options or arrays != ARRAYS else PAPERS
 
 
 def steps(
@@ -128,6 +136,7 @@ def _compile_loss(
     old_logps: bool = True,
     mask: bool = True,
     rollout_is_weights: bool = False,
+    loss_weights: bool = False,
 ) -> None:
     """Call `grpo_loss` on a few tokens; on many, which are shared out; and on a sequence that is shared out itself."""
     level: Any = one_of("importance_sampling_level", importance_sampling_level, LEVELS)
@@ -146,6 +155,7 @@ def _compile_loss(
             importance_sampling_level=level,
             trust_region=trust_region,
             rollout_is_weights=np.ones((rows, 1)) if rollout_is_weights else None,
+            loss_weights=np.ones((rows, 1)) if loss_weights else None,
             grad=grad,
         )
 

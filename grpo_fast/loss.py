@@ -11,14 +11,14 @@ from numpy.typing import ArrayLike, NDArray
 from ._checks import Array, hides_unknown, refuse_unknown
 from ._kernels import sequence_level, threads, token_level
 from ._kernels.blocks import BLOCK, blocks_in
-from ._kernels.formulas import WEIGHTINGS
+from ._kernels.formulas import HELD_CONSTANT, kl_for_kernels
 from ._kernels.sums import empty_accumulators, merged
 from ._kernels.tasks import perform
 from ._kernels.tokens import Batch, LossTerms
 from ._loss_inputs import Inputs, refuse_if_not_finite
 from ._shares import all_sequences, begin_long, ranges_of
 from .stats import Stats
-from .terms import DEFAULT_SURROGATE, KL, Aggregation, Level, Options, Surrogate, TrustRegion
+from .terms import DEFAULT_SURROGATE, GMPO, KL, Aggregation, Level, Options, Surrogate, TrustRegion
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar
@@ -51,6 +51,7 @@ class LossOptions(TypedDict, total=False):
     kl: KL | None
     importance_sampling_level: Level
     rollout_is_weights: ArrayLike | None
+    loss_weights: ArrayLike | None
     aggregation: Aggregation
     normalizer: float | None
     trust_region: TrustRegion | None
@@ -105,6 +106,7 @@ def grpo_loss(
     kl: KL | None = None,
     importance_sampling_level: Level = "token",
     rollout_is_weights: ArrayLike | None = None,
+    loss_weights: ArrayLike | None = None,
     aggregation: Aggregation = "seq-mean-token-mean",
     normalizer: float | None = None,
     trust_region: TrustRegion | None = None,
@@ -119,13 +121,13 @@ def grpo_loss(
     ::
 
         ρ            = π_θ/π_old = exp(logp − old)
-        loss         = −Σ_i c_i·Σ_t (M·w·s − β·k)
-        ∂loss/∂logp  = −c_i·( D[M·w·∂s/∂log ρ − β·∂k/∂log ρ] + M·w·∂s/∂logp − β·∂k/∂logp )
+        loss         = −Σ_i c_i·Σ_t u·(M·w·s − β·k)
+        ∂loss/∂logp  = −c_i·( D[u·M·w·∂s/∂log ρ] + u·(M·w·∂s/∂logp − β·∂k/∂logp) )
 
-    for each unmasked token t of sequence i: s is the policy term (``surrogate``), k the KL term (``kl``, times ρ if it
-    is importance-weighted), w the rollout weight, M 0 where ``trust_region`` drops the policy term and else 1, c_i what
-    ``aggregation`` gives the sequence's tokens, and D is ∂log ρ/∂logp: at token level the identity, at sequence level
-    the mean over the sequence.
+    for each unmasked token t of sequence i: s is the policy term (``surrogate``), k the KL term (``kl``, times the
+    token's own ρ if it is importance-weighted), w the rollout weight, u the loss weight, M 0 where ``trust_region``
+    drops the policy term and else 1, c_i what ``aggregation`` gives the sequence's tokens, and D is ∂log ρ/∂logp: at
+    sequence level the mean over the sequence, at the others the identity.
 
     Parameters
     ----------
@@ -143,15 +145,19 @@ def grpo_loss(
         Which tokens count. What any array holds elsewhere is never used; the gradient is 0 there.
     cu_seqlens : (S + 1,) ints, or None
         Where packed sequences begin and end: from 0, never falling, to N.
-    surrogate : Clip, CISPO, SAPO or Unclipped
+    surrogate : Clip, CISPO, SAPO or Unclipped; at sequence level also VESPO or GMPO
         The policy term.
     kl : K1, K2, K3 or None
         The KL term, with its β.
-    importance_sampling_level : "token" or "sequence"
-        One ρ for each token, or one for each sequence, exp of the mean log-ratio (GSPO, arXiv:2507.18071, Eq. 7).
+    importance_sampling_level : "token", "sequence" or "sequence_token"
+        One ρ for each token, or one for each sequence, exp of the mean log-ratio (GSPO, arXiv:2507.18071, Eq. 7). At
+        "sequence_token" that mean is a constant in the gradient, and each token has the gradient of its own A and
+        weights (GSPO-token, section 4.3; what verl, SkyRL, slime and tunix call GSPO).
     rollout_is_weights : like ``advantages``, or None
         w, weights against the mismatch between trainer and sampler (truncated importance sampling); they scale the
         policy term only.
+    loss_weights : like ``advantages``, not negative, or None
+        u, weights of both terms; the denominators stay. See `prompt_mean_weights`.
     aggregation : str
         With n_i the number of unmasked tokens of sequence i (at least 1), B the number of sequences (masked ones too):
 
@@ -208,7 +214,11 @@ def grpo_loss(
         ref_logps = None
     elif ref_logps is None:
         raise ValueError("ref_logps must be given with a kl, got None")
-    inputs = Inputs.of(logps, old_logps, advantages, ref_logps, mask, cu_seqlens, rollout_is_weights, grad)
+    inputs = Inputs.of(
+        logps, old_logps, advantages, ref_logps, mask, cu_seqlens, rollout_is_weights, loss_weights, grad
+    )
+    if type(surrogate) is GMPO:
+        inputs.refuse_advantages_of_tokens()
     stats = _compute(inputs, options)
     return LossResult(stats.loss, inputs.place, stats)
 
@@ -217,19 +227,23 @@ def grpo_loss(
 def _compute(inputs: Inputs, options: Options) -> Stats:
     """The `Stats` of a batch; writes the gradient on the way."""
     batch = inputs.batch
+    kl, weighting = kl_for_kernels(options.kl)
+    numerator_apart = options.mean_within or batch.loss_weights is not None
     terms = LossTerms(
         options.surrogate,
         options.trust_region,
-        options.kl,
-        WEIGHTINGS[options.kl is not None and options.kl.importance_weighted],
+        kl,
+        weighting,
         denominator=math.nan if batch.grad is None else _denominator(batch, options),
         mean_within=options.mean_within,
+        numerator_apart=numerator_apart,
+        own_slopes=(options.importance_sampling_level == "sequence_token" or type(options.surrogate) in HELD_CONSTANT),
     )
     compute = _at_token_level if options.importance_sampling_level == "token" else _at_sequence_level
     with threads.tasks(2 * batch.logps.size) as tasks:  # a token costs what two samples of probabilities do
         accumulators = empty_accumulators(tasks)
         compute(batch, terms, accumulators)
-    totals = merged(accumulators, options.mean_within)
+    totals = merged(accumulators, numerator_apart)
     if totals.suspect:
         refuse_if_not_finite(inputs)
     inputs.deliver_gradient()

@@ -10,7 +10,7 @@ from typing import Any, Never
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ._checks import first_problem, hides_unknown, refuse_unknown, same_shape
+from ._checks import first_problem, flag, hides_unknown, refuse_unknown, same_shape
 from ._kernels import sample_blocks, sweep_blocks, threads
 from ._kernels.blocks import BLOCK, blocks_in
 from ._kernels.exact import Exact, rounded_sum
@@ -174,7 +174,7 @@ def grpo_sweep(
     if unknown:
         refuse_unknown(grpo_sweep, unknown)
     grid = grid_of(epsilons, betas)
-    k3 = K3(1.0, importance_weighted)
+    k3 = K3(1.0, flag("importance_weighted", importance_weighted))
     with_kl = any(grid[1])
     arrays, shape = _arrays((rhos, A, pi_theta_old, pi_theta_ref), with_kl)
     steps = np.array(grid[0])
@@ -234,7 +234,7 @@ class _Terms:
 
 
 def _make_terms(epsilon: float, beta: float, importance_weighted: bool = True) -> _Terms:
-    clip, k3 = Clip(epsilon), K3(beta, importance_weighted)
+    clip, k3 = Clip(epsilon), K3(beta, flag("importance_weighted", importance_weighted))
     objective_block = sample_blocks.objective_block if k3.importance_weighted else sample_blocks.unweighted_block
     return _Terms(clip, k3, k3.beta, 1.0 - clip.epsilon, 1.0 + clip.epsilon_high, objective_block, _unweighted(k3))
 

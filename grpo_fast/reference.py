@@ -7,10 +7,10 @@ tokens are cut into sequences and checked; last ``rollout_correction``, of train
 with the kernels but the options. One file, though a long one: it is read from top to bottom, with a paper beside it.
 
 Notation, per unmasked token t of sequence i: ρ = π_θ/π_old, A the advantage, l = log π_θ − log π_ref, s the policy
-term, w the rollout weight, k the KL estimate (times ρ when importance-weighted), n_i the unmasked tokens of sequence i,
-c_i its aggregation weight, B the number of sequences::
+term, w the rollout weight, k the KL estimate (times ρ when importance-weighted), u the loss weight, n_i the unmasked
+tokens of sequence i, c_i its aggregation weight, B the number of sequences::
 
-    objective = Σ_i c_i·Σ_t (w·s − β·k),    loss = −objective
+    objective = Σ_i c_i·Σ_t u·(w·s − β·k),    loss = −objective
 
 Where an ``exp`` overflows, ρ or k is ∞, and 0·∞ is 0 (``times``) as 0·x is for every finite x. What follows from it:
 
@@ -35,6 +35,7 @@ from .terms import (
     CISPO,
     DEFAULT_SURROGATE,
     EPSILON,
+    GMPO,
     K1,
     K2,
     K3,
@@ -42,6 +43,7 @@ from .terms import (
     LEVELS,
     SAPO,
     TV,
+    VESPO,
     Aggregation,
     Band,
     BinaryKL,
@@ -102,6 +104,7 @@ def grpo_loss(
     kl: KL | None = None,
     importance_sampling_level: Level = "token",
     rollout_is_weights: ArrayLike | None = None,
+    loss_weights: ArrayLike | None = None,
     aggregation: Aggregation = "seq-mean-token-mean",
     normalizer: float | None = None,
     trust_region: TrustRegion | None = None,
@@ -111,10 +114,11 @@ def grpo_loss(
 
     ::
 
-        loss         = −Σ_i c_i·Σ_t (M·w·s − β·k)
-        ∂loss/∂logp  = −c_i·( D[M·w·∂s/∂log ρ − β·∂k/∂log ρ] + M·w·∂s/∂logp − β·∂k/∂logp )
+        loss         = −Σ_i c_i·Σ_t u·(M·w·s − β·k)
+        ∂loss/∂logp  = −c_i·( D[u·(M·w·∂s/∂log ρ − β·∂k/∂log ρ)] + u·(M·w·∂s/∂logp − β·∂k/∂logp) )
 
-    where D is ∂log ρ/∂logp: the identity at token level, the mean over the sequence at sequence level.
+    where D is ∂log ρ/∂logp: the mean over the sequence at sequence level (of GMPO, at the tokens that it does not
+    clip), the identity at the others.
 
     Parameters
     ----------
@@ -122,15 +126,16 @@ def grpo_loss(
         log π_θ. float32, bfloat16 and float16 compute in float32, everything else in float64; sums are float64.
     old_logps, ref_logps : like ``logps``, or None
         log π_old, None being on-policy: ρ = 1 with the gradient of ρ; log π_ref, read when there is a ``kl``.
-    advantages, rollout_is_weights : like ``logps``, or one per sequence: (B,), (S,), (B, 1), (S, 1)
-        A and w; w scales the policy term only. Packed, (1, N) is one per token, too; (S,) with S = N is refused unless
-        all sequences have one token, since it could be either.
+    advantages, rollout_is_weights, loss_weights : like ``logps``, or one per sequence: (B,), (S,), (B, 1), (S, 1)
+        A (of GMPO one per sequence), w and u; w scales the policy term only, u both terms. Packed, (1, N) is one per
+        token, too; (S,) with S = N is refused unless all sequences have one token, since it could be either.
     mask : like ``logps``, bools or 0/1
         What the other arrays hold where it is 0 is never looked at.
     surrogate, kl : options from ``terms``
         s and k.
-    importance_sampling_level : "token" or "sequence"
-        ρ of each token, or for all its tokens the geometric mean over the sequence (GSPO, arXiv:2507.18071, Eq. 7).
+    importance_sampling_level : "token", "sequence" or "sequence_token"
+        ρ of each token, or for all its tokens the geometric mean over the sequence (GSPO, arXiv:2507.18071, Eq. 7); or
+        that mean as a constant, times π_θ over itself held constant (GSPO-token, section 4.3).
     aggregation, normalizer
         c_i, see ``aggregation_weights``.
     trust_region : an option from ``terms``, or None
@@ -141,8 +146,8 @@ def grpo_loss(
     Returns
     -------
     LossReference
-        ``stats`` are means over unmasked tokens at both levels, by the names of ``grpo_fast.Stats``; NaN where one does
-        not apply. A batch without an unmasked token has loss and gradient 0, whatever the normalizer.
+        ``stats`` are means over unmasked tokens, without u, by the names of ``grpo_fast.Stats``; NaN where one does not
+        apply. A batch without an unmasked token has loss and gradient 0, whatever the normalizer.
 
     Raises
     ------
@@ -157,32 +162,41 @@ def grpo_loss(
     logp = tokens.each("logps", logps)
     old = logp if old_logps is None else tokens.each("old_logps", old_logps)
     A = tokens.each("advantages", advantages, or_one_per_sequence=True)
-    w = np.ones_like(logp)
+    w = u = np.ones_like(logp)
     if rollout_is_weights is not None:
         w = tokens.each("rollout_is_weights", rollout_is_weights, or_one_per_sequence=True)
-    rho = np.exp(shared(logp - old, tokens, level))
+    if loss_weights is not None:
+        u = tokens.each("loss_weights", loss_weights, or_one_per_sequence=True)
+    log_ratio = logp - old
+    rho = np.exp(shared(log_ratio, tokens, level))
 
     keeps = kept(trust_region, rho, A, logp, old, level)
-    s, s_through_ratio, s_direct = (
-        np.where(keeps, times(w, part), 0) for part in surrogate_term(surrogate, rho, A, logp)
-    )
+    if isinstance(surrogate, (VESPO, GMPO)):
+        terms = surrogate_term_of_sequence(surrogate, log_ratio, A, logp, tokens, level)
+    else:
+        terms = surrogate_term(surrogate, rho, A, logp)
+    s, s_through_ratio, s_direct = (np.where(keeps, times(w, part), 0) for part in terms)
     k = k_through_ratio = k_direct = np.zeros_like(logp)
     beta = 0.0
     if kl is not None:
         ref = tokens.each("ref_logps", ref_logps)
-        k, k_through_ratio, k_direct = kl_term(kl, rho, logp - ref, level)
+        k, k_through_ratio, k_direct = kl_term(kl, np.exp(log_ratio), rho, logp - ref)
         beta = kl.beta
 
     c = aggregation_weights(aggregation, tokens.counts, normalizer)
-    objective = float(np.sum(c * tokens.sums(s - times(beta, k))))
+    objective = float(np.sum(c * tokens.sums(times(u, s - times(beta, k)))))
     gradient = None
     if grad:
-        through_ratio = shared(s_through_ratio - times(beta, k_through_ratio), tokens, level)
-        direct = s_direct - times(beta, k_direct)
+        policy, penalty = times(u, s_through_ratio), times(u, times(beta, k_through_ratio))
+        if level == "sequence":
+            policy, penalty = shared(policy, tokens, level), shared(penalty, tokens, level)
+        if isinstance(surrogate, GMPO):
+            policy = np.where(bounded(surrogate, log_ratio, A) == log_ratio, policy, 0)
+        direct = times(u, s_direct - times(beta, k_direct))
         gradient = np.zeros_like(logps)
-        gradient[tokens.keep] = -tokens.spread(c.astype(logp.dtype)) * (through_ratio + direct)
+        gradient[tokens.keep] = -tokens.spread(c.astype(logp.dtype)) * (policy - penalty + direct)
 
-    stats = diagnostics(surrogate, rho, A)
+    stats = diagnostics(surrogate, rho, A, log_ratio)
     stats["trust_region_ratio"] = math.nan if trust_region is None else _mean(~keeps)
     stats["kl"] = math.nan if kl is None else _mean(k)
     stats["approx_kl"] = _mean(old - logp)
@@ -197,9 +211,10 @@ def times(a: Floats | float, b: Floats) -> Floats:
 
 
 def shared(x: Floats, tokens: "_Tokens", level: Level) -> Floats:
-    """``x`` itself at token level; at sequence level its mean over the sequence, at each of its tokens.
+    """``x`` itself at token level; at the others its mean over the sequence, at each of its tokens.
 
-    Makes log ρ from log π_θ − log π_old, and, being its own transpose, carries ∂/∂log ρ back to the log-probabilities.
+    Makes log ρ from log π_θ − log π_old, and, being its own transpose, carries ∂/∂log ρ back to the log-probabilities,
+    but at the level "sequence_token", where the mean is held constant.
     """
     if level == "token":
         return x
@@ -229,7 +244,31 @@ def surrogate_term(surrogate: Surrogate, rho: Floats, A: Floats, logp: Floats) -
         case Unclipped():
             unclipped = times(rho, A)
             return unclipped, unclipped, zero
-    raise TypeError(f"surrogate must be a Clip, CISPO, SAPO or Unclipped, got {surrogate!r}")
+    raise TypeError(f"surrogate must be a Clip, CISPO, SAPO, Unclipped, VESPO or GMPO, got {surrogate!r}")
+
+
+def surrogate_term_of_sequence(
+    surrogate: VESPO | GMPO, log_ratio: Floats, A: Floats, logp: Floats, tokens: "_Tokens", level: Level
+) -> tuple[Floats, Floats, Floats]:
+    """As ``surrogate_term``, of those that are made of all log-ratios of a sequence."""
+    if level != "sequence":
+        raise ValueError(f"importance_sampling_level must be 'sequence' with {surrogate!r}, got {level!r}")
+    zero = np.zeros_like(logp)
+    match surrogate:
+        case VESPO(k_pos, lambda_pos, k_neg, lambda_neg):
+            total = tokens.spread(tokens.sums(np.clip(log_ratio, -20, 20)))
+            log_w = np.clip(total, math.log(1e-8), 20).astype(logp.dtype)
+            k, lambda_ = np.where(A >= 0, k_pos, k_neg), np.where(A >= 0, lambda_pos, lambda_neg)
+            weight = times(np.exp(lambda_ + k * log_w - lambda_ * np.exp(log_w)).astype(logp.dtype), A)
+            return times(weight, logp), zero, weight
+        case GMPO():
+            s = times(np.exp(shared(bounded(surrogate, log_ratio, A), tokens, level)), A)
+            return s, s, zero
+
+
+def bounded(surrogate: GMPO, log_ratio: Floats, A: Floats) -> Floats:
+    """c_t of ``GMPO``: the log-ratio, no further from 0 in the direction of A than its bound."""
+    return np.where(A > 0, np.minimum(log_ratio, surrogate.epsilon_high), np.maximum(log_ratio, -surrogate.epsilon))
 
 
 def kept(
@@ -266,11 +305,11 @@ def sigmoid(x: Floats) -> Floats:
     return result
 
 
-def kl_term(kl: KL, rho: Floats, l: Floats, level: Level) -> tuple[Floats, Floats, Floats]:
+def kl_term(kl: KL, own_rho: Floats, rho: Floats, l: Floats) -> tuple[Floats, Floats, Floats]:
     """The KL term as penalised, without β: its value, and its derivative through log ρ and beside it.
 
-    At token level both derivatives meet in one token, and their sum is written down instead of summed: of e^(−l) in
-    k3 and −e^(−l) in its slope nothing is left.
+    The token's own ρ multiplies it, whose derivative meets that of k in one token; and their sum is written down
+    instead of summed: of e^(−l) in k3 and −e^(−l) in its slope nothing is left. ("sequence": the ρ of the sequence.)
     """
     match kl:
         case K1():
@@ -282,11 +321,16 @@ def kl_term(kl: KL, rho: Floats, l: Floats, level: Level) -> tuple[Floats, Float
         case _:
             raise TypeError(f"kl must be a K1, K2, K3 or None, got {kl!r}")
     zero = np.zeros_like(l)
-    if not kl.importance_weighted:
-        return k, zero, slope
-    if level == "token":
-        return times(rho, k), zero, times(rho, k_plus_slope)
-    return times(rho, k), times(rho, k), times(rho, slope)
+    if kl.importance_weighted == "sequence":
+        return times(rho, k), times(rho, k), times(rho, slope)
+    if kl.importance_weighted:
+        return times(own_rho, k), zero, times(own_rho, k_plus_slope)
+    match kl.gradient:
+        case "score":
+            return k, zero, times(own_rho, k_plus_slope)
+        case "k2":
+            return k, zero, l
+    return k, zero, slope
 
 
 def k3(l: Floats) -> Floats:
@@ -330,7 +374,7 @@ def aggregation_weights(aggregation: Aggregation, counts: NDArray[np.int64], nor
     return 1 / (denominator * within)
 
 
-def diagnostics(surrogate: Surrogate, rho: Floats, A: Floats) -> dict[str, float]:
+def diagnostics(surrogate: Surrogate, rho: Floats, A: Floats, log_ratio: Floats) -> dict[str, float]:
     """Which part of the tokens is clipped, and the spread of ρ; names as TRL logs them, NaN where none applies.
 
     The effective sample size, ess = (Σρ)²/(N·Σρ²), is 1 when all ratios are equal and 1/N when one has it all.
@@ -344,6 +388,11 @@ def diagnostics(surrogate: Surrogate, rho: Floats, A: Floats) -> dict[str, float
             stats["clip_ratio_high"] = _mean(high)
             stats["clip_ratio_region"] = _mean(low | high)
             stats["clip_ratio_delta"] = _mean((rho > delta) & (A < 0))
+        case GMPO(epsilon, epsilon_high):
+            low, high = (log_ratio < -epsilon) & (A < 0), (log_ratio > epsilon_high) & (A > 0)
+            stats["clip_ratio_low"] = _mean(low)
+            stats["clip_ratio_high"] = _mean(high)
+            stats["clip_ratio_region"] = _mean(low | high)
         case CISPO(ratio_max, _):
             stats["cispo_clip_ratio"] = _mean((rho > ratio_max) & (A > 0))
     rho = rho.astype(np.float64)
@@ -412,7 +461,7 @@ class _Tokens(NamedTuple):
         """One value per sequence, at each of its tokens."""
         return np.repeat(x, self.counts)
 
-    def sums(self, x: Floats) -> Floats:
+    def sums(self, x: Floats | NDArray[np.bool_]) -> Floats:
         """The float64 sum of each sequence."""
         starts = np.cumsum(self.counts) - self.counts
         # reduceat wants every start inside the array, hence the 0, and does not know empty sequences, hence the where

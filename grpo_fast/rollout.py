@@ -150,10 +150,12 @@ def rollout_correction(
         ref_logps=None,
         mask=None if mask is None else expected.mask(mask),
         weights=None,
+        loss_weights=None,
         grad=weights.reshape(-1),
         bounds=expected.bounds,
         advantages_per_token=False,
         weights_per_token=False,
+        loss_weights_per_token=False,
     )
     # A copy, of which the kernel takes what is rejected.
     kept = np.ones(batch.logps.size, np.uint8) if batch.mask is None else batch.mask.copy()
@@ -190,7 +192,8 @@ def _compute(batch: Batch, options: RolloutOptions, kept: Array) -> RolloutTotal
     rules, may_reject = _rules(options), kept if options.reject else None
     with threads.tasks(2 * batch.logps.size) as tasks:
         accumulators = empty_accumulators(tasks)
-        ranges, limit, long = all_sequences(batch), batch.logps.size, []
+        ranges, limit = all_sequences(batch), batch.logps.size
+        long: list[int] = []
         if tasks > 1:
             ranges, limit, long = ranges_of(batch, tasks)
         arrays = batch.logps, batch.old_logps, batch.mask, batch.grad, batch.bounds

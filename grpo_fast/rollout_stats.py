@@ -224,7 +224,7 @@ class RolloutStats(Additive):
         So the keys are the same on all ranks and at all steps: with mode "raw" there are no fractions, and without
         sequences nothing that is of them.
         """
-        ruled_out = ("fraction_low", "fraction_high") if self.options.mode == "raw" else ()
+        ruled_out: tuple[str, ...] = ("fraction_low", "fraction_high") if self.options.mode == "raw" else ()
         if self.sequence_count is None:
             ruled_out += _OF_SEQUENCES
         return {key: getattr(self, name) for key, name in ROLLOUT_KEYS.items() if name not in ruled_out}

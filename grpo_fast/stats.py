@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ._additive import Additive, added_by, each, if_known, same
 from ._kernels.exact import Exact
 from ._kernels.sums import Clipped, Numerator, Sums, Totals
-from .terms import CISPO, Clip, Options
+from .terms import CISPO, GMPO, Clip, Options
 
 #: What `Stats` makes of a kernel's sums when it is first asked for.
 _MADE_LATER = ("sums", "numerator", "clipped", "least_ratio", "largest_ratio")
@@ -65,10 +65,10 @@ class Stats(Additive):
     objective, loss : float
         As aggregated: what was maximised, and its negative, what an optimiser minimises.
     surrogate, kl : float
-        Mean policy term (with the rollout weight); mean KL term as penalised, without β.
+        Mean policy term (with the rollout weight); mean KL term as penalised, without β. Neither has the loss weight.
     clip_ratio_low, clip_ratio_high, clip_ratio_region : float
         Of `Clip`, the fraction of tokens with ρ < 1−ε and A < 0; with ρ > 1+ε_high and A > 0; with either. TRL's
-        ``clip_ratio/low_mean`` …
+        ``clip_ratio/low_mean`` … Of `GMPO`, by the token's own log ρ and its bounds.
     clip_ratio_delta : float
         Of `Clip`, the fraction with ρ > δ and A < 0; verl's ``pg_clipfrac_lower``.
     cispo_clip_ratio : float
@@ -120,8 +120,8 @@ class Stats(Additive):
     def _mean(self, total: Exact | int) -> float:
         return float(total) / self.tokens if self.tokens else math.nan
 
-    def _fraction(self, surrogate: type, clipped: int) -> float:
-        return self._mean(clipped) if isinstance(self.options.surrogate, surrogate) else math.nan
+    def _fraction(self, surrogates: tuple[type, ...], clipped: int) -> float:
+        return self._mean(clipped) if isinstance(self.options.surrogate, surrogates) else math.nan
 
     @property
     def denominator(self) -> float:
@@ -151,23 +151,23 @@ class Stats(Additive):
 
     @property
     def clip_ratio_low(self) -> float:
-        return self._fraction(Clip, self.clipped.low)
+        return self._fraction((Clip, GMPO), self.clipped.low)
 
     @property
     def clip_ratio_high(self) -> float:
-        return self._fraction(Clip, self.clipped.high)
+        return self._fraction((Clip, GMPO), self.clipped.high)
 
     @property
     def clip_ratio_region(self) -> float:
-        return self._fraction(Clip, self.clipped.low + self.clipped.high)
+        return self._fraction((Clip, GMPO), self.clipped.low + self.clipped.high)
 
     @property
     def clip_ratio_delta(self) -> float:
-        return self._fraction(Clip, self.clipped.hard)
+        return self._fraction((Clip,), self.clipped.hard)
 
     @property
     def cispo_clip_ratio(self) -> float:
-        return self._fraction(CISPO, self.clipped.hard)
+        return self._fraction((CISPO,), self.clipped.hard)
 
     @property
     def trust_region_ratio(self) -> float:
@@ -203,8 +203,8 @@ class Stats(Additive):
         """The diagnostics by the keys of `KEYS`, less those that the options rule out; a mean over nothing is NaN.
 
         So the keys are the same on all ranks and at all steps: without a KL term there is no "kl", without sequences no
-        "sequences", without a `Clip` no "clip_ratio/…", without a `CISPO` no "cispo_clip_ratio", and without a trust
-        region no "trust_region_ratio".
+        "sequences", without a `Clip` or `GMPO` no "clip_ratio/…" (of which a `GMPO` has no "clip_ratio/delta_mean"),
+        without a `CISPO` no "cispo_clip_ratio", and without a trust region no "trust_region_ratio".
         """
         surrogate = type(self.options.surrogate)
         ruled_out = {
@@ -212,7 +212,7 @@ class Stats(Additive):
             "sequences": self.sequence_count is None,
             "cispo_clip_ratio": surrogate is not CISPO,
             "trust_region_ratio": self.options.trust_region is None,
-            **dict.fromkeys(("clip_ratio_low", "clip_ratio_high", "clip_ratio_region"), surrogate is not Clip),
+            **dict.fromkeys(("clip_ratio_low", "clip_ratio_high", "clip_ratio_region"), surrogate not in (Clip, GMPO)),
             "clip_ratio_delta": surrogate is not Clip,
         }
         return {key: getattr(self, name) for key, name in KEYS.items() if not ruled_out.get(name)}
@@ -225,7 +225,7 @@ def _made_later(options: Options, totals: Totals) -> dict[str, Any]:
     """The fields of `_MADE_LATER`, and the totals without the limbs that they are made of."""
     sums = Sums(*Exact.of_limbs(totals.limbs["sums"][0]))
     numerator = Numerator(sums.surrogate, sums.kl)
-    if options.mean_within:
+    if totals.numerator_apart:
         numerator = Numerator(*Exact.of_limbs(totals.limbs["numerator"][0]))
     return {
         "sums": sums,

@@ -1,9 +1,10 @@
 """The options as values: policy terms (``Clip`` …), trust regions (``TV`` …), KL terms (``K1`` …); and ``Options``.
 
-A term is a NamedTuple whose fields are floats or bools: Numba reads it as it is and compiles one kernel for each
-class, while the numbers stay run-time values. Every way to make one (call, ``_replace``, copy, unpickle) goes through
-its constructor, so a kernel never meets an invalid term, nor a None or an int that would make it another type. It
-prints as it is called, with as little as makes it again: ``K3(beta=0.04)``.
+A term is a NamedTuple; one whose fields are floats is read by Numba as it is, which compiles one kernel for each class,
+while the numbers stay run-time values. (Of a KL term a kernel reads what `_kernels.formulas.kl_for_kernels` makes of
+it.) Every way to make one (call, ``_replace``, copy, unpickle) goes through its constructor, so a kernel never meets an
+invalid term, nor a None or an int that would make it another type. It prints as it is called, with as little as makes
+it again: ``K3(beta=0.04)``.
 
 Notation, per token: ρ = π_θ/π_old (for a whole sequence at sequence level), A the advantage, l = log π_θ − log π_ref.
 """
@@ -12,11 +13,17 @@ import inspect
 import math
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias, TypeVar, get_args
 
-from ._checks import flag, not_negative, number, one_of, positive
+import numpy as np
 
-Level: TypeAlias = Literal["token", "sequence"]
+from ._checks import not_negative, number, one_of, positive
+
+Level: TypeAlias = Literal["token", "sequence", "sequence_token"]
 Aggregation: TypeAlias = Literal["token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum"]
+#: Whether a KL term is multiplied by a ratio: the token's own, or that of its sequence.
+ImportanceWeighted: TypeAlias = bool | Literal["sequence"]
+KLGradient: TypeAlias = Literal["own", "score", "k2"]
 LEVELS: tuple[str, ...] = get_args(Level)
+KL_GRADIENTS: tuple[str, ...] = get_args(KLGradient)
 AGGREGATIONS: tuple[str, ...] = get_args(Aggregation)
 #: The defaults of ε and β, wherever they are parameters of a call or options of the command.
 EPSILON = 0.2
@@ -205,6 +212,94 @@ class Unclipped(_Option, NamedTuple("Unclipped", [])):
         return super().__new__(cls)
 
 
+@_kept
+class VESPO(
+    _Option,
+    NamedTuple("VESPO", [("k_pos", float), ("lambda_pos", float), ("k_neg", float), ("lambda_neg", float)]),
+):
+    """The policy gradient weighted with a soft function of the whole sequence's ratio; at sequence level only.
+
+    ::
+
+        log w       = clip(Σ_t clip(log ρ_t, −20, 20), log 1e-8, 20)
+        φ           = exp(λ + k·log w − λ·w), held constant; k and λ by the sign of the token's A
+        s           = φ·A·log π_θ
+        ∂s/∂log π_θ = φ·A
+
+    So φ is 1 on-policy, and falls to 0 where the sequence has become much more, or much less, likely.
+
+    Parameters
+    ----------
+    k_pos, k_neg : float, in [0, inf)
+        k where A ≥ 0, and where A < 0. TRL ``vespo_k_pos``, ``vespo_k_neg``.
+    lambda_pos, lambda_neg : float, in [0, inf)
+        λ where A ≥ 0, and where A < 0. TRL ``vespo_lambda_pos``, ``vespo_lambda_neg``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A parameter is not a number, or is outside its interval.
+
+    Notes
+    -----
+    TRL multiplies w by the weights of vLLM's importance sampling. Here that is ``old_logps``, the sampler's, and no
+    ``rollout_is_weights``: but for the limits of each factor, the same.
+
+    References
+    ----------
+    VESPO, arXiv:2602.10693.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, k_pos: float = 2.0, lambda_pos: float = 3.0, k_neg: float = 3.0, lambda_neg: float = 2.0) -> Self:
+        return super().__new__(
+            cls,
+            not_negative("k_pos", k_pos),
+            not_negative("lambda_pos", lambda_pos),
+            not_negative("k_neg", k_neg),
+            not_negative("lambda_neg", lambda_neg),
+        )
+
+
+@_kept
+class GMPO(_Option, NamedTuple("GMPO", [("epsilon", float), ("epsilon_high", float)])):
+    """The geometric mean of ratios, of which each is clipped by itself; at sequence level only.
+
+    ::
+
+        c_t            = min(log ρ_t, ε_high) where A > 0,  max(log ρ_t, −ε) where A < 0
+        s              = exp(mean of c_t)·A, for each token of the sequence
+        ∂s/∂log ρ_t    = s/n where c_t = log ρ_t,  else 0
+
+    A is one per sequence. The bounds are of log ρ, not of ρ.
+
+    Parameters
+    ----------
+    epsilon : float, in [0, inf]
+        ε: how far log ρ may fall below 0 before a token with A < 0 stops counting.
+        verl ``clip_ratio_low`` with ``loss_mode="geo_mean"``; 0.4 in the paper.
+    epsilon_high : float, in [0, inf], optional
+        ε_high: how far log ρ may rise above 0 before a token with A > 0 stops counting; as ε unless given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A parameter is not a number, or is outside its interval.
+
+    References
+    ----------
+    GMPO, arXiv:2507.20673, Eq. 4.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, epsilon: float = 0.4, epsilon_high: float | None = None) -> Self:
+        low = number("epsilon", epsilon, "in [0, inf]", lambda x: x >= 0)
+        high = low if epsilon_high is None else number("epsilon_high", epsilon_high, "in [0, inf]", lambda x: x >= 0)
+        return super().__new__(cls, low, high)
+
+
 # --- the trust region M: which tokens keep their policy term ----------------------------------------------------------
 class _TrustRegion(_Option, NamedTuple("_TrustRegion", [("delta", float), ("delta_low", float)])):
     """What the two regions of a token's probability share: a bound for A > 0 and one for A < 0."""
@@ -319,7 +414,10 @@ class Band(_Option, NamedTuple("Band", [("ratio_min", float), ("ratio_max", floa
 
 # --- the KL term k(l) -------------------------------------------------------------------------------------------------
 @_kept
-class _KL(_Option, NamedTuple("_KL", [("beta", float), ("importance_weighted", bool)])):
+class _KL(
+    _Option,
+    NamedTuple("_KL", [("beta", float), ("importance_weighted", ImportanceWeighted), ("gradient", KLGradient)]),
+):
     """What the three estimators of KL(π_θ ‖ π_ref) share; l = log π_θ − log π_ref (Schulman 2020, `kl-approx`_).
 
     .. _kl-approx: http://joschu.net/blog/kl-approx.html
@@ -327,8 +425,19 @@ class _KL(_Option, NamedTuple("_KL", [("beta", float), ("importance_weighted", b
 
     __slots__ = ()
 
-    def __new__(cls, beta: float, importance_weighted: bool = True) -> Self:
-        return super().__new__(cls, not_negative("beta", beta), flag("importance_weighted", importance_weighted))
+    def __new__(cls, beta: float, importance_weighted: ImportanceWeighted = True, gradient: KLGradient = "own") -> Self:
+        beta = not_negative("beta", beta)
+        if not (isinstance(importance_weighted, str) and importance_weighted == "sequence"):
+            if not isinstance(importance_weighted, (bool, np.bool_)):
+                raise TypeError(f"importance_weighted must be True, False or 'sequence', got {importance_weighted!r}")
+            importance_weighted = bool(importance_weighted)
+        gradient = one_of("gradient", gradient, KL_GRADIENTS)
+        if gradient != "own" and importance_weighted is not False:
+            raise ValueError(
+                f"gradient must be 'own' unless importance_weighted=False, as it is that of the KL term without ρ; "
+                f"got {gradient!r} with importance_weighted={importance_weighted!r}"
+            )
+        return super().__new__(cls, beta, importance_weighted, gradient)
 
 
 @_kept
@@ -344,13 +453,17 @@ class K1(_KL):
     ----------
     beta : float, in [0, inf)
         β. TRL ``beta`` (which has no k1); verl ``kl_loss_coef`` with ``kl_loss_type="k1"`` (or ``"kl"``).
-    importance_weighted : bool
-        Whether ρ multiplies k1: unbiased under samples from π_old. Its gradient, unlike that of k1 alone, is the KL's.
+    importance_weighted : bool or "sequence"
+        Whether the token's ρ, at every level, multiplies k1: unbiased under samples from π_old. Its gradient, unlike
+        that of k1 alone, is the KL's. "sequence": the sequence's ρ instead, see `K3`.
+    gradient : "own", "score" or "k2"
+        As of `K3`; verl's "k1+" is "k2".
 
     Raises
     ------
     TypeError, ValueError
-        ``beta`` is not a number in its interval, or ``importance_weighted`` not a bool.
+        ``beta`` is not a number in its interval, ``importance_weighted`` not a bool nor "sequence", ``gradient`` none
+        of the words, or not "own" though the term is importance-weighted.
 
     References
     ----------
@@ -373,13 +486,16 @@ class K2(_KL):
     ----------
     beta : float, in [0, inf)
         β. TRL ``beta`` (which has no k2); verl ``kl_loss_coef`` with ``kl_loss_type="k2"`` (or ``"mse"``).
-    importance_weighted : bool
-        Whether ρ multiplies k2.
+    importance_weighted : bool or "sequence"
+        Whether the token's ρ, at every level, multiplies k2. "sequence": the sequence's ρ instead, see `K3`.
+    gradient : "own", "score" or "k2"
+        As of `K3`; "k2" is its own.
 
     Raises
     ------
     TypeError, ValueError
-        ``beta`` is not a number in its interval, or ``importance_weighted`` not a bool.
+        ``beta`` is not a number in its interval, ``importance_weighted`` not a bool nor "sequence", ``gradient`` none
+        of the words, or not "own" though the term is importance-weighted.
 
     References
     ----------
@@ -402,14 +518,20 @@ class K3(_KL):
     ----------
     beta : float, in [0, inf)
         β. TRL ``beta``; verl ``kl_loss_coef`` with ``kl_loss_type="low_var_kl"`` (or ``"k3"``).
-    importance_weighted : bool
-        Whether ρ multiplies k3, which makes value and gradient unbiased under samples from π_old.
-        TRL ``use_bias_correction_kl``, True there unless changed (in 1.16).
+    importance_weighted : bool or "sequence"
+        Whether the token's ρ, at every level, multiplies k3, which makes value and gradient unbiased under samples from
+        π_old. TRL ``use_bias_correction_kl``, True there unless changed (in 1.16). With "sequence", at sequence level
+        alone, the sequence's ρ multiplies it, as in TRL up to 1.16, which adds (Σk3)·∂ρ to the gradient.
+    gradient : "own", "score" or "k2"
+        The gradient of the term, whose value stays; another than its own without ``importance_weighted`` only.
+        "score" has the sampling term, ρ·(k3 + ∂k3/∂l) = ρ·l (NeMo-RL, OpenRLHF ``unbiased_gradient``); "k2" is l, that
+        of `K2` (verl ``kl_loss_type="k3+"``).
 
     Raises
     ------
     TypeError, ValueError
-        ``beta`` is not a number in its interval, or ``importance_weighted`` not a bool.
+        ``beta`` is not a number in its interval, ``importance_weighted`` not a bool nor "sequence", ``gradient`` none
+        of the words, or not "own" though the term is importance-weighted.
 
     References
     ----------
@@ -420,11 +542,13 @@ class K3(_KL):
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------
-Surrogate: TypeAlias = Clip | CISPO | SAPO | Unclipped
+Surrogate: TypeAlias = Clip | CISPO | SAPO | Unclipped | VESPO | GMPO
 TrustRegion: TypeAlias = TV | BinaryKL | Band
 KL: TypeAlias = K1 | K2 | K3
 
 _SURROGATES, _TRUST_REGIONS, _KLS = get_args(Surrogate), get_args(TrustRegion), get_args(KL)
+#: Surrogates that are of whole sequences, and of no tokens.
+_OF_SEQUENCES = VESPO, GMPO
 
 
 def _instead(value: object, option: str) -> str:
@@ -445,6 +569,20 @@ def _refuse_unless_region(trust_region: object, level: Level) -> None:
         raise ValueError(
             f"trust_region must be a Band or None at importance_sampling_level={level!r}, as a "
             f"{type(trust_region).__name__} is of single tokens; got {trust_region!r}"
+        )
+
+
+def _refuse_at_other_levels(surrogate: Surrogate, kl: KL | None, level: Level) -> None:
+    """Raise the ValueError for what is known at sequence level only."""
+    if type(surrogate) in _OF_SEQUENCES:
+        raise ValueError(
+            f"importance_sampling_level must be 'sequence' with a {type(surrogate).__name__}, which is of whole "
+            f"sequences; got {level!r}"
+        )
+    if kl is not None and kl.importance_weighted == "sequence":
+        raise ValueError(
+            f"importance_sampling_level must be 'sequence' with importance_weighted='sequence' in the KL term, got "
+            f"{level!r}"
         )
 
 
@@ -487,12 +625,13 @@ class Options(
         trust_region: TrustRegion | None = None,
     ) -> Self:
         if type(surrogate) not in _SURROGATES:
-            raise TypeError(
-                f"surrogate must be a Clip, CISPO, SAPO or Unclipped, got {surrogate!r}{_instead(surrogate, 'Clip')}"
-            )
+            names = f"{', '.join(x.__name__ for x in _SURROGATES[:-1])} or {_SURROGATES[-1].__name__}"
+            raise TypeError(f"surrogate must be a {names}, got {surrogate!r}{_instead(surrogate, 'Clip')}")
         if kl is not None and type(kl) not in _KLS:
             raise TypeError(f"kl must be a K1, K2, K3 or None, got {kl!r}{_instead(kl, 'K3')}")
         level = one_of("importance_sampling_level", importance_sampling_level, LEVELS)
+        if level != "sequence":
+            _refuse_at_other_levels(surrogate, kl, level)
         if trust_region is not None:
             _refuse_unless_region(trust_region, level)
         return super().__new__(

@@ -16,7 +16,7 @@ from ._checks import hides_unknown, not_negative, refuse_unknown
 from .loss import LossResult
 from .loss import grpo_loss as loss_of_arrays
 from .stats import Stats
-from .terms import DEFAULT_SURROGATE, K1, K2, K3, KL, Aggregation, Level, Options, Surrogate, TrustRegion
+from .terms import DEFAULT_SURROGATE, K1, K2, K3, KL, KL_GRADIENTS, Aggregation, Level, Options, Surrogate, TrustRegion
 
 try:
     import torch
@@ -35,6 +35,7 @@ class LossOptions(TypedDict, total=False):
     kl: KL | None
     importance_sampling_level: Level
     rollout_is_weights: Tensor | None
+    loss_weights: Tensor | None
     aggregation: Aggregation
     normalizer: float | Tensor | None
     trust_region: TrustRegion | None
@@ -89,6 +90,7 @@ def grpo_loss(
     kl: KL | None = None,
     importance_sampling_level: Level = "token",
     rollout_is_weights: Tensor | None = None,
+    loss_weights: Tensor | None = None,
     aggregation: Aggregation = "seq-mean-token-mean",
     normalizer: float | Tensor | None = None,
     trust_region: TrustRegion | None = None,
@@ -106,7 +108,7 @@ def grpo_loss(
     logps : tensor (B, T) padded, (N,) packed with ``cu_seqlens``, or (N,) alone
         log π_θ of each token, on the CPU. float32 and float64 compute in their own dtype; bfloat16 and float16 as
         ``logps.float()``, with the gradient back in theirs.
-    old_logps, advantages, ref_logps, mask, cu_seqlens, rollout_is_weights : tensors, on the CPU
+    old_logps, advantages, ref_logps, mask, cu_seqlens, rollout_is_weights, loss_weights : tensors, on the CPU
         As in `grpo_fast.grpo_loss`, of any real dtype. They are taken as constants, whether they require a gradient or
         not.
     surrogate, kl, importance_sampling_level, aggregation, trust_region
@@ -162,6 +164,7 @@ def grpo_loss(
         _constant("mask", mask),
         _constant("cu_seqlens", cu_seqlens),
         _constant("rollout_is_weights", rollout_is_weights),
+        _constant("loss_weights", loss_weights),
     )
     grad = logps.requires_grad and torch.is_grad_enabled()
     if _is_traced(logps):
@@ -196,7 +199,7 @@ def _result(
     grad: bool,
 ) -> LossResult:
     """The `LossResult` of tensors; ``constants`` are those of `_operator`, in its order."""
-    old_logps, advantages, ref_logps, mask, cu_seqlens, rollout_is_weights = map(_array, constants)
+    old_logps, advantages, ref_logps, mask, cu_seqlens, rollout_is_weights, loss_weights = map(_array, constants)
     return loss_of_arrays(
         _array(logps),
         old_logps,
@@ -208,6 +211,7 @@ def _result(
         kl=kl,
         importance_sampling_level=importance_sampling_level,
         rollout_is_weights=rollout_is_weights,
+        loss_weights=loss_weights,
         aggregation=aggregation,
         trust_region=trust_region,
         normalizer=normalizer.item() if torch.is_tensor(normalizer) else normalizer,
@@ -261,6 +265,7 @@ def _operator(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     rollout_is_weights: Tensor | None,
+    loss_weights: Tensor | None,
     normalizer: Tensor | None,
     surrogate: str,
     surrogate_numbers: list[float],
@@ -276,7 +281,7 @@ def _operator(
     """The loss, ∂loss/∂logps, and the `Stats` as bytes; the last two empty if not wanted."""
     level: Any = importance_sampling_level
     how: Any = aggregation
-    constants = old_logps, advantages, ref_logps, mask, cu_seqlens, rollout_is_weights
+    constants = old_logps, advantages, ref_logps, mask, cu_seqlens, rollout_is_weights, loss_weights
     options = (surrogate, surrogate_numbers), (kl, kl_numbers), (trust_region, trust_region_numbers)
     chosen, penalty, region = (_option(*option) for option in options)
     result = _result(logps, constants, normalizer, chosen, penalty, region, level, how, grad)
@@ -368,19 +373,27 @@ def _array(tensor: Any) -> Any:
     return (tensor.float() if tensor.dtype in _HALVES else tensor).numpy(force=True)
 
 
+#: The words among the fields of options; in the schema of an operator, the number of their place here.
+_WORDS = ("sequence", *KL_GRADIENTS)
+
+
 def _kind_and_numbers(option: Any) -> tuple[str, list[float]]:
     """The name of an option's class and its fields as floats, which the schema of an operator can take."""
     if option is None:
         return "", []
-    return type(option).__name__, [float(number) for number in option]
+    # A word is below 0, where no field is.
+    return type(option).__name__, [-1.0 - _WORDS.index(x) if isinstance(x, str) else float(x) for x in option]
 
 
 def _option(kind: str, numbers: list[float]) -> Any:
     """The option of which `_kind_and_numbers` made these."""
     if not kind:
         return None
+    fields: list[Any] = [_WORDS[int(-1 - x)] if x < 0 else x for x in numbers]
     make = _OPTIONS[kind]
-    return make(numbers[0], bool(numbers[1])) if make in (K1, K2, K3) else make(*numbers)
+    if make in (K1, K2, K3) and not isinstance(fields[1], str):
+        fields[1] = bool(fields[1])
+    return make(*fields)
 
 
 def _bytes_of(stats: Stats) -> Tensor:

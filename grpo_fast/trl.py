@@ -29,7 +29,7 @@ Left to TRL, with a warning of the logger ``grpo_fast.trl`` that says why, each 
 import logging
 import math
 import re
-from typing import Any
+from typing import Any, Literal
 
 from .stats import Stats
 from .terms import K3, Aggregation, Clip, Options
@@ -180,10 +180,20 @@ def _options(trainer: GRPOTrainer) -> Options:
     args = trainer.args
     return Options(
         surrogate=Clip(trainer.epsilon_low, trainer.epsilon_high, args.delta),
-        kl=K3(trainer.beta, args.use_bias_correction_kl) if trainer.beta else None,
+        kl=_kl(trainer),
         importance_sampling_level=trainer.importance_sampling_level,
         aggregation=_AGGREGATIONS[trainer.loss_type],
     )
+
+
+def _kl(trainer: GRPOTrainer) -> K3 | None:
+    """The KL term; what TRL calls bias-corrected is, at sequence level up to TRL 1.16, multiplied by that level's ρ."""
+    if not trainer.beta:
+        return None
+    weighted: bool | Literal["sequence"] = trainer.args.use_bias_correction_kl
+    if weighted and trainer.importance_sampling_level == "sequence":
+        weighted = "sequence"
+    return K3(trainer.beta, weighted)
 
 
 def _mode(trainer: GRPOTrainer) -> str:

@@ -48,7 +48,7 @@ def as_on_windows(monkeypatch):
 def batch(bounds):
     """As many tokens as the bounds say, none of which takes memory."""
     logps = np.broadcast_to(0.0, int(bounds[-1]))
-    return Batch(logps, None, logps, None, None, None, None, bounds, True, True)
+    return Batch(logps, None, logps, None, None, None, None, None, bounds, True, True, True)
 
 
 # --- more tokens than 32 bits count -----------------------------------------------------------------------------------

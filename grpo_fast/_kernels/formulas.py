@@ -4,19 +4,24 @@ While a kernel is compiled, `inlined_by_type` looks at that class and takes the 
 stay run-time values. Formulas and sources are in `terms`; what an overflow becomes is in the header of `reference`.
 """
 
+import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
-from ..terms import CISPO, K1, K2, K3, SAPO, TV, Band, BinaryKL, Clip, Unclipped
+from ..terms import CISPO, GMPO, K1, K2, K3, KL, SAPO, TV, VESPO, Band, BinaryKL, Clip, Unclipped
 from .compiling import inlined, inlined_by_type
 from .elementary import NEAR_RATIO, exp, exp_of_any, k3_of_any_log, layout, log_of_any
 from .simd import constant, fma, full_like, tally, where
 from .sums import Clipped
 from .ways import Near, k3_in, plus_in, plus_product_in, times_in
 
-
 # --- the policy term --------------------------------------------------------------------------------------------------
+#: Surrogates with a slope by log π_θ, whose ratio is held constant; that of the others is by log ρ.
+HELD_CONSTANT = (CISPO, VESPO)
+
+
 class PolicyTerm(NamedTuple):
-    """s, and its derivative: by log ρ if it `passes_through_ratio`, else by log π_θ with ρ held constant."""
+    """s, and its derivative: by log ρ, or by log π_θ if the surrogate is among those of `HELD_CONSTANT`."""
 
     value: Any
     slope: Any
@@ -24,7 +29,7 @@ class PolicyTerm(NamedTuple):
 
 @inlined_by_type
 def surrogate_term(way, surrogate, rho, a, logp):
-    """The `PolicyTerm` of each token."""
+    """The `PolicyTerm` of each token; of VESPO and GMPO, ρ is what `ratio_of_sequence` puts in its place."""
     option = surrogate.instance_class
 
     if option is Clip and way.instance_class is Near:
@@ -57,7 +62,13 @@ def surrogate_term(way, surrogate, rho, a, logp):
             weight = times_in(way, where(rho < low, low, where(rho > high, high, rho)), a)
             return PolicyTerm(times_in(way, weight, logp), weight)
 
-    elif option is Unclipped:
+    elif option is VESPO:
+
+        def term(way, surrogate, rho, a, logp):
+            weight = times_in(way, rho, a)
+            return PolicyTerm(times_in(way, weight, logp), weight)
+
+    elif option in (Unclipped, GMPO):
 
         def term(way, surrogate, rho, a, logp):
             value = times_in(way, rho, a)
@@ -84,20 +95,98 @@ def surrogate_term(way, surrogate, rho, a, logp):
 @inlined_by_type
 def linear_factor(surrogate, a, logp):
     """The factor in which s is linear, for a given ρ and a given sign of A: A, or A·log π_θ."""
-    if surrogate.instance_class is CISPO:
+    if surrogate.instance_class in HELD_CONSTANT:
         return lambda surrogate, a, logp: a * logp
-    assert surrogate.instance_class in (Clip, SAPO, Unclipped)
+    assert surrogate.instance_class in (Clip, SAPO, Unclipped, GMPO)
     return lambda surrogate, a, logp: a
 
 
+# --- ... of a sequence whose log-ratios are bounded one by one --------------------------------------------------------
+_LOG_RATIO_LIMIT = 20.0  # of VESPO, of each token and of their sum
+_LEAST_LOG_WEIGHT = math.log(1e-8)
+
+
 @inlined_by_type
-def passes_through_ratio(surrogate):
-    """Whether the slope of `surrogate_term` is by log ρ, and not by log π_θ with ρ held constant."""
-    answer = surrogate.instance_class is not CISPO
-    assert surrogate.instance_class in (Clip, CISPO, SAPO, Unclipped)
+def bounded_log_ratio(surrogate, log_rho, a):
+    """The log-ratio of each token as the surrogate bounds it; 0 if it bounds none."""
+    option = surrogate.instance_class
+
+    if option is VESPO:
+
+        def bounded(surrogate, log_rho, a):
+            limit = full_like(log_rho, _LOG_RATIO_LIMIT)
+            return where(log_rho > limit, limit, where(log_rho < -limit, -limit, log_rho))
+
+    elif option is GMPO:
+
+        def bounded(surrogate, log_rho, a):
+            low, high = full_like(log_rho, -surrogate.epsilon), full_like(log_rho, surrogate.epsilon_high)
+            return where(a > 0.0, where(log_rho > high, high, log_rho), where(log_rho < low, low, log_rho))
+
+    else:
+
+        def bounded(surrogate, log_rho, a):
+            return full_like(log_rho, 0.0)
+
+    return bounded
+
+
+@inlined_by_type
+def ratio_of_sequence(surrogate, rho, a, bounded, tokens):
+    """What stands in `surrogate_term` for a sequence of so many tokens: ρ; or what its bounded log-ratios make.
+
+    ``bounded`` is their sum: of GMPO the exp of their mean, of VESPO φ for the sign of A.
+    """
+    option = surrogate.instance_class
+
+    if option is VESPO:
+
+        def ratio(surrogate, rho, a, bounded, tokens):
+            log_weight = full_like(rho, min(max(bounded, _LEAST_LOG_WEIGHT), _LOG_RATIO_LIMIT))
+            k = where(a < 0.0, full_like(rho, surrogate.k_neg), full_like(rho, surrogate.k_pos))
+            slope = where(a < 0.0, full_like(rho, surrogate.lambda_neg), full_like(rho, surrogate.lambda_pos))
+            return exp_of_any(slope + k * log_weight - slope * exp_of_any(log_weight))
+
+    elif option is GMPO:
+
+        def ratio(surrogate, rho, a, bounded, tokens):
+            return exp_of_any(full_like(rho, bounded / tokens))
+
+    else:
+
+        def ratio(surrogate, rho, a, bounded, tokens):
+            return rho
+
+    return ratio
+
+
+@inlined_by_type
+def tokens_are_cut(surrogate):
+    """Whether the gradient by a sequence's ρ reaches only those tokens whose log-ratio is not bounded."""
+    answer = surrogate.instance_class is GMPO
     return lambda surrogate: answer
 
 
+@inlined_by_type
+def count_bounded(surrogate, log_rho, a, counts):
+    """The counts, a `Clipped` in lanes, with those of these tokens added whose own log-ratio is beyond its bound."""
+    if surrogate.instance_class is not GMPO:
+        return lambda surrogate, log_rho, a, counts: counts
+
+    def count(surrogate, log_rho, a, counts):
+        losing = where(a < 0.0, log_rho, full_like(log_rho, 0.0))
+        winning = where(a > 0.0, log_rho, full_like(log_rho, 0.0))
+        return Clipped(
+            tally(counts.low, losing < full_like(log_rho, -surrogate.epsilon)),
+            tally(counts.high, winning > full_like(log_rho, surrogate.epsilon_high)),
+            counts.hard,
+            counts.dropped,
+        )
+
+    return count
+
+
+# --- ... which tokens it clips ----------------------------------------------------------------------------------------
 @inlined_by_type
 def count_clipped(way, surrogate, rho, a, counts):
     """The counts, a `Clipped` in lanes, with those of these tokens added that are clipped."""
@@ -138,7 +227,7 @@ def count_clipped(way, surrogate, rho, a, counts):
             return Clipped(counts.low, counts.high, hard, counts.dropped)
 
     else:
-        assert option in (SAPO, Unclipped)
+        assert option in (SAPO, Unclipped, VESPO, GMPO)
 
         def count(way, surrogate, rho, a, counts):
             return counts
@@ -211,8 +300,64 @@ def _beyond_bounds(trust_region, a, rise, fall):
 
 
 # --- the KL term ------------------------------------------------------------------------------------------------------
+class K1Penalty(NamedTuple):
+    """What kernels know of a K1."""
+
+    beta: float
+
+
+class K2Penalty(NamedTuple):
+    """What kernels know of a K2."""
+
+    beta: float
+
+
+class K3Penalty(NamedTuple):
+    """What kernels know of a K3."""
+
+    beta: float
+
+
+class Unweighted(NamedTuple):
+    """k as it is."""
+
+
+class Weighted(NamedTuple):
+    """k, times the token's own ρ."""
+
+
+class WeightedBySequence(NamedTuple):
+    """k, times the ρ of its sequence."""
+
+
+class Score(NamedTuple):
+    """k as it is, with the gradient of k times the token's own ρ."""
+
+
+class SlopeOfK2(NamedTuple):
+    """k as it is, with the gradient of k2."""
+
+
+_PENALTIES = {K1: K1Penalty, K2: K2Penalty, K3: K3Penalty}
+_WEIGHTED = {True: Weighted(), "sequence": WeightedBySequence()}
+_BY_GRADIENT = {"own": Unweighted(), "score": Score(), "k2": SlopeOfK2()}
+
+
+@lru_cache(maxsize=64)
+def kl_for_kernels(kl: KL | None) -> tuple[Any, Any]:
+    """What kernels know of a KL term: its β, of a class for each estimator, or None; and how it is weighted.
+
+    Each is a class, which picks the formula when a kernel is compiled: asked for in a loop, a bool keeps LLVM from
+    making the loop's constants before it.
+    """
+    if kl is None:
+        return None, Unweighted()
+    weighting = _WEIGHTED.get(kl.importance_weighted, _BY_GRADIENT[kl.gradient])
+    return _PENALTIES[type(kl)](kl.beta), weighting
+
+
 class KLTerm(NamedTuple):
-    """k; ∂k/∂l; and, written down instead of summed, k + ∂k/∂l, which is what ρ multiplies at token level."""
+    """k; ∂k/∂l; and, written down instead of summed, k + ∂k/∂l, which is what the token's own ρ multiplies."""
 
     value: Any
     slope: Any
@@ -224,20 +369,20 @@ def kl_term(way, kl, l):
     """The `KLTerm` of each token, without β and ρ."""
     option = kl.instance_class
 
-    if option is K1:
+    if option is K1Penalty:
 
         def term(way, kl, l):
             one = full_like(l, 1.0)
             return KLTerm(l, one, l + one)
 
-    elif option is K2:
+    elif option is K2Penalty:
 
         def term(way, kl, l):
             half = constant(l, 0.5) * l
             return KLTerm(half * l, l, fma(half, l, l))
 
     else:
-        assert option is K3
+        assert option is K3Penalty
 
         def term(way, kl, l):
             d = k3_in(way, -l)
@@ -246,32 +391,42 @@ def kl_term(way, kl, l):
     return term
 
 
-class Unweighted(NamedTuple):
-    """k as it is."""
-
-
-class Weighted(NamedTuple):
-    """k, times the token's ρ."""
-
-
-#: By ``importance_weighted``, what picks the formula when a kernel is compiled: asked for in a loop, a bool keeps LLVM
-#: from making the loop's constants before it.
-WEIGHTINGS = (Unweighted(), Weighted())
-
-
 @inlined_by_type
-def is_weighted(weighting):
-    """Whether ρ multiplies k."""
-    answer = weighting.instance_class is Weighted
+def has_own_ratio(weighting):
+    """Whether the token's own ρ multiplies k, or its gradient."""
+    answer = weighting.instance_class in (Weighted, Score)
     return lambda weighting: answer
 
 
 @inlined_by_type
-def add_weighted(way, weighting, rho, term, total):
-    """``total`` with the KL term as penalised, of a `KLTerm`, and its derivative by log π_θ at token level."""
+def has_ratio_of_sequence(weighting):
+    """Whether the ρ of its sequence multiplies k, which is in neither of the following."""
+    answer = weighting.instance_class is WeightedBySequence
+    return lambda weighting: answer
+
+
+@inlined_by_type
+def penalty(way, weighting, rho, term):
+    """The KL term as penalised, of a `KLTerm` and the token's own ρ."""
     if weighting.instance_class is Weighted:
-        return lambda way, weighting, rho, term, total: (
-            plus_product_in(way, total, rho, term.value),
-            times_in(way, rho, term.value_and_slope),
-        )
-    return lambda way, weighting, rho, term, total: (plus_in(way, total, term.value), term.slope)
+        return lambda way, weighting, rho, term: times_in(way, rho, term.value)
+    return lambda way, weighting, rho, term: term.value
+
+
+@inlined_by_type
+def plus_penalty(way, weighting, rho, term, total):
+    """``total`` + `penalty`; of a product, in one rounding."""
+    if weighting.instance_class is Weighted:
+        return lambda way, weighting, rho, term, total: plus_product_in(way, total, rho, term.value)
+    return lambda way, weighting, rho, term, total: plus_in(way, total, term.value)
+
+
+@inlined_by_type
+def penalty_slope(way, weighting, rho, l, term):
+    """The derivative by log π_θ that goes with `penalty`."""
+    kind = weighting.instance_class
+    if kind in (Weighted, Score):
+        return lambda way, weighting, rho, l, term: times_in(way, rho, term.value_and_slope)
+    if kind is SlopeOfK2:
+        return lambda way, weighting, rho, l, term: l
+    return lambda way, weighting, rho, l, term: term.slope

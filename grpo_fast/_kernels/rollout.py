@@ -693,7 +693,7 @@ def rollout(
     has an accumulator, take the ranges in turns. ``kept``, bytes, is a copy of the mask before; None, if nothing can be
     rejected.
     """
-    batch = Batch(old_logps, rollout_logps, None, None, mask, None, weights, bounds, False, False)
+    batch = Batch(old_logps, rollout_logps, None, None, mask, None, None, weights, bounds, False, False, False)
     rules = Rules(level, weight_bounds, weighs_tokens, bands, lows, highs)
     return run(_task, (batch, rules, kept, ranges, limit, accumulators), room)
 

@@ -47,6 +47,7 @@ class Tokens(NamedTuple):
     ref_logps: Any  # or None
     mask: Any  # or None: all count
     weights: Any  # or None
+    loss_weights: Any  # or None
     grad: Any  # or None
 
 
@@ -60,9 +61,9 @@ class Scratch(NamedTuple):
 # Vectors of the scratch array. First one of each array, for the ragged end of a block: what fills no vector there is
 # copied, so that no loop has to look where an array ends. Then what is one for the sequence, in each lane; and room
 # for what a level needs.
-_LOGPS, _OLD, _REF, _GRAD, _ADVANTAGES, _WEIGHTS, _FIRST_OF_SEQUENCE = range(7)
+_LOGPS, _OLD, _REF, _GRAD, _ADVANTAGES, _WEIGHTS, _LOSS_WEIGHTS, _FIRST_OF_SEQUENCE = range(8)
 _OF_SEQUENCE = _FIRST_OF_SEQUENCE - _ADVANTAGES  # from a vector of the ragged end to that of the sequence
-TAKEN_VECTORS = _FIRST_OF_SEQUENCE + 2
+TAKEN_VECTORS = _FIRST_OF_SEQUENCE + 3
 # Bytes of the flags: those of the mask at the ragged end; as many ones.
 _RAGGED, _ONES = 0, WIDTH
 
@@ -80,10 +81,11 @@ def begin_block(batch, sequence, start, stop, scratch):
     vectors = scratch.vectors
     _fill(batch.advantages, batch.advantages_per_token, sequence, vectors, _ADVANTAGES + _OF_SEQUENCE)
     _fill(batch.weights, batch.weights_per_token, sequence, vectors, _WEIGHTS + _OF_SEQUENCE)
+    _fill(batch.loss_weights, batch.loss_weights_per_token, sequence, vectors, _LOSS_WEIGHTS + _OF_SEQUENCE)
     count = (stop - start) % lanes(vectors)
     if count > 0:
-        # Lanes beyond the end hold one and the same log-probability of all policies, A = 0 and w = 0: so there log ρ, l
-        # and the policy term are 0, and ρ is 1 (`within_end`).
+        # Lanes beyond the end hold one and the same log-probability of all policies, and A, w and u of 0: so there
+        # log ρ, l and the policy term are 0, and ρ is 1 (`within_end`).
         i = stop - count
         logp = batch.logps[i]
         _copy(batch.logps, True, i, count, logp, vectors, _LOGPS)
@@ -91,6 +93,7 @@ def begin_block(batch, sequence, start, stop, scratch):
         _copy(batch.ref_logps, True, i, count, logp, vectors, _REF)
         _copy(batch.advantages, batch.advantages_per_token, i, count, 0.0, vectors, _ADVANTAGES)
         _copy(batch.weights, batch.weights_per_token, i, count, 0.0, vectors, _WEIGHTS)
+        _copy(batch.loss_weights, batch.loss_weights_per_token, i, count, 0.0, vectors, _LOSS_WEIGHTS)
         _copy_flags(batch.mask, i, count, scratch)
 
 
@@ -136,6 +139,7 @@ def tokens_from(batch, mask, i, stop, scratch):
         _stream(batch.ref_logps, whole, i, vectors, _REF),
         mask,
         _stream_of_values(batch.weights, batch.weights_per_token, whole, i, vectors, _WEIGHTS),
+        _stream_of_values(batch.loss_weights, batch.loss_weights_per_token, whole, i, vectors, _LOSS_WEIGHTS),
         _stream(batch.grad, whole, i, vectors, _GRAD),
     )
 
@@ -263,7 +267,7 @@ def load_distance(logp, ref_logps, v):
 
 @inlined_or_none
 def load_weights(weights, absent, v):
-    """The rollout weights of vector number ``v``, 0 in absent lanes; None if there are none."""
+    """The weights of vector number ``v``, of the policy term or of both, 0 in absent lanes; None if there are none."""
     return zero_where(absent, load_vector(weights, v))
 
 
@@ -273,6 +277,14 @@ def plus_if_given(x, w):
     if w is None:
         return x
     return x + w
+
+
+@inlined
+def plus_if_not_negative(x, u):
+    """x + u; NaN where u is negative; x if u is None."""
+    if u is None:
+        return x
+    return x + where(u < 0.0, full_like(u, nan), u)
 
 
 @inlined

@@ -1,8 +1,8 @@
 """The loss at sequence level, where ρ is known only after all log-ratios of a sequence are summed.
 
 For one ρ the policy term is linear in A on either side of 0. So one pass collects what does not depend on ρ, and leaves
-∂k/∂l in the gradient's place (`collect`); `conclude` makes ρ, the sums and what the gradient consists of; `spread`
-writes that, while the sequence is still in the cache.
+the slope of the KL term in the gradient's place (`collect`); `conclude` makes ρ, the sums and what the gradient
+consists of; `spread` writes that, while the sequence is still in the cache.
 
 The formulas are in `formulas`. One file, though a long one: what the three leave for each other is in no other.
 """
@@ -17,13 +17,19 @@ from .elementary import exp_of_any
 from .float_mode import begin_ordinary_floats, end_ordinary_floats
 from .formulas import (
     PolicyTerm,
+    bounded_log_ratio,
+    count_bounded,
     count_clipped,
     excess,
-    is_weighted,
+    has_own_ratio,
+    has_ratio_of_sequence,
     kl_term,
     linear_factor,
-    passes_through_ratio,
+    penalty,
+    penalty_slope,
+    ratio_of_sequence,
     surrogate_term,
+    tokens_are_cut,
 )
 from .runs import (
     Scratch,
@@ -39,6 +45,7 @@ from .runs import (
     mask_of,
     one_nan,
     plus_if_given,
+    plus_if_not_negative,
     prefetch_vector,
     scratch_for,
     store_gradient,
@@ -63,17 +70,23 @@ from .simd import (
 )
 from .sums import Clipped, Contribution, Numerator, Sums, accumulate, accumulate_numerator
 from .tasks import run
-from .tokens import Batch, LossTerms, begin_sequence, weight_of_token
-from .ways import CAREFUL, FAR, NEAR, far_enough, near_enough, plus_in, times, weighted_in, zero_in
+from .tokens import Batch, LossTerms, begin_sequence, numerator_within, weight_of_token
+from .ways import CAREFUL, FAR, NEAR, exp_in, far_enough, near_enough, plus_in, times, times_in, weighted_in, zero_in
 
 # --- collect ----------------------------------------------------------------------------------------------------------
 #: What is collected from each block of a sequence: sums, of tokens with A > 0 and with A < 0 apart where it says so.
 COLLECTED = np.dtype(
     [
         ("log_ratio", np.float64),
-        ("k", np.float64),  # the KL term, not weighted by ρ
+        ("bounded", np.float64),  # `bounded_log_ratio`
+        ("k", np.float64),  # the KL term, not multiplied by the ρ of the sequence
         ("positive", np.float64),  # w·linear_factor
         ("negative", np.float64),
+        ("weighted_k", np.float64),  # these three with the loss weights; 0 if there are none
+        ("weighted_positive", np.float64),
+        ("weighted_negative", np.float64),
+        ("low", np.int64),  # `count_bounded`
+        ("high", np.int64),
         ("positive_count", np.int64),
         ("negative_count", np.int64),
         ("suspect", np.int64),  # blocks in which something is not finite
@@ -81,27 +94,40 @@ COLLECTED = np.dtype(
 )
 
 
+class _Policy(NamedTuple):
+    """Σ of what the policy term is linear in, of tokens with A > 0 and with A < 0, in lanes of float64."""
+
+    positive: Any
+    negative: Any
+
+
 class _RunLanes(NamedTuple):
     """What is collected from a run, in lanes."""
 
     log_ratio: Any
+    bounded: Any
     k: Any
-    positive: Any
-    negative: Any
+    policy: _Policy
+    weighted_k: Any  # with loss weights: in float64; else 0
+    weighted_policy: _Policy  # with loss weights, else 0
+    clipped: Clipped
     positive_count: Any
     negative_count: Any
-    check: Any  # Σ A + l + w: not finite if one of them is not
-    farthest: Any  # |l|
+    check: Any  # Σ A + l + w + u: not finite if one of them is not, or u is negative
+    farthest: Any  # |l|, and |log ρ| where `has_own_ratio`
 
 
 @inlined
 def _collect_run(way, terms, tokens, vectors, like):
-    """The `_RunLanes` of so many vectors, in one of the `ways`; leaves ∂k/∂l in the gradient's place."""
+    """The `_RunLanes` of so many vectors, in one of the `ways`; leaves the KL term's slope in the gradient's place."""
     zero = full(like, 0.0)
     k = zero_in(way, zero)
-    log_ratio = positive = negative = wide(zero)  # on which, as on ρ, neither the way nor the KL term may have a say
+    log_ratio = bounded = wide(zero)  # on which, as on ρ, neither the way nor the KL term may have a say
+    policy = weighted_policy = _Policy(wide(zero), wide(zero))
+    weighted_k = wide(zero)
     check = farthest = zero
-    positive_count = negative_count = bits(zero)
+    none = positive_count = negative_count = bits(zero)
+    clipped = Clipped(none, none, none, none)
     v = 0
     while True:  # as in `token_level`
         prefetch_vector(tokens.logps, v)
@@ -109,32 +135,117 @@ def _collect_run(way, terms, tokens, vectors, like):
         prefetch_vector(tokens.ref_logps, v)
         absent = absent_lanes(tokens.mask, v, zero)
         logp = load_vector(tokens.logps, v)
+        log_rho = zero_where(absent, load_log_ratio(logp, tokens.old_logps, v))
         l = zero_where(absent, load_distance(logp, tokens.ref_logps, v))
         a = zero_where(absent, load_vector(tokens.advantages, v))
         w = load_weights(tokens.weights, absent, v)
+        u = load_weights(tokens.loss_weights, absent, v)
         weighted = weighted_in(CAREFUL, w, linear_factor(terms.surrogate, a, zero_where(absent, logp)))
-        log_ratio += wide(zero_where(absent, load_log_ratio(logp, tokens.old_logps, v)))
-        k = plus_in(way, k, _collect_kl(way, terms.kl, tokens.grad, l, v))
-        positive += wide(where(a > 0.0, weighted, zero))
-        negative += wide(where(a < 0.0, weighted, zero))
+        log_ratio += wide(log_rho)
+        bounded += wide(bounded_log_ratio(terms.surrogate, log_rho, a))
+        clipped = count_bounded(terms.surrogate, log_rho, a, clipped)
+        penalised = _penalise(terms.kl, way, terms.weighting, log_rho, l)
+        _store_slope(penalised, way, u, tokens.grad, v)
+        k = _plus_kl(penalised, way, k)
+        weighted_k = _plus_weighted_kl(u, way, penalised, weighted_k)
+        policy = _plus_policy(policy, a, weighted)
+        weighted_policy = _plus_weighted_policy(u, weighted_policy, a, weighted)
         positive_count = tally(positive_count, a > 0.0)
         negative_count = tally(negative_count, a < 0.0)
-        farthest = larger_magnitude(l, farthest)
-        check = plus_if_given(check + a + l, w)
+        farthest = _farthest(terms.kl, terms.weighting, l, log_rho, farthest)
+        check = plus_if_not_negative(plus_if_given(check + a + l, w), u)
         v += 1
         if v >= vectors:
             break
-    return _RunLanes(log_ratio, k, positive, negative, positive_count, negative_count, check, farthest)
+    return _RunLanes(
+        log_ratio,
+        bounded,
+        k,
+        policy,
+        weighted_k,
+        weighted_policy,
+        clipped,
+        positive_count,
+        negative_count,
+        check,
+        farthest,
+    )
 
 
 @inlined
-def _collect_kl(way, kl, grad, l, v):
-    """k of one vector, 0 without a KL term; writes ∂k/∂l into the gradient's place if there is one."""
-    if kl is None:
-        return full_like(l, 0.0)
+def _plus_policy(policy, a, x):
+    """Both sums, with x where A is of their sign."""
+    zero = full_like(x, 0.0)
+    return _Policy(policy.positive + wide(where(a > 0.0, x, zero)), policy.negative + wide(where(a < 0.0, x, zero)))
+
+
+@inlined
+def _plus_weighted_policy(u, policy, a, x):
+    if u is None:
+        return policy
+    return _plus_policy(policy, a, times(u, x))
+
+
+class _Penalised(NamedTuple):
+    """The KL term of a vector as penalised, but for β and the ρ of the sequence; and its derivative by log π_θ."""
+
+    value: Any
+    slope: Any
+
+
+@inlined_or_none
+def _penalise(kl, way, weighting, log_rho, l):
+    """The `_Penalised` KL term; None without one."""
     term = kl_term(way, kl, l)
-    store_gradient(grad, v, term.slope)
-    return term.value
+    rho = _own_ratio(way, weighting, log_rho)
+    return _Penalised(penalty(way, weighting, rho, term), penalty_slope(way, weighting, rho, l, term))
+
+
+@inlined
+def _own_ratio(way, weighting, log_rho):
+    """The token's own ρ, if it is needed."""
+    if has_own_ratio(weighting):
+        return exp_in(way, log_rho)
+    return log_rho
+
+
+@inlined
+def _store_slope(penalised, way, u, grad, v):
+    """Write the slope of the KL term into the gradient's place, times u, if there are both."""
+    if penalised is not None:
+        store_gradient(grad, v, weighted_in(way, u, penalised.slope))
+
+
+@inlined
+def _plus_kl(penalised, way, total):
+    if penalised is None:
+        return total
+    return plus_in(way, total, penalised.value)
+
+
+@inlined
+def _plus_weighted_kl(u, way, penalised, total):
+    if u is None:
+        return total
+    return _plus_times_u(penalised, way, u, total)
+
+
+@inlined
+def _plus_times_u(penalised, way, u, total):
+    if penalised is None:
+        return total
+    return total + wide(times_in(way, u, penalised.value))
+
+
+@inlined
+def _farthest(kl, weighting, l, log_rho, farthest):
+    """The largest magnitude of what an exp is taken of, in lanes."""
+    if kl is None:
+        return farthest
+    farthest = larger_magnitude(l, farthest)
+    if has_own_ratio(weighting):
+        farthest = larger_magnitude(log_rho, farthest)
+    return farthest
 
 
 @inlined
@@ -142,9 +253,17 @@ def _plus_run(block, run):
     """The `_RunLanes` of a block, sums in float64, with those of a run."""
     return _RunLanes(
         block.log_ratio + run.log_ratio,
+        block.bounded + run.bounded,
         block.k + wide(run.k),
-        block.positive + run.positive,
-        block.negative + run.negative,
+        _plus(block.policy, run.policy),
+        block.weighted_k + run.weighted_k,
+        _plus(block.weighted_policy, run.weighted_policy),
+        Clipped(
+            block.clipped.low + run.clipped.low,
+            block.clipped.high + run.clipped.high,
+            block.clipped.hard,
+            block.clipped.dropped,
+        ),
         block.positive_count + run.positive_count,
         block.negative_count + run.negative_count,
         block.check + run.check,
@@ -152,9 +271,14 @@ def _plus_run(block, run):
     )
 
 
+@inlined
+def _plus(policy, other):
+    return _Policy(policy.positive + other.positive, policy.negative + other.negative)
+
+
 @subroutine(allocates=False)
 def collect_block(batch, terms, sequence, start, stop, scratch, collected):
-    """Fill one record of ``collected``, and leave ∂k/∂l in the gradient's place if there is a KL term.
+    """Fill one record of ``collected``, and leave the KL term's slope in the gradient's place if there is one.
 
     Runs are those of `token_level.token_block`.
     """
@@ -164,7 +288,9 @@ def collect_block(batch, terms, sequence, start, stop, scratch, collected):
     step = lanes(like)
     zero = full(like, 0.0)
     none, sums = bits(zero), wide(zero)
-    block = _RunLanes(sums, sums, sums, sums, none, none, zero, zero)
+    policy = _Policy(sums, sums)
+    clipped = Clipped(none, none, none, none)
+    block = _RunLanes(sums, sums, sums, policy, sums, policy, clipped, none, none, zero, zero)
     near = True
     i = start
     while i < stop:
@@ -189,9 +315,15 @@ def collect_block(batch, terms, sequence, start, stop, scratch, collected):
     if terms.kl is not None:
         end_block(batch.grad, start, stop, scratch)
     collected.log_ratio = lane_sum(block.log_ratio)
+    collected.bounded = lane_sum(block.bounded)
     collected.k = lane_sum(block.k)
-    collected.positive = lane_sum(block.positive)
-    collected.negative = lane_sum(block.negative)
+    collected.positive = lane_sum(block.policy.positive)
+    collected.negative = lane_sum(block.policy.negative)
+    collected.weighted_k = lane_sum(block.weighted_k)
+    collected.weighted_positive = lane_sum(block.weighted_policy.positive)
+    collected.weighted_negative = lane_sum(block.weighted_policy.negative)
+    collected.low = np.int64(lane_sum(block.clipped.low))
+    collected.high = np.int64(lane_sum(block.clipped.high))
     collected.positive_count = np.int64(lane_sum(block.positive_count))
     collected.negative_count = np.int64(lane_sum(block.negative_count))
     collected.suspect = not np.isfinite(collected.log_ratio + lane_sum(block.check))
@@ -207,11 +339,17 @@ def collect(batch, terms, sequence, start, stop, scratch, collected):
 
 # --- conclude ---------------------------------------------------------------------------------------------------------
 class GradientCoefficients(NamedTuple):
-    """The gradient of each token of a sequence: constant + kl_slope·∂k/∂l + weighted_advantage·w·A."""
+    """The gradient of each token of a sequence.
+
+    It is constant + uncut·(whether the token is not cut, `tokens_are_cut`) + kl_slope·(the KL term's slope) +
+    (positive or negative, as A)·u·w·A.
+    """
 
     constant: float
+    uncut: float
     kl_slope: float
-    weighted_advantage: float
+    positive: float
+    negative: float
 
 
 @inlined
@@ -221,14 +359,14 @@ def _scalar_product(a, b):
 
 
 @inlined
-def _policy_sum(part, total):
+def _policy_sum(part, positive, negative):
     """Σ over a sequence of a part of the policy term, which is linear in A on either side of 0.
 
     ``part`` holds that for A = 1 and that for A = −1 in two of its lanes, and 0 in the others. The one for A = 1 is not
     negative, the other not positive: the largest and the least lane pick them.
     """
-    gains = _scalar_product(np.float64(lane_max(part)), total.positive)
-    return gains + _scalar_product(np.float64(lane_min(part)), -total.negative)
+    gains = _scalar_product(np.float64(lane_max(part)), positive)
+    return gains + _scalar_product(np.float64(lane_min(part)), -negative)
 
 
 @inlined_or_none
@@ -243,23 +381,17 @@ def _dropped(beyond, none):
     return tally(none, beyond > 0.0)
 
 
-class _KLOfSequence(NamedTuple):
-    """Σ of the KL term over a sequence; β times its derivative by log ρ, over all; and what multiplies ∂k/∂l."""
-
-    value: float
-    through_ratio: float
-    slope_factor: float
+@inlined
+def _of_ratio(kl, weighting, ratio, k):
+    """Σ of the KL term, of that without the ρ of the sequence."""
+    if has_ratio_of_sequence(weighting):
+        return _scalar_product(ratio, k)
+    return k
 
 
 @inlined
-def _kl_of_sequence(kl, weighting, k, ratio):
-    """The KL term's sum and derivatives, of Σ k and ρ."""
-    if kl is None:
-        return _KLOfSequence(0.0, 0.0, 0.0)
-    if is_weighted(weighting):
-        value = _scalar_product(ratio, k)
-        return _KLOfSequence(value, _scalar_product(kl.beta, value), _scalar_product(kl.beta, ratio))
-    return _KLOfSequence(k, 0.0, kl.beta)
+def _beta(kl):
+    return 0.0 if kl is None else kl.beta
 
 
 @inlined
@@ -268,9 +400,15 @@ def _total_of(collected):
     total = collected[0]
     for block in range(1, len(collected)):
         total.log_ratio += collected[block].log_ratio
+        total.bounded += collected[block].bounded
         total.k += collected[block].k
         total.positive += collected[block].positive
         total.negative += collected[block].negative
+        total.weighted_k += collected[block].weighted_k
+        total.weighted_positive += collected[block].weighted_positive
+        total.weighted_negative += collected[block].weighted_negative
+        total.low += collected[block].low
+        total.high += collected[block].high
         total.positive_count += collected[block].positive_count
         total.negative_count += collected[block].negative_count
         total.suspect += collected[block].suspect
@@ -293,48 +431,64 @@ def conclude(batch, terms, tokens, collected, accumulators, task, scratch):
     a = load(scratch.vectors, 0)
     # A Band alone, which is of ρ, is a trust region at this level.
     beyond = _excess(terms.trust_region, rho, a, one)
-    term = surrogate_term(CAREFUL, terms.surrogate, where(a == 0.0, one, rho), a, one)
+    made_of = ratio_of_sequence(terms.surrogate, rho, a, total.bounded, tokens)
+    term = surrogate_term(CAREFUL, terms.surrogate, where(a == 0.0, one, made_of), a, one)
     term = PolicyTerm(zero_beyond(beyond, term.value), zero_beyond(beyond, term.slope))
-    kl = _kl_of_sequence(terms.kl, terms.weighting, total.k, ratio)
 
     none = bits(one - one)
     positive_count, negative_count = full_like(none, total.positive_count), full_like(none, total.negative_count)
     tokens_of_sign = where(a > 0.0, positive_count, where(a < 0.0, negative_count, none))
     clipped = count_clipped(CAREFUL, terms.surrogate, rho, a, Clipped(none, none, none, none))
     sums = Sums(
-        surrogate=_policy_sum(term.value, total),
-        kl=kl.value,
+        surrogate=_policy_sum(term.value, total.positive, total.negative),
+        kl=_of_ratio(terms.kl, terms.weighting, ratio, total.k),
         ratio=tokens * ratio,
         ratio_squared=tokens * ratio * ratio,
         log_ratio=total.log_ratio,
     )
     clipped_tokens = Clipped(
-        np.int64(lane_sum(clipped.low * tokens_of_sign)),
-        np.int64(lane_sum(clipped.high * tokens_of_sign)),
+        np.int64(lane_sum(clipped.low * tokens_of_sign)) + total.low,
+        np.int64(lane_sum(clipped.high * tokens_of_sign)) + total.high,
         np.int64(lane_sum(clipped.hard * tokens_of_sign)),
         np.int64(lane_sum(_dropped(beyond, none) * tokens_of_sign)),
     )
     accumulate(accumulators[task], Contribution(sums, clipped_tokens, total.suspect, ratio, ratio))
-    if terms.mean_within:
-        accumulate_numerator(accumulators[task], Numerator(sums.surrogate / tokens, sums.kl / tokens))
+
+    numerator, slope = Numerator(sums.surrogate, sums.kl), _policy_sum(term.slope, total.positive, total.negative)
+    if batch.loss_weights is not None:
+        numerator = Numerator(
+            _policy_sum(term.value, total.weighted_positive, total.weighted_negative),
+            _of_ratio(terms.kl, terms.weighting, ratio, total.weighted_k),
+        )
+        slope = _policy_sum(term.slope, total.weighted_positive, total.weighted_negative)
+    if terms.numerator_apart:
+        accumulate_numerator(accumulators[task], numerator_within(terms, numerator, tokens))
 
     factor = weight_of_token(terms, tokens)
-    through_ratio, direct = -kl.through_ratio, 0.0
-    if passes_through_ratio(terms.surrogate):
-        through_ratio += _policy_sum(term.slope, total)
+    through_ratio, kl_slope = 0.0, _beta(terms.kl)
+    if has_ratio_of_sequence(terms.weighting):
+        through_ratio = -_scalar_product(kl_slope, numerator.kl)
+        kl_slope = _scalar_product(kl_slope, ratio)
+    uncut = positive = negative = 0.0
+    if terms.own_slopes:
+        positive, negative = np.float64(lane_max(term.slope)), -np.float64(lane_min(term.slope))
+    elif tokens_are_cut(terms.surrogate):
+        uncut = slope
     else:
-        direct = np.float64(lane_max(term.slope))
+        through_ratio += slope
     return (
         -_scalar_product(factor, through_ratio / tokens),
-        _scalar_product(factor, kl.slope_factor),
-        -_scalar_product(factor, direct),
+        -_scalar_product(factor, uncut / tokens),
+        _scalar_product(factor, kl_slope),
+        -_scalar_product(factor, positive),
+        -_scalar_product(factor, negative),
     )
 
 
 # --- spread -----------------------------------------------------------------------------------------------------------
 @subroutine(allocates=False)
 def spread(grad, batch, terms, coefficients, sequence, start, stop, scratch):
-    """Write the gradient of a sequence from ``start`` to ``stop``; with a KL term, ``grad`` holds ∂k/∂l before."""
+    """Write the gradient of a sequence from ``start`` to ``stop``; with a KL term, ``grad`` holds its slope before."""
     if grad is None:
         return
     begin_block(batch, sequence, start, stop, scratch)
@@ -355,18 +509,35 @@ def spread(grad, batch, terms, coefficients, sequence, start, stop, scratch):
 def _spread_run(terms, tokens, vectors, coefficients, like):
     """`spread` for so many vectors."""
     constant = full(like, coefficients.constant)
-    kl_slope = full(like, coefficients.kl_slope)
-    weighted_advantage = full(like, coefficients.weighted_advantage)
-    for v in range(vectors):
-        absent = absent_lanes(tokens.mask, v, constant)
-        gradient = constant
-        if terms.kl is not None:
-            gradient = constant + times(kl_slope, load_vector(tokens.grad, v))
-        if not passes_through_ratio(terms.surrogate):
+    if terms.own_slopes:
+        positive, negative = full(like, coefficients.positive), full(like, coefficients.negative)
+        for v in range(vectors):
+            absent = absent_lanes(tokens.mask, v, constant)
             a = load_vector(tokens.advantages, v)
-            w = load_weights(tokens.weights, absent, v)
-            gradient = gradient + times(weighted_advantage, weighted_in(CAREFUL, w, a))
-        store_gradient(tokens.grad, v, zero_where(absent, one_nan(gradient)))
+            weighted = weighted_in(CAREFUL, load_weights(tokens.weights, absent, v), a)
+            weighted = weighted_in(CAREFUL, load_weights(tokens.loss_weights, absent, v), weighted)
+            gradient = constant + times(where(a < 0.0, negative, positive), weighted)
+            _store_with_kl(terms, tokens, v, absent, coefficients, gradient)
+    elif tokens_are_cut(terms.surrogate):
+        uncut, zero = full(like, coefficients.uncut), full(like, 0.0)
+        for v in range(vectors):
+            absent = absent_lanes(tokens.mask, v, constant)
+            log_rho = load_log_ratio(load_vector(tokens.logps, v), tokens.old_logps, v)
+            bounded = bounded_log_ratio(terms.surrogate, log_rho, load_vector(tokens.advantages, v))
+            gradient = constant + where(log_rho == bounded, uncut, zero)
+            _store_with_kl(terms, tokens, v, absent, coefficients, gradient)
+    else:
+        for v in range(vectors):
+            _store_with_kl(terms, tokens, v, absent_lanes(tokens.mask, v, constant), coefficients, constant)
+
+
+@inlined
+def _store_with_kl(terms, tokens, v, absent, coefficients, gradient):
+    """Write vector number ``v`` of the gradient, with the KL term's part, whose slope stands in its place."""
+    if terms.kl is not None:
+        slope = load_vector(tokens.grad, v)
+        gradient = gradient + times(full_like(slope, coefficients.kl_slope), slope)
+    store_gradient(tokens.grad, v, zero_where(absent, one_nan(gradient)))
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------
@@ -383,10 +554,8 @@ def _task(task, batch, terms, ranges, limit, accumulators):
                 if extent.tokens > 0:
                     collected = blocks[: block_count(extent.stop - extent.start)]
                     collect(batch, terms, sequence, extent.start, extent.stop, scratch, collected)
-                    constant, kl_slope, weighted = conclude(
-                        batch, terms, extent.tokens, collected, accumulators, task, scratch
-                    )
-                    coefficients = GradientCoefficients(constant, kl_slope, weighted)
+                    concluded = conclude(batch, terms, extent.tokens, collected, accumulators, task, scratch)
+                    coefficients = GradientCoefficients(*concluded)
                     spread(batch.grad, batch, terms, coefficients, sequence, extent.start, extent.stop, scratch)
     end_ordinary_floats(host_mode)
 
@@ -399,16 +568,20 @@ def sequence_level(
     ref_logps,
     mask,
     weights,
+    loss_weights,
     grad,
     bounds,
     advantages_per_token,
     weights_per_token,
+    loss_weights_per_token,
     surrogate,
     trust_region,
     kl,
     weighting,
     denominator,
     mean_within,
+    numerator_apart,
+    own_slopes,
     ranges,
     limit,
     accumulators,
@@ -428,12 +601,14 @@ def sequence_level(
         ref_logps,
         mask,
         weights,
+        loss_weights,
         grad,
         bounds,
         advantages_per_token,
         weights_per_token,
+        loss_weights_per_token,
     )
-    terms = LossTerms(surrogate, trust_region, kl, weighting, denominator, mean_within)
+    terms = LossTerms(surrogate, trust_region, kl, weighting, denominator, mean_within, numerator_apart, own_slopes)
     return run(_task, (batch, terms, ranges, limit, accumulators), room)
 
 

@@ -27,7 +27,7 @@ class Sums(NamedTuple):
 class Numerator(NamedTuple):
     """Sums that, over the aggregation's denominator, make the objective, where those of `Sums` do not.
 
-    That is with `Options.mean_within`; otherwise nothing is added to them.
+    That is with `Options.mean_within`, and with loss weights; otherwise nothing is added to them.
     """
 
     surrogate: Any
@@ -70,19 +70,20 @@ class Totals(NamedTuple):
     largest_ratio: float
     surrogate_numerator: float  # of the objective, rounded once
     kl_numerator: float
+    numerator_apart: bool  # whether the limbs of `Numerator` hold it, and not those of `Sums`
 
 
 _SURROGATE, _KL = map(Numerator._fields.index, ("surrogate", "kl"))
 assert Sums._fields[: len(Numerator._fields)] == Numerator._fields
 
-#: One task's accumulator: limbs of exact sums, and the fields of `Totals`, but for the last two.
+#: One task's accumulator: limbs of exact sums, and the fields of `Totals`, but for the last three.
 _ACCUMULATOR = np.dtype(
     [
         ("sums", np.int64, (len(Sums._fields), exact.ROW)),
         ("numerator", np.int64, (len(Numerator._fields), exact.ROW)),
         *[
             (name, np.float64 if kind is float else np.int64)
-            for name, kind in list(Totals.__annotations__.items())[1:-2]
+            for name, kind in list(Totals.__annotations__.items())[1:-3]
         ],
     ]
 )
@@ -124,19 +125,17 @@ def accumulate_numerator(accumulator: Any, numerator: Any) -> None:
         exact.add(accumulator.numerator[i], numerator[i])
 
 
-def merged(accumulators: np.ndarray, mean_within: bool = False) -> Totals:
-    """The totals of all accumulators, of which the first is written to; limbs are in the form that `Exact` reads.
-
-    With ``mean_within``, there is a numerator.
-    """
-    found = _merge(accumulators, mean_within)
+def merged(accumulators: np.ndarray, numerator_apart: bool = False) -> Totals:
+    """The totals of all accumulators, of which the first is written to; limbs are in the form that `Exact` reads."""
+    found = _merge(accumulators, numerator_apart)
     # Of many tasks' only the first: who keeps Stats keeps their limbs.
-    return Totals(accumulators if len(accumulators) == 1 else accumulators[:1].copy(), *found)
+    limbs = accumulators if len(accumulators) == 1 else accumulators[:1].copy()
+    return Totals(*(limbs, *found, numerator_apart))
 
 
 @compiled
-def _merge(accumulators: Any, mean_within: bool) -> Any:
-    """Add all accumulators to the first; return what `Totals` has beside the limbs, in that order."""
+def _merge(accumulators: Any, numerator_apart: bool) -> Any:
+    """Add all accumulators to the first; return what `Totals` has between the first and the last, in that order."""
     host_mode = begin_ordinary_floats()
     total = accumulators[0]
     for t in range(1, len(accumulators)):
@@ -158,8 +157,8 @@ def _merge(accumulators: Any, mean_within: bool) -> Any:
     for i in range(len(total.numerator)):
         exact.carry(total.numerator[i])
     # Both begin with the same two.
-    surrogate = exact.rounded(total.numerator[_SURROGATE] if mean_within else total.sums[_SURROGATE])
-    kl = exact.rounded(total.numerator[_KL] if mean_within else total.sums[_KL])
+    surrogate = exact.rounded(total.numerator[_SURROGATE] if numerator_apart else total.sums[_SURROGATE])
+    kl = exact.rounded(total.numerator[_KL] if numerator_apart else total.sums[_KL])
     end_ordinary_floats(host_mode)
     return (
         total.clipped_low,

@@ -15,7 +15,17 @@ from .blocks import BLOCK, RUN, overflowed
 from .compiling import compiled, inlined, inlined_by_type, inlined_or_none, subroutine
 from .elementary import exp_of_any
 from .float_mode import begin_ordinary_floats, end_ordinary_floats
-from .formulas import add_weighted, count_clipped, excess, gradient_may_be_nan, kl_term, near_holds, surrogate_term
+from .formulas import (
+    count_clipped,
+    excess,
+    gradient_may_be_nan,
+    kl_term,
+    near_holds,
+    penalty,
+    penalty_slope,
+    plus_penalty,
+    surrogate_term,
+)
 from .runs import (
     TAKEN_VECTORS,
     Scratch,
@@ -33,6 +43,7 @@ from .runs import (
     mask_or_ones,
     nan_where,
     plus_if_given,
+    plus_if_not_negative,
     prefetch_vector,
     scratch_for,
     store_gradient,
@@ -60,7 +71,7 @@ from .simd import (
 )
 from .sums import Clipped, Contribution, Numerator, Sums, accumulate, accumulate_numerator
 from .tasks import run
-from .tokens import Batch, LossTerms, begin_sequence, weight_of_token
+from .tokens import Batch, LossTerms, begin_sequence, numerator_within, weight_of_token
 from .ways import (
     CAREFUL,
     FAR,
@@ -84,6 +95,7 @@ class _RunLanes(NamedTuple):
 
     policy: Any
     kl: Any
+    numerator: Numerator  # with loss weights: in float64, of both terms with them; else 0
     ratio: Any
     ratio_squared: Any
     log_ratio: Any
@@ -106,6 +118,7 @@ def _run(way, terms, tokens, vectors, factor, scratch):
     factor = full_like(zero, factor)
     log_ratio = ratio = squared = kl = zero_in(way, zero)
     policy = check = farthest = zero
+    numerator = Numerator(wide(zero), wide(zero))
     least, most = full_like(zero, np.inf), full_like(zero, -np.inf)
     none = bits(zero)
     clipped = Clipped(none, none, none, none)
@@ -120,12 +133,14 @@ def _run(way, terms, tokens, vectors, factor, scratch):
         l = zero_where(absent, load_distance(logp, tokens.ref_logps, v))
         a = zero_where(absent, load_vector(tokens.advantages, v))
         w = load_weights(tokens.weights, absent, v)
+        u = load_weights(tokens.loss_weights, absent, v)
+        of_token = weighted_in(way, u, factor)
 
         edge = nan_where(absent, log_rho)
         least = where(edge < least, edge, least)
         most = where(edge > most, edge, most)
         farthest = larger_magnitude(l, farthest)
-        check = _checked(way, terms.trust_region, check, a, l, w)
+        check = _checked(way, terms.trust_region, check, a, l, w, u, of_token)
         log_ratio = plus_in(way, log_ratio, log_rho)
 
         rho = _ratio(way, log_rho, tokens.old_logps)
@@ -133,7 +148,8 @@ def _run(way, terms, tokens, vectors, factor, scratch):
         ratio = plus_in(way, ratio, present)
         squared = plus_square_in(way, squared, present)
         clipped = count_clipped(way, terms.surrogate, rho, a, clipped)
-        kl, penalty_slope = _add_penalty(way, terms.kl, terms.weighting, rho, l, kl)
+        penalised = _penalised(terms.kl, way, terms.weighting, rho, l)
+        kl = _plus_kl(penalised, way, terms.weighting, rho, kl)
 
         logp = zero_where(absent, logp)
         beyond = _excess(terms.trust_region, rho, a, logp, tokens.old_logps, absent, v)
@@ -141,25 +157,37 @@ def _run(way, terms, tokens, vectors, factor, scratch):
         term = surrogate_term(way, terms.surrogate, _ratio_that_matters(way, rho, a), a, logp)
         value = zero_beyond(beyond, weighted_in(way, w, term.value))
         policy += value
+        numerator = _plus_weighted(u, way, value, penalised, numerator)
         if lanes(scratch.vectors) > 8:  # see `_policy_sum`
             store(scratch.vectors, (_POLICY + v) * lanes(scratch.vectors), value)
-        gradient = times_in(way, factor, zero_beyond(beyond, weighted_in(way, w, term.slope)))
-        gradient = _less_penalty(way, terms.kl, factor, gradient, penalty_slope)
+        gradient = times_in(way, of_token, zero_beyond(beyond, weighted_in(way, w, term.slope)))
+        gradient = _less_penalty(way, terms.kl, of_token, gradient, penalised)
         store_gradient(tokens.grad, v, zero_where(absent, gradient))
         v += 1
         if v >= vectors:
             break
-    return _RunLanes(policy, kl, ratio, squared, log_ratio, check, least, most, farthest, clipped)
+    return _RunLanes(policy, kl, numerator, ratio, squared, log_ratio, check, least, most, farthest, clipped)
 
 
 @inlined_by_type
-def _checked(way, trust_region, check, a, l, w):
-    """``check`` with what no sum might show to be infinite or NaN: in the careful way, or because it is dropped."""
+def _checked(way, trust_region, check, a, l, w, u, of_token):
+    """``check`` with what no sum might show to be infinite or NaN: in the careful way, or because it is dropped.
+
+    Of loss weights also whether one is negative, which a NaN says, or makes the gradient's factor infinite.
+    """
     if way.instance_class is Careful:
-        return lambda way, trust_region, check, a, l, w: plus_if_given(check + a + l, w)
+        return lambda way, trust_region, check, a, l, w, u, of_token: plus_if_not_negative(
+            plus_if_given(check + a + l, w), u
+        )
+    if u is not types.none:
+
+        def checked(way, trust_region, check, a, l, w, u, of_token):
+            return plus_if_not_negative(plus_if_given(check + a, w), u) + (of_token - of_token)
+
+        return checked
     if trust_region is types.none:
-        return lambda way, trust_region, check, a, l, w: check
-    return lambda way, trust_region, check, a, l, w: plus_if_given(check + a, w)
+        return lambda way, trust_region, check, a, l, w, u, of_token: check
+    return lambda way, trust_region, check, a, l, w, u, of_token: plus_if_given(check + a, w)
 
 
 @inlined
@@ -191,21 +219,51 @@ def _count_dropped(beyond, clipped):
     return Clipped(clipped.low, clipped.high, clipped.hard, tally(clipped.dropped, beyond > 0.0))
 
 
-@inlined
-def _add_penalty(way, kl, weighting, rho, l, total):
-    """``total`` with the KL term as penalised, without β, and the term's derivative by log π_θ; or 0 without one."""
-    if kl is None:
-        return total, full_like(l, 0.0)
+class _Penalised(NamedTuple):
+    """The KL term of a vector as penalised, without β: what of it is summed, and its derivative by log π_θ."""
+
+    term: Any  # `formulas.KLTerm`
+    value: Any
+    slope: Any
+
+
+@inlined_or_none
+def _penalised(kl, way, weighting, rho, l):
+    """The `_Penalised` KL term; None without one."""
     term = kl_term(way, kl, l)
-    return add_weighted(way, weighting, rho, term, total)
+    return _Penalised(term, penalty(way, weighting, rho, term), penalty_slope(way, weighting, rho, l, term))
 
 
 @inlined
-def _less_penalty(way, kl, factor, gradient, slope):
+def _plus_kl(penalised, way, weighting, rho, total):
+    """``total`` with the KL term as penalised, if there is one."""
+    if penalised is None:
+        return total
+    return plus_penalty(way, weighting, rho, penalised.term, total)
+
+
+@inlined
+def _plus_weighted(u, way, value, penalised, numerator):
+    """The numerator with both terms times u; as it was, without loss weights."""
+    if u is None:
+        return numerator
+    surrogate = numerator.surrogate + wide(times_in(way, u, value))
+    return Numerator(surrogate, _plus_weighted_kl(u, way, penalised, numerator.kl))
+
+
+@inlined
+def _plus_weighted_kl(u, way, penalised, total):
+    if penalised is None:
+        return total
+    return total + wide(times_in(way, u, penalised.value))
+
+
+@inlined
+def _less_penalty(way, kl, factor, gradient, penalised):
     """The gradient less ``factor``·β·(the derivative of the KL term)."""
     if kl is None:
         return gradient
-    return minus_in(way, gradient, factor * kl.beta, slope)
+    return minus_in(way, gradient, factor * kl.beta, penalised.slope)
 
 
 # --- a block ----------------------------------------------------------------------------------------------------------
@@ -213,6 +271,7 @@ class _BlockLanes(NamedTuple):
     """Of a block, in lanes: sums in float64; those of what was checked; extremes; counts."""
 
     sums: Sums
+    numerator: Numerator
     check: Any
     least: Any
     most: Any
@@ -225,12 +284,12 @@ def _empty_block(zero):
     zeros = bits(zero)
     sums = Sums(none, none, none, none, none)
     infinity = full_like(zero, np.inf)
-    return _BlockLanes(sums, zero, infinity, -infinity, Clipped(zeros, zeros, zeros, zeros))
+    return _BlockLanes(sums, Numerator(none, none), zero, infinity, -infinity, Clipped(zeros, zeros, zeros, zeros))
 
 
 @inlined
-def _plus_run(block, run, policy, check):
-    """The `_BlockLanes` with those of a run, but for two of them: Σ of the policy term, and what was checked."""
+def _plus_run(block, run, policy, weighted_policy, check):
+    """The `_BlockLanes` with those of a run, but for three: Σ of the policy term, also weighted; what was checked."""
     sums = Sums(
         block.sums.surrogate + policy,
         block.sums.kl + wide(run.kl),
@@ -240,6 +299,7 @@ def _plus_run(block, run, policy, check):
     )
     return _BlockLanes(
         sums,
+        Numerator(block.numerator.surrogate + weighted_policy, block.numerator.kl + run.numerator.kl),
         block.check + check,
         where(run.least < block.least, run.least, block.least),
         where(run.most > block.most, run.most, block.most),
@@ -271,6 +331,7 @@ def _without_rest(run, i, stop):
     return _RunLanes(
         run.policy,
         run.kl,
+        run.numerator,
         within_end(run.ratio, i, stop, 0.0),
         within_end(run.ratio_squared, i, stop, 0.0),
         run.log_ratio,
@@ -300,16 +361,18 @@ def _largest_factor(kl, factor):
 @inlined
 def _is_sound(run, policy):
     """Whether nothing in a run is infinite or NaN: one of these sums would be, by a number read or by one computed."""
-    return is_finite(policy + wide(run.kl) + wide(run.log_ratio) + wide(run.check))
+    weighted = run.numerator.surrogate + run.numerator.kl
+    return is_finite(policy + wide(run.kl) + wide(run.log_ratio) + wide(run.check) + weighted)
 
 
 @subroutine(allocates=False)
 def token_block(batch, terms, factor, sequence, start, stop, scratch):
     """The contribution of the tokens of a sequence from ``start`` to ``stop``; writes their gradient on the way.
 
-    ``factor`` is −c_i. A run is up to RUN whole vectors, or the ragged end. The first is tried in the near way, if that
-    may hold at all, another in that of the one before. Near and far are loops of their own, so that LLVM makes their
-    constants once a block (before each run, that took a sixth of the time).
+    Beside it, the `Numerator` of the objective, before it is divided by anything. ``factor`` is −c_i. A run is up to
+    RUN whole vectors, or the ragged end. The first is tried in the near way, if that may hold at all, another in that
+    of the one before. Near and far are loops of their own, so that LLVM makes their constants once a block (before each
+    run, that took a sixth of the time).
     """
     align_stack()
     begin_block(batch, sequence, start, stop, scratch)
@@ -317,7 +380,7 @@ def token_block(batch, terms, factor, sequence, start, stop, scratch):
     block = _empty_block(full(scratch.vectors, 0.0))
     largest = _largest_factor(terms.kl, full(scratch.vectors, factor))
     is_finite_factor = is_finite(largest)
-    may_be_nan = gradient_may_be_nan(terms.surrogate) or not every(largest <= 1.0)
+    may_be_nan = gradient_may_be_nan(terms.surrogate) or batch.loss_weights is not None or not every(largest <= 1.0)
     may_be_near = is_finite_factor and near_holds(terms.surrogate)
     near = may_be_near
     i = start
@@ -331,7 +394,7 @@ def token_block(batch, terms, factor, sequence, start, stop, scratch):
             if near:
                 if may_be_nan:
                     make_one_nan(tokens.grad, vectors)
-                block = _plus_run(block, run, policy, run.check)
+                block = _plus_run(block, run, policy, run.numerator.surrogate, run.check)
                 i += vectors * step
         while not near and i < stop:
             vectors = max(min(RUN, (stop - i) // step), 1)
@@ -341,15 +404,15 @@ def token_block(batch, terms, factor, sequence, start, stop, scratch):
             near = may_be_near and near_enough(_largest_log(run))
             is_far = far_enough(_largest_log(run))
             if is_far and is_finite_factor and _is_sound(run, policy):
-                block = _plus_run(block, run, policy, run.check)
+                block = _plus_run(block, run, policy, run.numerator.surrogate, run.check)
             else:
                 masked = tokens_from(batch, mask_or_ones(batch.mask, i, stop, scratch), i, stop, scratch)
                 careful = _run(CAREFUL, terms, masked, vectors, factor, scratch)
                 policy = _policy_sum(careful.policy, vectors, scratch)
                 if is_far:  # then the policy term alone may need it, on which no other sum may depend
-                    block = _plus_run(block, run, policy, careful.check)
+                    block = _plus_run(block, run, policy, careful.numerator.surrogate, careful.check)
                 else:
-                    block = _plus_run(block, careful, policy, careful.check)
+                    block = _plus_run(block, careful, policy, careful.numerator.surrogate, careful.check)
                 may_be_nan = True
             if may_be_nan:
                 make_one_nan(tokens.grad, vectors)
@@ -366,8 +429,11 @@ def token_block(batch, terms, factor, sequence, start, stop, scratch):
         ratio_squared=lane_sum(block.sums.ratio_squared),
         log_ratio=lane_sum(block.sums.log_ratio),
     )
+    numerator = Numerator(sums.surrogate, sums.kl)
+    if batch.loss_weights is not None:
+        numerator = Numerator(lane_sum(block.numerator.surrogate), lane_sum(block.numerator.kl))
     low, high, hard, dropped = block.clipped
-    return Contribution(
+    contribution = Contribution(
         sums,
         Clipped(
             np.int64(lane_sum(low)),
@@ -379,6 +445,7 @@ def token_block(batch, terms, factor, sequence, start, stop, scratch):
         np.float64(scratch.vectors[0]),
         np.float64(scratch.vectors[1]),
     )
+    return contribution, numerator
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------
@@ -420,12 +487,10 @@ def _task(task, batch, terms, spans, ranges, limit, accumulators):
             factor = -weight_of_token(terms, span.tokens)
             for start in range(span.start, span.stop, BLOCK):
                 stop = min(start + BLOCK, span.stop)
-                contribution = token_block(batch, terms, factor, span.sequence, start, stop, scratch)
+                contribution, numerator = token_block(batch, terms, factor, span.sequence, start, stop, scratch)
                 accumulate(accumulator, contribution)
-                if terms.mean_within:
-                    sums = contribution.sums
-                    mean = Numerator(sums.surrogate / span.tokens, sums.kl / span.tokens)
-                    accumulate_numerator(accumulator, mean)
+                if terms.numerator_apart:
+                    accumulate_numerator(accumulator, numerator_within(terms, numerator, span.tokens))
     end_ordinary_floats(host_mode)
 
 
@@ -437,16 +502,20 @@ def token_level(
     ref_logps,
     mask,
     weights,
+    loss_weights,
     grad,
     bounds,
     advantages_per_token,
     weights_per_token,
+    loss_weights_per_token,
     surrogate,
     trust_region,
     kl,
     weighting,
     denominator,
     mean_within,
+    numerator_apart,
+    own_slopes,
     spans,
     ranges,
     limit,
@@ -467,10 +536,12 @@ def token_level(
         ref_logps,
         mask,
         weights,
+        loss_weights,
         grad,
         bounds,
         advantages_per_token,
         weights_per_token,
+        loss_weights_per_token,
     )
-    terms = LossTerms(surrogate, trust_region, kl, weighting, denominator, mean_within)
+    terms = LossTerms(surrogate, trust_region, kl, weighting, denominator, mean_within, numerator_apart, own_slopes)
     return run(_task, (batch, terms, spans, ranges, limit, accumulators), room)

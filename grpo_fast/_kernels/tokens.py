@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from .compiling import compiled, inlined
 from .simd import WIDTH, count_flags
+from .sums import Numerator
 
 
 class Batch(NamedTuple):
@@ -19,11 +20,13 @@ class Batch(NamedTuple):
     advantages: Any  # N, or S
     ref_logps: Any  # or None
     mask: Any  # bytes, or None
-    weights: Any  # N, or S, or None
+    weights: Any  # N, or S, or None: of the policy term
+    loss_weights: Any  # N, or S, or None: of both terms
     grad: Any  # where ∂loss/∂logps goes, or None
     bounds: Any  # S + 1
     advantages_per_token: bool
     weights_per_token: bool
+    loss_weights_per_token: bool
 
 
 class LossTerms(NamedTuple):
@@ -32,9 +35,11 @@ class LossTerms(NamedTuple):
     surrogate: Any
     trust_region: Any  # or None
     kl: Any  # or None
-    weighting: Any  # of the KL term: one of `formulas.WEIGHTINGS`
+    weighting: Any  # of the KL term, see `formulas.kl_for_kernels`
     denominator: float  # NaN without a gradient: nothing else depends on it here
     mean_within: bool  # whether a sequence's sum is also divided by the number of its tokens
+    numerator_apart: bool  # whether the objective's numerator is another than the sums: with that, or loss weights
+    own_slopes: bool  # of a sequence: whether a token's slope is its own, and not the mean over all
 
 
 @inlined
@@ -43,6 +48,13 @@ def weight_of_token(terms, tokens):
     if terms.mean_within:
         return 1.0 / (terms.denominator * tokens)
     return 1.0 / terms.denominator
+
+
+@inlined
+def numerator_within(terms, numerator, tokens):
+    """What a sequence of so many tokens, or a part of it, adds to the numerator of the objective."""
+    divisor = tokens if terms.mean_within else 1
+    return Numerator(numerator.surrogate / divisor, numerator.kl / divisor)
 
 
 # --- a sequence -------------------------------------------------------------------------------------------------------

@@ -30,10 +30,11 @@ def limits(arguments, eps):
     s, through, direct = (np.abs(times(w, part)) for part in surrogate_term(surrogate, rho, A, logp))
     if isinstance(surrogate, SAPO):
         through = through * (1 + rho) + 1e-25 * np.abs(times(w, A))
+    own = np.exp(d)
     k, beta = np.zeros_like(logp), 0.0
     if kl is not None:
         l, beta = logp - tokens.each("ref_logps", ref), kl.beta
-        k, k_through, k_direct = (times(1 + np.abs(l), np.abs(x)) for x in reference.kl_term(kl, rho, l, level))
+        k, k_through, k_direct = (times(1 + np.abs(l), np.abs(x)) for x in reference.kl_term(kl, own, rho, l))
         through = through + times(beta, k_through)
         direct = direct + times(beta, k_direct + times(rho if kl.importance_weighted else 1.0, np.abs(l)))
     c = reference.aggregation_weights(arguments["aggregation"], tokens.counts, arguments["normalizer"])
