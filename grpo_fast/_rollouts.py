@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ._checks import Array, refuse_unless_mask
-from ._columns import PER_SEQUENCE
+from ._columns import MAY_BE_NULL, PER_SEQUENCE
 from ._formats import UNREADABLE, File, is_list, is_list_view, opened, types
 from ._paths import printable
 from ._plan import ColumnLayout, RowGroup, layout_of
@@ -67,7 +67,7 @@ def arrays_of(records: Any, layout: ColumnLayout) -> dict[str, Array]:
     """The arguments by name: the numbers of each column as a flat array; of lists, ``cu_seqlens``, too.
 
     The arrays are on pyarrow's memory, but for list views, masks of bools and numbers of which some are null. A null
-    is NaN where it is masked, or of a sequence without tokens.
+    is NaN where it is masked, or of a sequence without tokens, or stands for a number that is missing.
 
     Raises
     ------
@@ -93,7 +93,8 @@ def arrays_of(records: Any, layout: ColumnLayout) -> dict[str, Array]:
         if values.null_count:
             if argument == "mask":
                 raise ValueError(f"column {column!r} has a null{' in a list' if in_lists[argument] else ''}")
-            nulls[argument] = values.is_null().to_numpy(zero_copy_only=False)
+            if argument not in MAY_BE_NULL:
+                nulls[argument] = values.is_null().to_numpy(zero_copy_only=False)
         copied = values.null_count or types.is_boolean(values.type) or types.is_null(values.type)
         array = values.to_numpy(zero_copy_only=not copied)
         if array.dtype == object:  # of pyarrow's type null: there are none, or all are masked

@@ -16,11 +16,12 @@ from numpy.typing import ArrayLike
 
 from . import _paths, _workers
 from ._checks import hides_unknown, refuse_unknown
-from ._columns import Columns, Form
+from ._columns import Columns, Form, with_sampler
 from ._jobs import Job, Work, evaluation, refuse_sequences, sweeping
 from ._kernels.threads import serially
 from ._paths import Paths
 from .objective import grid_of
+from .rollout_terms import RolloutKeywords
 from .stats import Stats, Sweep
 from .terms import KL, Aggregation, Level, Surrogate, TrustRegion
 
@@ -42,6 +43,7 @@ def evaluate(
     aggregation: Aggregation | None = None,
     normalizer: float | None = None,
     trust_region: TrustRegion | None = None,
+    rollout_correction: RolloutKeywords | None = None,
     columns: Columns | None = None,
     batch_size: int | None = None,
     executor: Executor | None = None,
@@ -63,11 +65,16 @@ def evaluate(
     surrogate, kl, importance_sampling_level, aggregation, normalizer, trust_region
         Of files of log-probabilities: as in `grpo_loss`, and None as its defaults. Flat ones have no sequences: token
         level, ``"token-mean"`` or ``"token-sum"``.
+    rollout_correction : dict, or None
+        Of files of log-probabilities that have ``rollout_logps``: the options of `rollout_correction` (``level, mode,
+        lower, upper, reject``; ``{}`` for its defaults), whose weights multiply the policy term in the same read, in
+        place of a column of them. What it says of trainer and sampler is ``rollout`` of the result. Flat columns have
+        no sequences: level "token" in all of it. A null is a missing log-probability.
     columns : mapping of argument to column, or None
         Where the files call a column otherwise than the argument of `grpo_stats` or `grpo_loss`. With None as the
         column, ``old_logps`` (then all is on-policy), ``mask`` and both weights are left out. The files hold either
         probabilities (``rhos, A, pi_theta_old, pi_theta_ref``) or log-probabilities (``logps, old_logps, advantages,
-        ref_logps`` and, if there are such columns, ``mask, rollout_is_weights, loss_weights``); where they hold both,
+        ref_logps`` and, if there are such columns, ``mask, rollout_is_weights, loss_weights, rollout_logps``); where they hold both,
         those named here are taken. Beside lists, ``advantages`` and the weights are lists, too, or one number for each
         sequence. A mask may be a list of columns, which are multiplied. A column that must be a mask by
         its name (it ends in "mask" or "masks") and type, and is not used, is an error, not ignored, unless a list here
@@ -113,7 +120,10 @@ def evaluate(
         aggregation=aggregation,
         normalizer=normalizer,
         trust_region=trust_region,
+        rollout_correction=rollout_correction,
     )
+    if rollout_correction is not None:
+        columns = with_sampler(columns)
     preparation = partial(evaluation, options=options)
     stats: Stats = _sum_over_files(paths, columns, batch_size, executor, progress, preparation)
     return stats

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
-from ._additive import Additive, added_by, each, if_known, same
+from ._additive import Additive, added_by, each, effective_fraction, if_known, same
 from ._kernels.exact import Exact
 from ._kernels.rollout_sums import RolloutCounts, RolloutExtremes, RolloutSums, RolloutTotals
 from .rollout_terms import RolloutOptions
@@ -107,6 +107,17 @@ class RolloutStats(Additive):
             extremes=totals.extremes,
         )
 
+    def without_sequences(self) -> Self:
+        """The same of tokens whose sequences are not known, and without what is of them."""
+        nothing = Exact()
+        of_sequences = ("weight_of_sequence", "ratio_squared_of_sequence", "train_ppl", "rollout_ppl", "ppl_ratio")
+        return replace(
+            self,
+            sequence_count=None,
+            sums=self.sums._replace(**dict.fromkeys(of_sequences, nothing)),
+            counts=self.counts._replace(filled=0, known=0, rejected_sequences=0),
+        )
+
     def _of_tokens(self, total: Exact | int) -> float:
         return float(total) / self.tokens if self.tokens else math.nan
 
@@ -182,9 +193,7 @@ class RolloutStats(Additive):
 
     @property
     def ess(self) -> float:
-        total, squares = float(self.sums.weight), self.tokens * float(self.sums.weight_squared)
-        # Of equal weights, rounding makes more than 1.
-        return min(total * total / squares, 1.0) if 0.0 < squares < math.inf else math.nan
+        return effective_fraction(float(self.sums.weight), float(self.sums.weight_squared), self.tokens)
 
     @property
     def train_ppl(self) -> float:

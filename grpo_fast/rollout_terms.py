@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Literal, NamedTuple, Self, TypeAlias, get_args
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple, Self, TypeAlias, TypedDict, get_args
 
-from ._checks import number, one_of
+from ._checks import did_you_mean, number, one_of
 from .terms import _kept, _Option
 
 WeightLevel: TypeAlias = Literal["token", "sequence", "geometric"]
@@ -115,10 +115,42 @@ class RolloutOptions(
             high = number("upper", bounds.get("upper", UPPER), f"in [lower = {low}, inf]", lambda x: x >= low)
         return super().__new__(cls, level, mode, low, high, _checked_rejects(reject))
 
+    @property
+    def needs_sequences(self) -> bool:
+        """Whether weights or rejections are of whole sequences."""
+        return self.level != "token" or any(each.level != "token" for each in self.reject)
+
     def band(self, statistic: str, level: str) -> tuple[float, float]:
         """Between what a statistic must lie at that level: within the bounds of all that are about it."""
         about = [r for r in self.reject if (r.statistic, r.level) == (statistic, level)]
         return max((r.lower for r in about), default=-math.inf), min((r.upper for r in about), default=math.inf)
+
+
+class RolloutKeywords(TypedDict, total=False):
+    """The options of `rollout_correction` as `evaluate` takes them, for who checks types."""
+
+    level: WeightLevel
+    mode: WeightMode
+    lower: float | None
+    upper: float | None
+    reject: Reject | Iterable[Reject]
+
+
+def options_of(keywords: Mapping[str, Any]) -> RolloutOptions:
+    """The options that ``rollout_correction`` of `evaluate` says, or a TypeError or ValueError."""
+    allowed = RolloutOptions._fields
+    if not isinstance(keywords, Mapping):
+        raise TypeError(f"rollout_correction must be a dict of {', '.join(allowed)}, got {keywords!r}")
+    for name in keywords:
+        if name == "normalize":
+            raise ValueError(
+                "rollout_correction must be without normalize over files: the mean of all weights is known only when "
+                "all are read"
+            )
+        if name not in allowed:
+            meant = did_you_mean(str(name), allowed)
+            raise ValueError(f"rollout_correction must be a dict of {', '.join(allowed)}, got {name!r}{meant}")
+    return RolloutOptions(**keywords)
 
 
 def _checked_rejects(reject: object) -> tuple[Reject, ...]:
