@@ -131,10 +131,9 @@ def _stats_of_tokens(arrays: dict[str, Array], *, options: Options) -> Stats:
 def _stats_of_corrected_tokens(arrays: dict[str, Array], *, corrected: Corrected) -> Stats:
     arrays, flat = _with_bounds(arrays)
     old = arrays.get("old_logps", arrays["logps"])  # on-policy, they are the same
-    named = {name: arrays[name] for name in ("mask", "cu_seqlens") if name in arrays}
-    weights, _, rollout = rollout_correction(
-        old, arrays.pop("rollout_logps"), **named, **corrected.correction._asdict()
-    )
+    keywords: dict[str, Any] = {name: arrays[name] for name in ("mask", "cu_seqlens") if name in arrays}
+    keywords |= corrected.correction._asdict()
+    weights, _, rollout = rollout_correction(old, arrays.pop("rollout_logps"), **keywords)
     stats = _stats_by_options(arrays | {"rollout_is_weights": weights}, [corrected.options])[0]
     if flat:
         stats, rollout = replace(stats, sequence_count=None), rollout.without_sequences()

@@ -69,14 +69,15 @@ def evaluate(
         Of files of log-probabilities that have ``rollout_logps``: the options of `rollout_correction` (``level, mode,
         lower, upper, reject``; ``{}`` for its defaults), whose weights multiply the policy term in the same read, in
         place of a column of them. What it says of trainer and sampler is ``rollout`` of the result. Flat columns have
-        no sequences: level "token" in all of it. A null is a missing log-probability.
+        no sequences: level "token" in all of it; ``rollout`` of several blocks is that of one array to rounding. A null
+        is a missing log-probability.
     columns : mapping of argument to column, or None
         Where the files call a column otherwise than the argument of `grpo_stats` or `grpo_loss`. With None as the
         column, ``old_logps`` (then all is on-policy), ``mask`` and both weights are left out. The files hold either
         probabilities (``rhos, A, pi_theta_old, pi_theta_ref``) or log-probabilities (``logps, old_logps, advantages,
-        ref_logps`` and, if there are such columns, ``mask, rollout_is_weights, loss_weights, rollout_logps``); where they hold both,
-        those named here are taken. Beside lists, ``advantages`` and the weights are lists, too, or one number for each
-        sequence. A mask may be a list of columns, which are multiplied. A column that must be a mask by
+        ref_logps`` and, if there are such columns, ``mask, rollout_is_weights, loss_weights, rollout_logps``); where
+        they hold both, those named here are taken. Beside lists, ``advantages`` and the weights are lists, too, or one
+        number for each sequence. A mask may be a list of columns, which are multiplied. A column that must be a mask by
         its name (it ends in "mask" or "masks") and type, and is not used, is an error, not ignored, unless a list here
         (``{"mask": ["completion_mask"]}``: only this one) or None says that there is no other. Files of probabilities
         take no mask. Nulls where masked are never looked at.

@@ -96,7 +96,7 @@ class Stats(Additive):
     clipped: Clipped = added_by(each)  # noqa: RUF009
     least_ratio: float = added_by(min)
     largest_ratio: float = added_by(max)
-    rollout: RolloutStats | None = added_by(both_or_neither, default=None)
+    rollout: RolloutStats | None = added_by(both_or_neither, default=None)  # noqa: RUF009
 
     @classmethod
     def of(cls, options: Options, totals: Totals, sequence_count: int | None) -> Self:
