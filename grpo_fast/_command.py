@@ -40,12 +40,12 @@ def run_evaluate(arguments: argparse.Namespace) -> str:
     _refuse_names_of_columns(arguments.files)
     columns = _columns_of(arguments.columns)
     if _form_of(arguments, columns) is Form.LOG_PROBABILITIES:
-        options = of_tokens | _rollout_correction(arguments)
+        options = of_tokens | _given(arguments, ("rollout_correction",))
         _refuse_weighting_of_nothing(arguments, options["kl"] is not None, "--kl or --beta")
     else:
         _refuse_for_probabilities(arguments, ("epsilon", "beta", "importance_weighted"))
-        if _rollout_correction(arguments):
-            raise UsageError("--rollout-correction, --reject: not for probability columns, which have no sampler's")
+        if arguments.rollout_correction is not None:
+            raise UsageError("--rollout-correction: not for probability columns, which have no sampler's beside them")
         options = _given(arguments, ("epsilon", "beta", "importance_weighted"))
     options |= _reading(arguments)
     stats = _with_workers(
@@ -59,13 +59,6 @@ def _loss_options(arguments: argparse.Namespace) -> dict[str, Any]:
     options = {"surrogate": _surrogate(arguments), "kl": _kl(arguments)} | _by_name(arguments)
     Options(**options)
     return options
-
-
-def _rollout_correction(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The correction between trainer and sampler, if it is asked for: by itself, or by what it rejects."""
-    if arguments.rollout_correction is None and not arguments.reject:
-        return {}
-    return {"rollout_correction": (arguments.rollout_correction or {}) | {"reject": arguments.reject}}
 
 
 def _by_name(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -87,7 +87,7 @@ examples:
   grpo-fast evaluate rollouts.parquet --surrogate cispo --ratio-max 5
   grpo-fast evaluate rollouts.parquet --surrogate unclipped --trust-region tv,0.2
   grpo-fast evaluate rollouts.parquet --rollout-correction level=sequence,mode=mask,upper=3
-  grpo-fast evaluate rollouts.parquet --rollout-correction mode=raw --reject ratio,geometric,0.99,1.01
+  grpo-fast evaluate rollouts.parquet --rollout-correction mode=raw,reject=ratio:geometric:0.99:1.01
 """
 _EXAMPLE_SWEEP = """\
 examples:
@@ -355,17 +355,11 @@ def _add_rollout_correction(parser: Any) -> None:
         "--rollout-correction",
         type=_rollout_correction,
         metavar="NAME=X,…",
-        help=f"weigh by old_logps over rollout_logps: level={'|'.join(WEIGHT_LEVELS)}, mode={'|'.join(WEIGHT_MODES)}, "
-        f"lower=X, upper=X ({WEIGHT_LEVELS[0]}, {WEIGHT_MODES[0]}, {LOWER:g}, {UPPER:g})",
-    )
-    group.add_argument(
-        "--reject",
-        action="append",
-        type=_reject,
-        default=[],
-        metavar="STATISTIC,LEVEL,LOWER,UPPER",
-        help="weigh by 0 what is outside: ratio, k2 or k3 of a token, or of a sequence (ratio: sequence, geometric, "
-        "seq_min, seq_max; others: seq_sum, seq_mean, seq_max); a bound may be empty; may be given again",
+        help="weigh the policy term by old_logps over rollout_logps: "
+        f"level={'|'.join(WEIGHT_LEVELS)}, mode={'|'.join(WEIGHT_MODES)}, lower=X, upper=X "
+        f"({WEIGHT_LEVELS[0]}, {WEIGHT_MODES[0]}, {LOWER:g}, {UPPER:g}); and by 0 what is outside of "
+        "reject=STATISTIC:LEVEL:LOWER:UPPER, as often as you like, where a bound may be empty: of ratio, k2 or k3, at "
+        "level token, or of a sequence (ratio: sequence, geometric, seq_min, seq_max; else seq_sum, seq_mean, seq_max)",
     )
 
 
@@ -402,27 +396,30 @@ def _trust_region(text: str) -> Any:
 
 def _rollout_correction(text: str) -> dict[str, Any]:
     """The options in ``NAME=X,NAME=X``, checked."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"reject": []}
+    allowed = RolloutOptions._fields
     for part in text.split(","):
-        name, equals, value = part.partition("=")
-        if not equals or not value or name not in ("level", "mode", "lower", "upper"):
-            raise argparse.ArgumentTypeError(
-                f"must be level=…, mode=…, lower=…, upper=…, with commas between several, got {part!r}"
-                f"{did_you_mean(name, ('level', 'mode', 'lower', 'upper'))}"
-            )
-        if name in options:
+        name, _, value = part.partition("=")
+        if not value or name not in allowed:
+            several = ", ".join(f"{name}=…" for name in allowed)
+            meant = did_you_mean(name, allowed)
+            raise argparse.ArgumentTypeError(f"must be {several}, with commas between several, got {part!r}{meant}")
+        if name == "reject":
+            options["reject"].append(_reject(value))
+        elif name in options:
             raise argparse.ArgumentTypeError(f"must name {name} once, got {text!r}")
-        options[name] = value if name in ("level", "mode") else _floats(value)[0]
+        else:
+            options[name] = value if name in ("level", "mode") else _floats(value)[0]
     with _as_type_error():
         RolloutOptions(**options)
     return options
 
 
 def _reject(text: str) -> Reject:
-    statistic, _, rest = text.partition(",")
-    level, *bounds = rest.split(",")
+    statistic, _, rest = text.partition(":")
+    level, *bounds = rest.split(":")
     if not 1 <= len(bounds) <= 2:
-        raise argparse.ArgumentTypeError(f"must be STATISTIC,LEVEL,LOWER,UPPER, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must have reject=STATISTIC:LEVEL:LOWER:UPPER, got {text!r}")
     low, high = (_floats(bound)[0] if bound else None for bound in (*bounds, "")[:2])
     which: Any = {"statistic": statistic, "level": level}
     with _as_type_error():
