@@ -318,7 +318,7 @@ for lengths in ((3, 5), (40_000, 40_000), (100_000, 7)):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"surrogate": 0.2}, TypeError, "surrogate must be a Clip, CISPO, SAPO or Unclipped, got 0.2"),
+        ({"surrogate": 0.2}, TypeError, "surrogate must be a Clip, CISPO, SAPO, Unclipped, VESPO or GMPO, got 0.2"),
         ({"kl": K3}, TypeError, "kl must be a K1, K2, K3 or None"),
         ({"importance_sampling_level": "tokens"}, ValueError, "must be one of .*did you mean 'token'"),
         ({"dtype": "float16"}, ValueError, "dtype must be one of 'float64', 'float32', got 'float16'"),
