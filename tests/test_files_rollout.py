@@ -161,47 +161,40 @@ def test_a_bad_number_is_named(tmp_path):
 def test_the_command(tmp_path, capsys):
     arrays = rollouts()
     path = str(write(tmp_path / "rollouts.parquet", table(arrays)))
-    line = [
-        "evaluate",
-        path,
-        "--rollout-correction",
-        "level=sequence,mode=mask,upper=3",
-        "--reject",
-        "k3,seq_max,,0.04",
-    ]
+    correction = "level=sequence,mode=mask,upper=3,reject=k3:seq_max::0.04"
+    line = ["evaluate", path, "--rollout-correction", correction]
     assert main(line) == 0
     expected = evaluate(path, rollout_correction=CORRECTION)
     assert capsys.readouterr().out == f"{expected}\n"
     assert "rollout_corr/kl" in str(expected)
     assert main([*line, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == pytest.approx(expected.as_dict(), nan_ok=True)
-    assert main(["evaluate", path, "--reject", "ratio,geometric,0.99,1.01", "--reject", "ratio,seq_min,1e-4"]) == 0
+    two = "reject=ratio:geometric:0.99:1.01,reject=ratio:seq_min:1e-4"
+    assert main(["evaluate", path, "--rollout-correction", two]) == 0
     rejects = [Reject("ratio", "geometric", 0.99, 1.01), Reject("ratio", "seq_min", 1e-4)]
     assert capsys.readouterr().out == f"{evaluate(path, rollout_correction={'reject': rejects})}\n"
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("correction", "message"),
     [
-        (
-            ["--rollout-correction", "token"],
-            "--rollout-correction: must be level=…, mode=…, .* got 'token'",
-        ),
-        (["--rollout-correction", "levle=token"], "got 'levle=token': did you mean 'level'"),
-        (["--rollout-correction", "level=token,level=token"], "must name level once"),
-        (["--rollout-correction", "level=seq"], "level must be one of 'token', 'sequence', 'geometric', got 'seq'"),
-        (["--rollout-correction", "upper=x"], "must be numbers"),
-        (["--rollout-correction", "mode=raw,upper=2"], "upper must be None with mode='raw'"),
-        (["--reject", "ratio"], "--reject: must be STATISTIC,LEVEL,LOWER,UPPER, got 'ratio'"),
-        (["--reject", "ratio,seq_sum,1,2"], "level of 'ratio' must be one of"),
-        (["--reject", "k1,token,1,2"], "statistic must be one of 'ratio', 'k2', 'k3', got 'k1'"),
-        (["--reject", "ratio,token,2,1"], "upper must be a number in"),
-        (["--reject", "ratio,token,1,2,3"], "--reject: must be STATISTIC,LEVEL,LOWER,UPPER"),
+        ("token", "--rollout-correction: must be level=…, mode=…, lower=…, upper=…, reject=…, .* got 'token'"),
+        ("levle=token", "got 'levle=token': did you mean 'level'"),
+        ("level=", "got 'level='"),
+        ("level=token,level=token", "must name level once"),
+        ("level=seq", "level must be one of 'token', 'sequence', 'geometric', got 'seq'"),
+        ("upper=x", "must be numbers"),
+        ("mode=raw,upper=2", "upper must be None with mode='raw'"),
+        ("reject=ratio", "--rollout-correction: must have reject=STATISTIC:LEVEL:LOWER:UPPER, got 'ratio'"),
+        ("reject=ratio:seq_sum:1:2", "level of 'ratio' must be one of"),
+        ("reject=k1:token:1:2", "statistic must be one of 'ratio', 'k2', 'k3', got 'k1'"),
+        ("reject=ratio:token:2:1", "upper must be a number in"),
+        ("reject=ratio:token:1:2:3", "must have reject=STATISTIC:LEVEL:LOWER:UPPER"),
     ],
 )
-def test_the_command_refuses(options, message, capsys):
+def test_the_command_refuses(correction, message, capsys):
     with pytest.raises(SystemExit):
-        main(["evaluate", "rollouts.parquet", *options])
+        main(["evaluate", "rollouts.parquet", "--rollout-correction", correction])
     assert re.search(message, capsys.readouterr().err)
 
 
