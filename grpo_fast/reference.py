@@ -570,6 +570,7 @@ def _rollout_stats(
     has_bounds = options.mode != "raw"
     extremes = {f"{kind}min": float(x.min()) if x.size else math.nan for kind, x in (("", w), ("raw_", raw))}
     extremes |= {f"{kind}max": float(x.max()) if x.size else math.nan for kind, x in (("", w), ("raw_", raw))}
+    squares, least = w.size * float(np.sum(w * w)), 2.0**-1022 / 2.0**-52  # below it, they have lost digits
     return extremes | {
         "mean": _mean(w),
         "raw_mean": _mean(raw),
@@ -581,7 +582,7 @@ def _rollout_stats(
         "k3": _mean(k3(-log_r)),
         "chi2_token": _mean(np.exp(log_r).astype(np.float64) ** 2) - 1,
         "chi2_sequence": _mean(np.exp(tokens.sums(log_r)[some]) ** 2) - 1,
-        "ess": float(np.sum(w) ** 2 / (w.size * np.sum(w * w))),
+        "ess": float(np.sum(w)) ** 2 / squares if least < squares < math.inf else math.nan,
         "train_ppl": _mean(np.exp(-mean_old)),
         "rollout_ppl": _mean(np.exp(-mean_rollout)),
         "ppl_ratio": _mean(np.exp(mean_rollout - mean_old)),

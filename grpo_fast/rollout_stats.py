@@ -75,7 +75,7 @@ class RolloutStats(Additive):
         Mean of r² less 1; and of the squared product of r over each sequence, less 1: how much the weights vary.
     ess : float
         Effective sample size of the weights as a fraction of N, (Σw)²/(N·Σw²), those of rejected tokens being 0. NaN
-        if all are 0, or where a square is beyond the numbers of float64.
+        if all are 0, or where the sum of squares is beyond the normal numbers of float64.
     train_ppl, rollout_ppl, ppl_ratio : float
         Mean over sequences of exp(−mean log π_old); of exp(−mean log π_rollout); and of the ratio of the two.
     prob_diff : float

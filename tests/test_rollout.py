@@ -4,14 +4,13 @@ import math
 
 import numpy as np
 import pytest
+from corrections import REJECTS, calls, compare, stats_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from samples import DTYPES
 
 from grpo_fast import K3, Reject, grpo_loss, high_entropy_mask, off_policy_sequence_mask, reference, rollout_correction
-from grpo_fast.rollout_stats import ROLLOUT_KEYS
-from grpo_fast.rollout_terms import REJECT_LEVELS
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 ZEROS = np.zeros((2, 3))
@@ -97,13 +96,6 @@ def test_diagnostics_by_hand(call):
     assert (stats["tokens"], stats["sequences"], stats["missing"]) == (4, 2, 1)
 
 
-def stats_of(result):
-    """The diagnostics by their names."""
-    if isinstance(result.stats, dict):
-        return result.stats
-    return {name: float(getattr(result.stats, name)) for name in ROLLOUT_KEYS.values()}
-
-
 def test_the_off_policy_mask_by_hand():
     mask = [[1, 1, 0, 0]]
     zeros = np.zeros((1, 4))
@@ -125,58 +117,12 @@ def test_the_entropy_mask_by_hand():
 
 
 # --- the reference ----------------------------------------------------------------------------------------------------
-REJECTS = st.sampled_from([(statistic, level) for statistic, levels in REJECT_LEVELS.items() for level in levels])
-
-
-@st.composite
-def calls(draw, near=False):
-    """The arguments of a call, without log-ratios at which a bound could be met by rounding alone."""
-    lengths = draw(st.lists(st.integers(0, 300) if draw(st.booleans()) else st.integers(0, 9), min_size=1, max_size=5))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    dtype, n = draw(st.sampled_from(DTYPES)), sum(lengths)
-    sd = draw(st.sampled_from([0.01, 0.3, 1.0, 20.0]))
-    rollout = np.minimum(-rng.exponential(size=n), 0)
-    old = rollout + rng.normal(0, sd, n)
-    if draw(st.booleans()):
-        rollout[rng.random(n) < 0.2] = math.nan
-    arguments = {"old_logps": old.astype(dtype), "rollout_logps": rollout.astype(dtype)}
-    arguments["cu_seqlens"] = np.append(0, np.cumsum(lengths))
-    if draw(st.booleans()):
-        arguments["mask"] = rng.random(n) < draw(st.sampled_from([0.1, 0.9]))
-        for name in ("old_logps", "rollout_logps"):
-            arguments[name][~arguments["mask"]] = draw(st.sampled_from([0.0, math.nan, math.inf]))
-    arguments["level"] = draw(st.sampled_from(["token", "sequence", "geometric"]))
-    arguments["mode"] = draw(st.sampled_from(["truncate", "mask", "raw"]))
-    if arguments["mode"] != "raw":
-        arguments |= {"lower": draw(st.floats(0, 1)), "upper": draw(st.floats(1.01, 9))}
-    arguments["reject"] = [
-        Reject(*which, *sorted([draw(st.floats(-0.2, 1.2)), draw(st.floats(0.3, 30))]))
-        for which in draw(st.lists(REJECTS, max_size=2))
-    ]
-    arguments["normalize"] = draw(st.booleans())
-    return arguments
-
-
 @given(calls())
 @settings(deadline=None, max_examples=200)
 def test_is_the_reference(arguments):
-    found, expected = rollout_correction(**arguments), reference.rollout_correction(**arguments)
-    assert found.weights.dtype == expected.weights.dtype == arguments["old_logps"].dtype
-    compare(found, expected)
-
-
-def compare(found, expected):
-    """Equal to rounding, unless a bound is met by it, which decides otherwise about a token or a sequence."""
-    eps = float(np.finfo(found.weights.dtype).eps)
-    if not np.array_equal(found.mask, expected.mask) or (np.isclose(found.weights, 0) != (expected.weights == 0)).any():
-        return
-    with np.errstate(over="ignore"):
-        assert_allclose(found.weights, expected.weights, rtol=40 * eps, atol=0)
-    mine = stats_of(found)
-    for name, value in expected.stats.items():
-        # Terms differ by 4 ulp; a sum of terms of either sign by so many of its largest term.
-        scale = 1.0 if name in ("k1", "chi2_token", "chi2_sequence", "prob_diff") else 0.0
-        assert_allclose(mine[name], value, rtol=1000 * eps, atol=1000 * eps * scale, err_msg=name)
+    found = rollout_correction(**arguments)
+    assert found.weights.dtype == arguments["old_logps"].dtype
+    compare(found, arguments)
 
 
 # --- extremes ---------------------------------------------------------------------------------------------------------
