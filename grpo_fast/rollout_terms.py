@@ -157,7 +157,10 @@ def _checked_rejects(reject: object) -> tuple[Reject, ...]:
     """``reject`` as a tuple, or the TypeError."""
     if type(reject) is Reject:
         return (reject,)
-    rejects = tuple(reject) if isinstance(reject, Iterable) and not isinstance(reject, (str, bytes)) else (reject,)
+    try:
+        rejects = tuple(reject) if isinstance(reject, Iterable) and not isinstance(reject, (str, bytes)) else (reject,)
+    except TypeError:  # an array without dimensions says that it can be iterated
+        rejects = (reject,)
     for each in rejects:
         if type(each) is not Reject:
             raise TypeError(f"reject must be any number of Reject(…), got {each!r}")

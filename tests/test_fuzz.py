@@ -312,6 +312,7 @@ def test_answered_or_refused(name, examples, capsys):
 
 # --- bounds -----------------------------------------------------------------------------------------------------------
 OUT_OF_BOUNDS = """
+import corrections
 import fuzzing
 import numba
 import numpy as np
@@ -332,6 +333,9 @@ def fenced(arguments, ends):
 ends = st.lists(st.booleans(), min_size=20, max_size=20)
 calls = st.tuples(fuzzing.loss_calls([COMBINATIONS[i] for i in {rows}]), ends)
 print(test_fuzz.tried(calls, lambda call: test_fuzz.look_at_a_loss(fenced(*call)), {examples}))
+calls = st.tuples(corrections.any_calls(), ends)
+look = lambda call: test_fuzz.look_at_a_correction((fenced(*call), None, None))
+print(test_fuzz.tried(calls, look, {examples}))
 if len({rows}) > 1:
     calls = st.tuples(st.tuples(fuzzing.probability_calls(), ends), st.booleans(), st.booleans())
     look = lambda call: test_fuzz.look_at_probabilities((fenced(*call[0]), *call[1:]))

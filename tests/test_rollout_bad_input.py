@@ -37,6 +37,7 @@ X = np.zeros((2, 3))
         ((X, X), {"lower": 3}, ValueError, r"upper must be a number in \[lower = 3.0, inf\], got 2.0"),
         ((X, X), {"upper": math.nan}, ValueError, "upper must be a number in"),
         ((X, X), {"reject": 0.5}, TypeError, r"reject must be any number of Reject\(…\), got 0.5"),
+        ((X, X), {"reject": np.array(0.5)}, TypeError, r"reject must be any number of Reject\(…\), got array\(0.5\)"),
         ((X, X), {"reject": ["ratio"]}, TypeError, r"reject must be any number of Reject\(…\), got 'ratio'"),
         ((X, X), {"normalize": 1}, TypeError, "normalize must be True or False, got 1"),
         ((X, X), {"levle": "token"}, TypeError, "rollout_correction has no argument 'levle': did you mean 'level'?"),
