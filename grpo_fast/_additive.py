@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import field, fields
 from typing import Any, Self
 
-from .terms import _Option
+from .terms.option import Option
 
 #: Below it, squares have lost digits, being subnormal.
 _LEAST_SQUARES = sys.float_info.min / sys.float_info.epsilon
@@ -39,7 +39,7 @@ class Additive:
 
 def _difference(name: str, a: Any, b: Any) -> tuple[str, Any, Any]:
     """The name and the values of a field; of options, of the first one that differs."""
-    if isinstance(a, _Option):
+    if isinstance(a, Option):
         fields: tuple[str, ...] = a._fields  # type: ignore[attr-defined]  # all of them are named tuples
         return next((x, y, z) for x, y, z in zip(fields, a, b, strict=True) if y != z)
     return name, a, b

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, Self, TypeAlias, TypedDict, get_args
 
 from ._checks import did_you_mean, number, one_of
-from .terms import _kept, _Option
+from .terms.option import Option, kept
 
 WeightLevel: TypeAlias = Literal["token", "sequence", "geometric"]
 WeightMode: TypeAlias = Literal["truncate", "mask", "raw"]
@@ -25,8 +25,8 @@ REJECT_LEVELS: dict[str, tuple[str, ...]] = {
 LOWER, UPPER = 0.0, 2.0
 
 
-@_kept
-class Reject(_Option, NamedTuple("Reject", [("statistic", str), ("level", str), ("lower", float), ("upper", float)])):
+@kept
+class Reject(Option, NamedTuple("Reject", [("statistic", str), ("level", str), ("lower", float), ("upper", float)])):
     """A criterion of `rollout_correction`: kept is what has lower ≤ statistic ≤ upper, the bounds included.
 
     ::
@@ -74,9 +74,9 @@ class Reject(_Option, NamedTuple("Reject", [("statistic", str), ("level", str), 
         )
 
 
-@_kept
+@kept
 class RolloutOptions(
-    _Option,
+    Option,
     NamedTuple(
         "RolloutOptions",
         [("level", str), ("mode", str), ("lower", float), ("upper", float), ("reject", tuple[Reject, ...])],
@@ -114,6 +114,9 @@ class RolloutOptions(
             low = number("lower", bounds.get("lower", LOWER), "in [0, inf]", lambda x: x >= 0)
             high = number("upper", bounds.get("upper", UPPER), f"in [lower = {low}, inf]", lambda x: x >= low)
         return super().__new__(cls, level, mode, low, high, _checked_rejects(reject))
+
+    def __repr__(self) -> str:  # all of it: the bounds depend on each other
+        return f"RolloutOptions({', '.join(f'{name}={x!r}' for name, x in zip(self._fields, self, strict=True))})"
 
     @property
     def needs_sequences(self) -> bool:

@@ -205,6 +205,7 @@ def textbook(
     kl=None,
     importance_sampling_level=TOKEN,
     rollout_is_weights=None,
+    loss_weights=None,
     aggregation=SEQ_MEAN,
     normalizer=None,
 ):
@@ -225,6 +226,7 @@ def textbook(
     logp, A = tokens(logps), tokens(advantages)
     counts = sums(torch.ones_like(logp)).clamp(min=1)
     log_ratio = logp - (logp.detach() if old_logps is None else tokens(old_logps))
+    own = torch.exp(log_ratio)
     if importance_sampling_level == SEQ:
         log_ratio = (sums(log_ratio) / counts)[sequence]
     ratio = torch.exp(log_ratio)
@@ -240,7 +242,9 @@ def textbook(
     if kl is not None:
         l = logp - tokens(ref_logps)
         k = l if isinstance(kl, K1) else l * l / 2 if isinstance(kl, K2) else torch.exp(-l) + l - 1
-        losses = losses + kl.beta * (ratio * k if kl.importance_weighted else k)
+        losses = losses + kl.beta * (own * k if kl.importance_weighted else k)
+    if loss_weights is not None:
+        losses = losses * tokens(loss_weights)
     if aggregation == SEQ_MEAN:
         losses = losses / counts[sequence]
     denominators = {MEAN: max(len(logp), 1), SUM: 1, SEQ_MEAN: len(lengths), SEQ_SUM: len(lengths)}
