@@ -42,7 +42,8 @@ class Reject(Option, NamedTuple("Reject", [("statistic", str), ("level", str), (
     Parameters
     ----------
     statistic : "ratio", "k2" or "k3"
-        verl ``rollout_rs``, whose ``"seq_mean_k1"`` is the geometric ratio here, as its bounds are those of r.
+        verl ``rollout_rs``; of its ``…_k1`` the bounds are those of a ratio, of 1/r: ``"seq_mean_k1"`` with
+        ``"0.99_1.02"`` is ``Reject("ratio", "geometric", 1 / 1.02, 1 / 0.99)``.
     level : str
         See above.
     lower, upper : float, in [-inf, inf], lower ≤ upper
