@@ -5,12 +5,13 @@ How the data flows, file by file; each imports only from lines below its own::
     __main__                      the command: over files (_command, _pictures), its demonstration (_demonstration,
     _parser                       _measure); its arguments
     trl                           `FastGRPOTrainer`: TRL's, with the loss below
-    torch                         `grpo_loss` for tensors
+    torch                         `grpo_loss`, `rollout_correction` for tensors
     _warm_up                      `warm_up`: compiling beforehand
     files                         `evaluate`, `sweep`: files (_paths) → columns (_plan, _columns) → batches (_rollouts,
                                   _formats, _other_formats) → jobs (_jobs) → sums (_workers)
     objective  loss  rollout      arrays → checked arrays (_loss_inputs) → tasks (_shares) → kernels → `Stats`
-    stats  rollout_stats          exact sums (_additive) → diagnostics
+    stats                         exact sums (_additive) → diagnostics
+    rollout_stats                 those of trainer and sampler
     _kernels                      the kernels; their map is the docstring of that folder
     reference  advantages         the mathematics once more, in NumPy, independent of the kernels; from rewards
     terms  rollout_terms          the options
