@@ -1,6 +1,7 @@
 """`rollout_correction` and the two masks: published values, the reference on anything, what is missing or overflows."""
 
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from samples import DTYPES
 
 from grpo_fast import K3, Reject, grpo_loss, high_entropy_mask, off_policy_sequence_mask, reference, rollout_correction
+from grpo_fast._kernels import rollout as kernels
+from grpo_fast.rollout_stats import ROLLOUT_KEYS
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 ZEROS = np.zeros((2, 3))
@@ -229,3 +232,49 @@ def test_halves_compute_in_float32(kind):
     assert result.weights.dtype == np.float32
     ml_dtypes = pytest.importorskip("ml_dtypes", reason="needs ml_dtypes")
     assert rollout_correction(old.astype(ml_dtypes.bfloat16), old).weights.dtype == np.float32
+
+
+# --- how it is told ---------------------------------------------------------------------------------------------------
+def test_it_prints_as_a_table_whose_keys_depend_on_the_options_alone():
+    old, rollout = np.log([[0.5, 0.25], [0.1, 0.3]]), np.log([[0.4, 0.5], [0.1, 0.3]])
+    result = rollout_correction(old, rollout)
+    *lines, last = repr(result).splitlines()
+    told = {key: float(value) for key, value in map(str.split, lines)}
+    assert told == pytest.approx(result.stats.as_dict(), rel=1e-8)
+    assert last.split() == ["weights", "float64", "(2,", "2)"]
+    assert str(result.stats) == repr(result).rpartition("\n")[0]
+    assert set(result.stats.as_dict()) == set(ROLLOUT_KEYS)
+    assert {key: getattr(result.stats, name) for key, name in ROLLOUT_KEYS.items()} == result.stats.as_dict()
+    raw = rollout_correction(old, rollout, mode="raw").stats.as_dict()
+    assert set(ROLLOUT_KEYS) - set(raw) == {"rollout/fraction_low", "rollout/fraction_high"}
+    nothing = rollout_correction(old, rollout, mask=np.zeros((2, 2))).stats.as_dict()
+    assert set(nothing) == set(ROLLOUT_KEYS)
+    assert math.isnan(nothing["rollout/mean"])
+    assert nothing["rollout/sequences"] == 2
+
+
+def test_options_print_as_they_are_called():
+    assert str(Reject("ratio", "seq_min", 1e-4)) == "Reject(statistic='ratio', level='seq_min', lower=0.0001)"
+    assert str(Reject("k3", "token", upper=2)) == "Reject(statistic='k3', level='token', upper=2.0)"
+    for reject in (Reject("ratio", "seq_min", 1e-4), Reject("k2", "seq_sum", 1, 3)):
+        assert eval(str(reject)) == reject
+        assert pickle.loads(pickle.dumps(reject)) == reject
+    stats = rollout_correction([0.0], [0.0], lower=3, upper=5, reject=Reject("ratio", "token", 0.5)).stats
+    assert str(stats.options).startswith("RolloutOptions(level='token', mode='truncate', lower=3.0, upper=5.0, reject=")
+    assert pickle.loads(pickle.dumps(stats)) == stats
+
+
+@every_dtype
+def test_numbers_are_of_one_kernel(dtype):
+    x = np.zeros((2, 3), dtype)
+    options = [{"level": level, "mode": mode} for level in ("sequence", "geometric") for mode in ("mask", "raw")]
+    options += [{"level": "sequence"} | bounds for bounds in ({"lower": 1, "upper": 3}, {"upper": math.inf})]
+    rejects = [Reject("k3", "seq_max", upper=3), [Reject("k2", "seq_sum", 0, 1), Reject("ratio", "seq_min", 1)]]
+    rollout_correction(x, x, **options[0])
+    rollout_correction(x, x, **options[0], reject=rejects[0])
+    compiled = len(kernels.rollout.signatures)
+    for each in options:
+        rollout_correction(x, x, **each)
+        for reject in rejects:
+            rollout_correction(x, x, **each, reject=reject)
+    assert len(kernels.rollout.signatures) == compiled
