@@ -181,4 +181,5 @@ def _compile_rollout_correction(dtype: DType) -> None:
     for shape, masked in product(((2, 1), (2, WORTH_SHARING // 4), (1, WORTH_SHARING + 1)), (True, False)):
         x = np.full(shape, -1.0, dtype)
         for level, reject in product(levels, rejects):
-            rollout_correction(x, x, mask=np.ones(shape, np.bool_) if masked else None, level=level, reject=reject)
+            mask = np.ones(shape, np.bool_) if masked else None
+            rollout_correction(x, x, mask=mask, level=level, reject=reject, normalize=True)

@@ -116,9 +116,10 @@ def test_a_null_is_missing_and_another_name(tmp_path):
 
 def test_weights_of_the_file_are_not_read(tmp_path):
     arrays = rollouts()
-    weights = np.full(arrays["logps"].size, np.nan)
-    path = write(tmp_path / "rollouts.parquet", table(arrays | {"rollout_is_weights": weights}))
+    whole = table(arrays)
+    path = write(tmp_path / "rollouts.parquet", whole.append_column("rollout_is_weights", pa.array(["?"] * len(whole))))
     assert evaluate(path, rollout_correction=CORRECTION) == expected_of(arrays)
+    refused("column 'rollout_is_weights' must hold real numbers", path)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import itertools
 import numba
 import numpy as np
 import pytest
+from hosts import HOSTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreter import someone_else_computes
@@ -185,3 +186,16 @@ def test_arguments_are_left_as_they_are(dtype):
     assert [x.tobytes() for x in (old, rollout, keep)] == before
     result.weights[:] = result.mask[:] = 0  # are the caller's own
     assert [x.tobytes() for x in (old, rollout, keep)] == before
+
+
+@every_dtype
+@pytest.mark.parametrize("host", HOSTS)
+def test_whatever_the_host_has_set(host, dtype):
+    old, rollout, keep = tokens_of(LENGTHS, dtype)
+    # The mean to divide by is rounded by Python, as the host wants it rounded.
+    options = CASES["token, none rejected"] | {"normalize": host != "rounding upward"}
+    expected = rollout_correction(old, rollout, mask=keep, **options)
+    with HOSTS[host]():
+        found = rollout_correction(old, rollout, mask=keep, **options)
+    assert found.weights.tobytes() == expected.weights.tobytes()
+    assert found.stats == expected.stats

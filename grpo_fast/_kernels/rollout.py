@@ -736,3 +736,20 @@ def _spread_share(task, batch, rules, kept, extent, keeps, weight, tasks):
 def spread_long(batch, rules, kept, extent, keeps, weight, tasks, room):
     """An entry, see `tasks`: as `spread` for the extent of a sequence."""
     return run(_spread_share, (batch, rules, kept, extent, keeps, weight, tasks), room)
+
+
+# --- normalize --------------------------------------------------------------------------------------------------------
+@subroutine
+def _divide_share(task, weights, mean, tasks):
+    first, last = share(len(weights), task, tasks)
+    host_mode = begin_ordinary_floats()
+    for i in range(first, last):
+        if weights[i] != np.inf:
+            weights[i] /= mean
+    end_ordinary_floats(host_mode)
+
+
+@compiled
+def divide(weights, mean, tasks, room):
+    """An entry, see `tasks`: divides the weights by their mean, in place, but for infinite ones."""
+    return run(_divide_share, (weights, mean, tasks), room)
