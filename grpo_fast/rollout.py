@@ -108,17 +108,17 @@ def rollout_correction(
     Returns
     -------
     RolloutCorrection
-        ``weights``, like ``old_logps``: 0 where masked or rejected. As ``rollout_is_weights`` of `grpo_loss` they leave
-        the KL term and the denominators as they are (TRL, slime, AReaL, NeMo-RL). ``mask``: the mask less what is
-        rejected. As ``mask`` of `grpo_loss` it changes both (verl, ms-swift). ``stats``: the `RolloutStats` of the
-        weights before they are normalised. A sequence has the same bits in whichever batch, padding or packing it
-        stands, on any number of threads, on any CPU.
+        ``weights``, like ``old_logps`` (a tensor, if that is one): 0 where masked or rejected. As
+        ``rollout_is_weights`` of `grpo_loss` they leave the KL term and the denominators as they are (TRL, slime,
+        AReaL, NeMo-RL). ``mask``: the mask less what is rejected. As ``mask`` of `grpo_loss` it changes both (verl,
+        ms-swift). ``stats``: the `RolloutStats` of the weights before they are normalised. A sequence has the same bits
+        in whichever batch, padding or packing it stands, on any number of threads, on any CPU.
 
     Raises
     ------
     TypeError, ValueError
         Shapes do not fit, an option is unknown or outside its interval, or an unmasked log-probability is not finite
-        (NaN in ``rollout_logps`` is); the message has the first index.
+        (a NaN in ``rollout_logps`` is allowed); the message has the first index.
 
     Notes
     -----
@@ -166,7 +166,8 @@ def rollout_correction(
     stats = RolloutStats.of(options, totals, len(batch.bounds) - 1)
     if normalize:
         _divide(batch.grad, stats.mean_to_divide_by)
-    return RolloutCorrection(weights, kept.view(np.bool_).reshape(expected.shape), stats)
+    mask_of_kept = kept.view(np.bool_).reshape(expected.shape)
+    return RolloutCorrection(as_given(old_logps, weights), as_given(old_logps, mask_of_kept), stats)
 
 
 @lru_cache(maxsize=64)

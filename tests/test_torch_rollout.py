@@ -81,6 +81,9 @@ def test_the_masks_are_those_of_arrays():
     )
     # of the package itself, too: tensors in, tensors out
     assert torch.is_tensor(grpo_fast.high_entropy_mask(entropies.detach(), 0.8))
+    correction = grpo_fast.rollout_correction(old.detach(), rollout.detach(), mask=mask)
+    assert torch.equal(correction.weights, rollout_correction(old, rollout, mask=mask).weights)
+    assert correction.mask.dtype == torch.bool
     assert torch.is_tensor(grpo_fast.off_policy_sequence_mask(old.detach(), rollout.detach(), advantages, 0.05))
     weights = rollout_correction(old, rollout, mask=mask).weights * found
     assert torch.isfinite(grpo_loss(old, None, advantages, mask=mask, rollout_is_weights=weights))
