@@ -8,6 +8,7 @@ import pytest
 from corrections import REJECTS, calls, compare, stats_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import python
 from numpy.testing import assert_allclose, assert_array_equal
 from samples import DTYPES
 
@@ -278,3 +279,22 @@ def test_numbers_are_of_one_kernel(dtype):
         for reject in rejects:
             rollout_correction(x, x, **each, reject=reject)
     assert len(kernels.rollout.signatures) == compiled
+
+
+@pytest.mark.slow
+def test_compiled_beforehand(tmp_path):
+    script = """
+import itertools, logging, sys
+import numpy as np
+from grpo_fast import Reject, _warm_up, rollout_correction
+_warm_up._compile_rollout_correction("float32")
+logging.basicConfig(level=logging.INFO, stream=sys.stdout)
+rejects = (), Reject("k3", "seq_sum", upper=1), [Reject("k2", "token", 0, 1), Reject("ratio", "seq_max", 0)]
+for lengths, masked in itertools.product(((3, 5), (40_000, 40_000), (100_000, 7)), (True, False)):
+    n = sum(lengths)
+    x = np.full(n, -1, "f4")
+    cuts, mask = np.append(0, np.cumsum(lengths)), np.ones(n) if masked else None
+    for level, reject in itertools.product(("token", "sequence", "geometric"), rejects):
+        rollout_correction(x, x, mask=mask, cu_seqlens=cuts, level=level, mode="mask", reject=reject, normalize=n < 10)
+"""
+    assert python(script, NUMBA_CACHE_DIR=str(tmp_path)) == ""
