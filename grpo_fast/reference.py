@@ -514,9 +514,9 @@ def rollout_correction(
     r = np.exp(log_r)
 
     raw = {"token": r, "sequence": np.exp(total)[some], "geometric": np.exp(total / n)[some]}[level]
-    w = np.clip(raw, options.lower, options.upper)
+    w = np.clip(raw, *options.bounds)
     if mode == "mask":
-        w = np.where((raw < options.lower) | (raw > options.upper), 0, raw)
+        w = np.where((raw < options.bounds[0]) | (raw > options.bounds[1]), 0, raw)
     if level != "token":
         w = np.repeat(w, tokens.counts[some]).astype(old.dtype)
 
@@ -574,8 +574,8 @@ def _rollout_stats(
     return extremes | {
         "mean": _mean(w),
         "raw_mean": _mean(raw),
-        "fraction_low": _mean(raw < options.lower) if has_bounds else math.nan,
-        "fraction_high": _mean(raw > options.upper) if has_bounds else math.nan,
+        "fraction_low": _mean(raw < options.bounds[0]) if has_bounds else math.nan,
+        "fraction_high": _mean(raw > options.bounds[1]) if has_bounds else math.nan,
         "rejected_tokens": _mean(~keeps),
         "rejected_sequences": _mean(tokens.sums(keeps)[some] == 0),
         "k1": _mean(-log_r),

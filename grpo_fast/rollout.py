@@ -176,7 +176,7 @@ def _rules(options: RolloutOptions) -> rollout.Rules:
 
     (From a cache, since they are mostly those of the call before: 20 of the 50 microseconds of a small call.)
     """
-    lower, upper = options.lower, options.upper
+    lower, upper = options.bounds
     below, above = (0.0, 0.0) if options.mode == "mask" else (lower, upper)
     bounds = rollout.Bounds(lower, upper, below, above)
     of_tokens = [options.band(*which) for which in _OF_TOKENS]

@@ -80,12 +80,18 @@ class RolloutOptions(
     Option,
     NamedTuple(
         "RolloutOptions",
-        [("level", str), ("mode", str), ("lower", float), ("upper", float), ("reject", tuple[Reject, ...])],
+        [
+            ("level", str),
+            ("mode", str),
+            ("lower", float | None),
+            ("upper", float | None),
+            ("reject", tuple[Reject, ...]),
+        ],
     ),
 ):
     """What `rollout_correction` computes: its options, checked. Only `RolloutStats` of the same ones can be added.
 
-    With mode "raw" the bounds are 0 and infinity, which bound nothing.
+    With mode "raw" both bounds are None.
 
     Raises
     ------
@@ -105,19 +111,25 @@ class RolloutOptions(
     ) -> Self:
         one_of("level", level, WEIGHT_LEVELS)
         one_of("mode", mode, WEIGHT_MODES)
-        bounds = {name: x for name, x in (("lower", lower), ("upper", upper)) if x is not None}
+        rejects = _checked_rejects(reject)
         if mode == "raw":
-            for name, value in bounds.items():
-                if (name, value) not in (("lower", 0.0), ("upper", math.inf)):  # as this class itself says it
+            for name, value in (("lower", lower), ("upper", upper)):
+                if value is not None:
                     raise ValueError(f"{name} must be None with mode='raw', which has no bounds, got {value!r}")
-            low, high = 0.0, math.inf
-        else:
-            low = number("lower", bounds.get("lower", LOWER), "in [0, inf]", lambda x: x >= 0)
-            high = number("upper", bounds.get("upper", UPPER), f"in [lower = {low}, inf]", lambda x: x >= low)
-        return super().__new__(cls, level, mode, low, high, _checked_rejects(reject))
+            return super().__new__(cls, level, mode, None, None, rejects)
+        low = number("lower", LOWER if lower is None else lower, "in [0, inf]", lambda x: x >= 0)
+        high = number("upper", UPPER if upper is None else upper, f"in [lower = {low}, inf]", lambda x: x >= low)
+        return super().__new__(cls, level, mode, low, high, rejects)
 
     def __repr__(self) -> str:  # all of it: the bounds depend on each other
         return f"RolloutOptions({', '.join(f'{name}={x!r}' for name, x in zip(self._fields, self, strict=True))})"
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Between what weights are bounded; with mode "raw", which has no bounds, all that there are."""
+        if self.lower is None or self.upper is None:
+            return 0.0, math.inf
+        return self.lower, self.upper
 
     @property
     def needs_sequences(self) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -94,6 +95,15 @@ def test_flat_columns(tmp_path):
     assert "rollout_corr/training_ppl" not in found[0].as_dict()
     for wrong in ({"level": "sequence"}, {"level": "geometric"}, {"reject": Reject("ratio", "seq_min", 0.1)}):
         refused("flat, .* rollout_correction must be at level 'token'", path, rollout_correction=wrong, **options)
+
+
+@pytest.mark.parametrize("correction", [{}, {"mode": "raw", "level": "geometric"}, {"mode": "mask", "lower": 0.9}])
+def test_other_options(correction, tmp_path):
+    arrays = rollouts()
+    path = write(tmp_path / "rollouts.parquet", table(arrays))
+    expected = expected_of(arrays, correction)
+    assert evaluate(path, rollout_correction=correction, batch_size=9) == expected
+    assert pickle.loads(pickle.dumps(expected)) == expected
 
 
 def test_on_policy_the_policy_is_the_old_one(tmp_path):

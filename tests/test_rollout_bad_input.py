@@ -33,6 +33,8 @@ X = np.zeros((2, 3))
         ((X, X), {"mode": "clip"}, ValueError, "mode must be one of 'truncate', 'mask', 'raw', got 'clip'"),
         ((X, X), {"mode": "raw", "upper": 2}, ValueError, "upper must be None with mode='raw', .* got 2"),
         ((X, X), {"mode": "raw", "lower": 0.5}, ValueError, "lower must be None with mode='raw'"),
+        ((X, X), {"mode": "raw", "lower": 0}, ValueError, "lower must be None with mode='raw', .* got 0"),
+        ((X, X), {"mode": "raw", "upper": math.inf}, ValueError, "upper must be None with mode='raw'"),
         ((X, X), {"lower": -1}, ValueError, r"lower must be a number in \[0, inf\], got -1"),
         ((X, X), {"lower": 3}, ValueError, r"upper must be a number in \[lower = 3.0, inf\], got 2.0"),
         ((X, X), {"upper": math.nan}, ValueError, "upper must be a number in"),
