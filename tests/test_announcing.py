@@ -336,13 +336,16 @@ def test_the_command(monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(_warm_up, "_compile_loss", lambda *arguments, **options: calls.append((arguments, options)))
     monkeypatch.setattr(_warm_up, "_compile_objective", lambda dtype: calls.append(dtype))
+    monkeypatch.setattr(_warm_up, "_compile_rollout_correction", lambda dtype: calls.append(f"rollout {dtype}"))
     monkeypatch.setattr(_command, "read", lambda a, b, c, d: calls.append((a.dtype.name, a.size)))
     assert main(["compile"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(calls) - 1 == 2 * len(_warm_up.PAPERS) + 5
+    assert len(lines) == len(calls) - 1 == 2 * len(_warm_up.PAPERS) + 7
     of_samples = calls[2 * len(_warm_up.PAPERS) :]
-    assert of_samples == ["float64", "float32"] + [(dtype, n) for dtype in of_samples[:2] for n in (1, WORTH_SHARING)]
-    assert [line.partition(" ...")[0] for line in lines[-3:-1]] == [f"grpo-fast demo, {x}" for x in of_samples[:2]]
+    dtypes = ["float64", "float32"]
+    demo = [(dtype, n) for dtype in dtypes for n in (1, WORTH_SHARING)]
+    assert of_samples == [name for dtype in dtypes for name in (dtype, f"rollout {dtype}")] + demo
+    assert [line.partition(" ...")[0] for line in lines[-3:-1]] == [f"grpo-fast demo, {x}" for x in dtypes]
     assert lines[-1].startswith("compiled, or found compiled, in ")
     calls.clear()
     line = "compile --surrogate cispo --kl k1 --level sequence --no-mask --no-grad --dtype float32"

@@ -212,7 +212,7 @@ def test_who_is_missing_is_made_from_the_rows(tmp_path):
         "numexpr is missing from grpo_objective: not measured.",
         *(
             f"Of {work} nothing was measured."
-            for work in ("grpo_loss", "evaluate", "the torch operator", "what lies in a cache")
+            for work in ("grpo_loss", "rollout_correction", "evaluate", "the torch operator", "what lies in a cache")
         ),
     ]
 
