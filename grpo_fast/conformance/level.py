@@ -1,0 +1,174 @@
+"""Whose ratio it is: each token's, or one for a sequence; read from one sequence whose tokens have different ratios."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import reference, terms
+from ..terms import CISPO, Clip
+from .calling import Batch, Loss, batch
+from .numbers import tidy
+from .policy import ANCHOR, Policy
+from .report import Finding, number
+
+Floats = NDArray[np.float64]
+#: log of the ratio that each token of a sequence has, of the log-ratios of its tokens.
+_RATIOS: dict[str, Callable[[Floats], Floats]] = {
+    "token": lambda x: x,
+    "sequence": lambda x: np.full_like(x, x.mean()),
+    "product": lambda x: np.full_like(x, x.sum()),
+    "arithmetic": lambda x: np.full_like(x, np.log(np.exp(x).mean())),
+}
+
+
+class LevelFound(NamedTuple):
+    """What was read of the level; the surrogate is another one where that of a token was only its shadow."""
+
+    level: str | None
+    surrogate: Any
+    findings: tuple[Finding, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def sequence_of(x: Floats, A: Any = 1.0, l: Any = 0.0, mask: Any = None) -> Batch:
+    """A batch of one sequence with these log-ratios."""
+    logp = ANCHOR - np.maximum(0, -x) - np.maximum(0, -np.asarray(l)) - 0.3
+    A = [A] if np.ndim(A) == 0 else [A]
+    return batch([logp], [logp - x], A, [logp - l], None if mask is None else [mask])
+
+
+def read(loss: Loss, policy: Policy, weight: float, per_token: bool) -> LevelFound:
+    """Read the level; ``weight`` is c of each token in a sequence of three.
+
+    Only the value is looked at, but for the last question, since one may be right without the other.
+    """
+    surrogate = policy.surrogate
+    is_vespo = type(surrogate).__name__ == "VESPO"
+    if "old_logps" not in loss.takes or policy.kind == "constant" or surrogate is None:
+        return LevelFound("sequence" if is_vespo else "token", surrogate)
+    low = policy.inside[0] if policy.inside[0] < -1e-6 else -1e-3
+    x = low * np.array([0.9, 0.1, 0.4])
+    fits = _fitting(loss, surrogate, weight, x)
+    if is_vespo:
+        if "product" in fits:
+            return LevelFound("sequence", surrogate)
+        text = f"VESPO's weight is of {_whose(fits)} ratio, not of the product over the sequence"
+        return LevelFound("sequence", surrogate, (Finding("differs", text, "", "", sequence_of(x)),))
+    if not fits:
+        text = "the ratio of a sequence's tokens is neither each one's own nor a mean of the sequence"
+        value = _value(loss, x) / weight
+        amount = f"Σ s = {number(value)} for ρ = {[float(number(r)) for r in np.exp(x)]}"
+        return LevelFound(None, surrogate, (Finding("differs", text, "", amount, sequence_of(x)),))
+    bounded = _bounded(surrogate)
+    findings: list[Finding] = []
+    if bounded is not None:
+        y = bounded * np.array([1.5, -1.6, 0.4])
+        again = _fitting(loss, surrogate, weight, y)
+        gmpo = _gmpo(loss, surrogate, weight, y)
+        if "sequence" in fits and gmpo is not None:
+            return LevelFound("sequence", gmpo)
+        if "sequence" in fits and "sequence" not in again:
+            text = "the ratio is the sequence's where nothing is clipped, and another where a token is"
+            findings.append(Finding("differs", text, "", "", sequence_of(y)))
+        fits = [name for name in fits if name in again] or fits
+    if fits[0] == "product":
+        text = "the sequence's ratio is the product of its tokens' (exp of the sum), not their geometric mean"
+        findings.append(Finding("differs", text, "sequences of two tokens or more", "", sequence_of(x[:2])))
+    if fits[0] == "arithmetic":
+        text = "the sequence's ratio is the mean of its tokens' (a mean of exps), not the exp of the mean log-ratio"
+        findings.append(Finding("differs", text, "tokens with different ratios", "", sequence_of(x[:2])))
+    if fits[0] == "token":
+        return LevelFound("token", surrogate, tuple(findings))
+    level = "sequence"
+    if per_token and loss.gives_gradient and not isinstance(surrogate, CISPO):
+        level = _whose_advantage(loss, x)
+    findings += _divisor(loss, surrogate, fits[0], low)
+    return LevelFound(level, surrogate, tuple(findings))
+
+
+def _whose(fits: list[str]) -> str:
+    return "each token's" if "token" in fits else "the geometric mean's" if "sequence" in fits else "another"
+
+
+def _value(loss: Loss, x: Floats, mask: Any = None) -> float:
+    return loss(sequence_of(x, 0.0, mask=mask)).loss - loss(sequence_of(x, mask=mask)).loss
+
+
+def _s(surrogate: Any, log_ratio: Floats, at: Batch) -> Floats:
+    if type(surrogate).__name__ == "VESPO":
+        k, lam = surrogate.k_pos, surrogate.lambda_pos
+        value: Floats = np.exp(lam + k * log_ratio - lam * np.exp(log_ratio)) * at.logps[0]
+        return value
+    return reference.surrogate_term(surrogate, np.exp(log_ratio), np.ones_like(log_ratio), at.logps[0])[0]
+
+
+def _fitting(loss: Loss, surrogate: Any, weight: float, x: Floats) -> list[str]:
+    at = sequence_of(x)
+    value = _value(loss, x)
+    tol = max(1e-7, loss.exactness * 100)
+    found = []
+    for name, log_ratio in _RATIOS.items():
+        expected = weight * float(np.sum(_s(surrogate, log_ratio(x), at)))
+        spread = weight * float(np.sum(np.abs(_s(surrogate, log_ratio(x), at))))
+        if abs(value - expected) <= min(tol, 1e-2 * np.ptp(x) ** 2) * spread:
+            found.append(name)
+    return found
+
+
+def _bounded(surrogate: Any) -> float | None:
+    """A log-ratio at which the surrogate is bent where A > 0."""
+    if isinstance(surrogate, Clip) and 0 < surrogate.epsilon_high < math.inf:
+        return math.log1p(surrogate.epsilon_high)
+    if isinstance(surrogate, CISPO) and 1 < surrogate.ratio_max < math.inf:
+        return math.log(surrogate.ratio_max)
+    return 0.5 if type(surrogate).__name__ == "SAPO" else None
+
+
+def _gmpo(loss: Loss, surrogate: Any, weight: float, x: Floats) -> Any:
+    """GMPO, if what clips each token within a geometric mean is what was found: its ε are of log ρ."""
+    kind = getattr(terms, "GMPO", None)
+    if kind is None or not isinstance(surrogate, Clip) or not surrogate.epsilon_high > 0:
+        return None
+    high = math.log1p(surrogate.epsilon_high)
+    expected = weight * x.size * math.exp(float(np.minimum(x, high).mean()))
+    if abs(_value(loss, x) - expected) > max(1e-7, loss.exactness * 100) * expected:
+        return None
+    error = 100 * loss.exactness
+    low = -math.log1p(-surrogate.epsilon) if surrogate.epsilon < 1 else math.inf
+    return kind(tidy(low, error), tidy(high, error))
+
+
+def _whose_advantage(loss: Loss, x: Floats) -> str:
+    A = np.array([1.0, 2.0, 4.0])
+    grad, zero = loss(sequence_of(x, A)).grad, loss(sequence_of(x, 0 * A)).grad
+    assert grad is not None and zero is not None
+    grad = (grad - zero)[0]
+    return "sequence_token" if np.allclose(grad / grad[0], A, rtol=1e-4) else "sequence"
+
+
+def _divisor(loss: Loss, surrogate: Any, ratio: str, low: float) -> list[Finding]:
+    """Whether the mean log-ratio of a sequence is divided by its tokens, or by the width of the padding."""
+    if "mask" not in loss.takes or ratio != "sequence":
+        return []
+    mask = np.array([True, True, False, False])
+    x = low * np.array([0.9, 0.5, 0.0, 0.0])
+    one = loss(sequence_of(0 * x, 0.0, mask=mask)).loss - loss(sequence_of(0 * x, mask=mask)).loss
+    value = _value(loss, x, mask)
+    at = sequence_of(x)
+    scale = _s(surrogate, 0 * x, at)[:2].sum()
+    for by, is_right in ((2, True), (4, False)):
+        expected = one * _s(surrogate, np.full(4, x.sum() / by), at)[:2].sum() / scale
+        if abs(value - expected) <= max(1e-7, loss.exactness * 100) * abs(expected):
+            break
+    else:
+        return []
+    if is_right:
+        return []
+    text = "the sequence's log-ratio is divided by the padded width, not by the number of its tokens"
+    amount = (
+        f"Σ s = {number(value / one * 2)} for ρ = {[float(number(r)) for r in np.exp(x[:2])]} and two masked tokens"
+    )
+    return [Finding("differs", text, "every sequence with padding", amount, sequence_of(x, mask=mask))]
