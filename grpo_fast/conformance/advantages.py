@@ -28,10 +28,13 @@ def read(loss: Loss) -> Advantages:
     A = np.array([[1.0, 2.0, 4.0], [3.0, 0.5, 1.5]])
     at = batch(np.full((2, 3), -0.5), advantages=A)
     try:
-        grad, one = loss(at).grad, loss(at._replace(advantages=np.ones(2))).grad
+        grad, one, without = (loss(at._replace(advantages=a)).grad for a in (A, np.ones(2), np.zeros(2)))
     except CallFailed:
         return Advantages(False, tuple(findings), tuple(notes))
-    assert grad is not None and one is not None
+    assert grad is not None
+    assert one is not None
+    assert without is not None
+    grad, one = grad - without, one - without
     if not one.any() or not np.isfinite(grad).all():
         return Advantages(False, tuple(findings), tuple(notes))
     tol = 1e-4

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from ..terms import K1, K2, K3
 from .calling import Batch, CallFailed, Loss, batch
 from .numbers import bisect, is_round, tidy
-from .policy import ANCHOR
 from .report import Finding, number
 
 Floats = NDArray[np.float64]
@@ -56,7 +55,7 @@ _ESTIMATORS: dict[str, tuple[Any, Any, Any, str]] = {
 
 def token(x: float, l: float, A: float, width: int) -> Batch:
     """A batch of equal tokens with these log ρ and log π_θ − log π_ref."""
-    logp = ANCHOR - max(0.0, -x) - max(0.0, -l)
+    logp = -0.01 - max(0.0, -x) - max(0.0, -l)
     shape = (1, width)
     return batch(np.full(shape, logp), np.full(shape, logp - x), [A], np.full(shape, logp - l))
 

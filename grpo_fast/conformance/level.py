@@ -11,7 +11,7 @@ from .. import reference, terms
 from ..terms import CISPO, Clip
 from .calling import Batch, Loss, batch
 from .numbers import tidy
-from .policy import ANCHOR, Policy
+from .policy import Policy
 from .report import Finding, number
 
 Floats = NDArray[np.float64]
@@ -35,7 +35,7 @@ class LevelFound(NamedTuple):
 
 def sequence_of(x: Floats, A: Any = 1.0, l: Any = 0.0, mask: Any = None) -> Batch:
     """A batch of one sequence with these log-ratios."""
-    logp = ANCHOR - np.maximum(0, -x) - np.maximum(0, -np.asarray(l)) - 0.3
+    logp = -9.0 - np.maximum(0, -x) - np.maximum(0, -np.asarray(l))
     A = [A] if np.ndim(A) == 0 else [A]
     return batch([logp], [logp - x], A, [logp - l], None if mask is None else [mask])
 

@@ -19,8 +19,10 @@ from .numbers import bisect, is_round, tidy
 from .report import Finding, number
 
 Floats = NDArray[np.float64]
-#: log π of the more probable of π_θ and π_old: near 0, so that a trust region of probabilities has room.
-ANCHOR = -0.01
+#: log π of the more probable of π_θ and π_old: far below 0, where no trust region of probabilities acts; and near 0,
+#: where it has room to.
+ANCHOR = -9.0
+_NEAR = -0.01
 _STEPS = np.concatenate([np.arange(1, 61) * 0.05, np.arange(7, 25) * 0.5, [13, 14, 16, 18, 21, 24, 28, 34, 42, 60]])
 GRID = np.concatenate([-_STEPS[::-1], [0.0], _STEPS])
 #: A log-ratio as large as this is not where a surrogate is clipped: bounds there are of the log-ratio itself.
@@ -34,6 +36,7 @@ class Curve(NamedTuple):
     value: Floats
     slope: Floats
     logp: Floats
+    noise: Floats  # of the slope, which is a difference: the rounding of what it is a difference of
 
 
 class Policy(NamedTuple):
@@ -116,8 +119,8 @@ def _no_reaction(loss: Loss, tokens: _Tokens) -> Finding:
 
 def _kind(tokens: _Tokens) -> Literal["ratio", "weight"]:
     """Whether s is proportional to log π_θ, as those with a weight that is held constant."""
-    near, far = tokens.of(0.0, 1.0, ANCHOR)[0], tokens.of(0.0, 1.0, 40 * ANCHOR)[0]
-    return "weight" if near and abs(far / near - 40) < 0.01 else "ratio"
+    near, far = tokens.of(0.0, 1.0, _NEAR)[0], tokens.of(0.0, 1.0, 100 * _NEAR)[0]
+    return "weight" if near and abs(far / near - 100) < 0.01 else "ratio"
 
 
 def _sign(tokens: _Tokens, scale: float) -> Iterable[Finding]:
@@ -161,19 +164,23 @@ def _without_gradient(tokens: _Tokens) -> Finding:
 
 # --- the curves -------------------------------------------------------------------------------------------------------
 def _curve(tokens: _Tokens, sign: int, scale: float, kind: str, anchor: float = ANCHOR) -> Curve:
-    found = []
+    found, noise = [], []
     for x in GRID:
         try:
             found.append(tokens.of(x, float(sign), anchor))
+            grad = tokens.loss(tokens.at(x, 0.0, anchor)).grad
+            assert grad is not None
+            noise.append(float(np.abs(grad).sum()))
         except CallFailed:
             found.append((math.nan, math.nan))
+            noise.append(0.0)
     points = np.array(found).T / (sign * scale)
     first = tokens.of(0.0, 1.0)
     if (first[0] if kind == "weight" or not first[1] else -first[1]) * (ANCHOR if kind == "weight" else -1) < 0:
         points = -points  # a loss whose sign is reversed is read as if it were not: that has been told
     logp = np.where(GRID >= 0, anchor, anchor + GRID)
     value = points[0] / logp if kind == "weight" else points[0]
-    return Curve(GRID, value, points[1], logp)
+    return Curve(GRID, value, points[1], logp, 16 * tokens.loss.eps * np.array(noise) / scale)
 
 
 class _Bounds(NamedTuple):
@@ -200,13 +207,14 @@ def _named(tokens: _Tokens, curves: dict[int, Curve], kind: Any, scale: float) -
         return policy._replace(surrogate=Unclipped(), kind="constant", findings=(finding,))
     dropped = {sign: _dropped(tokens, curve, sign) for sign, curve in curves.items()}
     kept = {sign: (dropped[sign][0] < c.x) & (c.x < dropped[sign][1]) for sign, c in curves.items()}
-    region, findings = _region(tokens, dropped)
+    near = {sign: _curve(tokens, sign, scale, kind, _NEAR) for sign in curves}
+    region, findings = _region(tokens, dropped, {s: _dropped(tokens, curve, s, _NEAR) for s, curve in near.items()})
     smooth = _sapo(curves, kept, tol) if kind == "ratio" else _vespo(curves, kept, tol)
     if smooth is not None:
         findings += _slopes(tokens, curves, kept, {}, kind, smooth)
         inside = (max(-1.0, dropped[1][0] / 2), min(1.0, dropped[1][1] / 2))
         return policy._replace(surrogate=smooth, trust_region=region, inside=inside, findings=tuple(findings))
-    bounds = {sign: _flat(curves[sign], kept[sign], tol, dropped[sign]) for sign in curves}
+    bounds = {sign: _flat(tokens, curves[sign], sign, kind, scale, tol, dropped[sign]) for sign in curves}
     clamp, bounds = _clamps(bounds)
     for sign, curve in curves.items():
         expected = np.clip(np.exp(np.clip(curve.x, *clamp)), bounds[sign].low, bounds[sign].high)
@@ -265,15 +273,28 @@ def _dropped(tokens: _Tokens, curve: Curve, sign: int, anchor: float = ANCHOR) -
     return bounds[0], bounds[1]
 
 
-def _flat(curve: Curve, kept: NDArray[np.bool_], tol: float, dropped: tuple[float, float]) -> _Bounds:
-    """At which ρ the value stops to grow and to fall, at the ends of what is kept."""
-    value = curve.value[kept]
-    low, high = 0.0, math.inf
-    if value.size > 3 and abs(value[-1] - value[-2]) <= tol * abs(value[-1]) and curve.x[kept][-1] > 0:
-        high = float(value[-1])
-    if value.size > 3 and abs(value[0] - value[1]) <= tol * abs(value[0]) and curve.x[kept][0] < 0:
-        low = float(value[0])
-    return _Bounds(low, high, *dropped)
+def _flat(
+    tokens: _Tokens, curve: Curve, sign: int, kind: str, scale: float, tol: float, dropped: tuple[float, float]
+) -> _Bounds:
+    """At which ρ the value stops to fall and to grow, at the ends of what is kept: where two of its values are one."""
+    found = []
+    for side in (-1, 1):
+        edge = dropped[0 if side < 0 else 1]
+        ends = [edge - side * d * max(1.0, abs(edge)) for d in (1e-3, 1e-2)] if math.isfinite(edge) else GRID[[0, 1]]
+        ends = [abs(x) * side for x in ends] if math.isinf(edge) else ends
+        values = [_value_at(tokens, curve, x, sign, kind, scale) for x in ends]
+        found.append(values[0] if abs(values[0] - values[1]) <= tol * abs(values[0]) else None)
+    low, high = found
+    return _Bounds(0.0 if low is None else low, math.inf if high is None else high, *dropped)
+
+
+def _value_at(tokens: _Tokens, curve: Curve, x: float, sign: int, kind: str, scale: float) -> float:
+    """The value of a curve at another place, with its own sign."""
+    at = tokens.at(x, float(sign))
+    value = tokens.of(x, float(sign))[0] / (sign * scale) / (float(at.logps[0, 0]) if kind == "weight" else 1.0)
+    middle = int(np.flatnonzero(curve.x == 0)[0])
+    own = tokens.of(0.0, float(sign))[0] / (sign * scale) / (ANCHOR if kind == "weight" else 1.0)
+    return value if own * curve.value[middle] >= 0 else -value
 
 
 def _clamps(bounds: dict[int, _Bounds]) -> tuple[tuple[float, float], dict[int, _Bounds]]:
@@ -294,9 +315,12 @@ def _surrogate(tokens: _Tokens, bounds: dict[int, _Bounds], kind: str) -> tuple[
     error = tokens.loss.exactness
     up, down = bounds[1], bounds[-1]
     if kind == "weight":
-        high, low = tidy(up.high, error), tidy(up.low, error)
+        high = tidy(min(up.high, down.high), error)
+        low = tidy(max(up.low, down.low), error)
         option = CISPO(high, low)
-        if np.allclose(up[:2], down[:2], rtol=100 * error):
+        # A bound that lies where the token is dropped is not seen, and does not matter.
+        seen = [(b.high, high, b.most) for b in (up, down)] + [(-b.low, -low, -b.least) for b in (up, down)]
+        if all(math.isclose(has, one, rel_tol=100 * error) or math.isfinite(edge) for has, one, edge in seen):
             return option, []
         what = "the weight of the policy gradient has other bounds where A < 0"
         amount = f"{number(down.low)} … {number(down.high)}, and {number(up.low)} … {number(up.high)} where A > 0"
@@ -314,7 +338,7 @@ def _surrogate(tokens: _Tokens, bounds: dict[int, _Bounds], kind: str) -> tuple[
     if pessimistic and up.high >= 1 and down.low <= 1:
         high, low = above(up.high), below(down.low)
         delta = math.inf if down.high == math.inf else tidy(down.high, error)
-        if delta > 1 + high:
+        if delta > 1 + high or delta == math.inf:
             return Clip(low, high, delta), []
         if abs(delta - 1 - high) <= 100 * error:
             what = "both bounds of the clip act where A < 0: no gradient comes back once ρ is above 1 + ε_high"
@@ -385,25 +409,29 @@ def _vespo(curves: dict[int, Curve], kept: dict[int, NDArray[np.bool_]], tol: fl
 
 
 # --- trust regions ----------------------------------------------------------------------------------------------------
-def _region(tokens: _Tokens, dropped: dict[int, tuple[float, float]]) -> tuple[Any, list[Finding]]:
-    """The trust region with these bounds of log ρ, told from others by how they move with the probabilities."""
+_Edges = dict[int, tuple[float, float]]
+
+
+def _region(tokens: _Tokens, far: _Edges, dropped: _Edges) -> tuple[Any, list[Finding]]:
+    """The trust region with these bounds of log ρ, told from others by how they move with the probabilities.
+
+    ``far`` are those of improbable tokens, ``dropped`` those of probable ones.
+    """
     edges = [x for bounds in dropped.values() for x in bounds]
     if not any(map(math.isfinite, edges)):
         return None, []
     error = max(tokens.loss.exactness, 1e-8)
-    other = 3 * ANCHOR
+    if all(np.allclose(dropped[s], far[1], rtol=10 * error, atol=10 * error) for s in dropped):
+        low, high = far[1]
+        return Band(tidy(math.exp(low), 10 * error), tidy(math.exp(high), 10 * error)), []
+    other = 3 * _NEAR
     moved = {s: _edges_near(tokens, s, dropped[s], other) for s in dropped}
     pairs = list(zip(edges, [x for bounds in moved.values() for x in bounds], strict=True))
-    finite = [pair for pair in pairs if math.isfinite(pair[0])]
-    if all(abs(a - b) <= 10 * error * max(1, abs(a)) for a, b in finite):
-        if np.allclose(dropped[1], dropped[-1], rtol=1e-5):
-            low, high = dropped[1]
-            return Band(tidy(math.exp(low), 10 * error), tidy(math.exp(high), 10 * error)), []
-    elif math.isinf(dropped[1][0]) and math.isinf(dropped[-1][1]):
+    if math.isinf(dropped[1][0]) and math.isinf(dropped[-1][1]):
         for option, measure in ((TV, _tv), (BinaryKL, _binary_kl)):
             deltas = []
             for edge, again in (pairs[1], pairs[2]):
-                sizes = [measure(edge, ANCHOR), measure(again, other)] if math.isfinite(edge) else [math.inf] * 2
+                sizes = [measure(edge, _NEAR), measure(again, other)] if math.isfinite(edge) else [math.inf] * 2
                 deltas.append(tidy(sizes[0], 100 * error) if np.isclose(*sizes, rtol=1e3 * error) else math.nan)
             if not any(map(math.isnan, deltas)):
                 most = 1.0 if option is TV else 1e300
@@ -413,7 +441,7 @@ def _region(tokens: _Tokens, dropped: dict[int, tuple[float, float]]) -> tuple[A
         f"A {'>' if s > 0 else '<'} 0: log ρ in {number(a)} … {number(b)}" for s, (a, b) in dropped.items()
     )
     sign, edge = next((s, x) for s, bounds in dropped.items() for x in bounds if math.isfinite(x))
-    return None, [Finding("differs", what, "", amount, tokens.at(1.1 * edge, float(sign)))]
+    return None, [Finding("differs", what, "", amount, tokens.at(1.1 * edge, float(sign), _NEAR))]
 
 
 def _edges_near(tokens: _Tokens, sign: int, bounds: tuple[float, float], anchor: float) -> tuple[float, float]:
@@ -473,7 +501,8 @@ def _slopes(
             low, high = bounds[sign].low, bounds[sign].high
             free &= (low < rho) & (rho < high)
             expected, size = np.where(free, rho, 0.0), rho
-        off = kept[sign] & (np.abs(curve.slope - expected) > tol * size * (1 + np.abs(curve.x)))
+        room = tol * size * (1 + np.abs(curve.x)) + curve.noise
+        off = kept[sign] & (np.abs(curve.slope - expected) > room)
         if not off.any():
             continue
         return [_wrong_slope(tokens, curve, sign, expected, off, free, kind, size, tol)]
@@ -506,7 +535,8 @@ def _wrong_slope(
                 "the stop-gradient is missing: the weight of log π_θ, which is to be held constant, is differentiated"
             )
             return Finding("differs", what, where, amount, example)
-        if changes.any() and np.all(np.abs(curve.slope)[~free] == 0):
+        flat = ~changes
+        if flat.any() and np.all(np.abs(curve.slope)[flat & off] == 0) and not (off & changes).any():
             return Finding("differs", "log-probabilities beyond the bound lose their gradient", where, amount, example)
     elif np.all(free[off]) and np.all(np.abs(curve.slope[off]) == 0):
         what = "tokens lose their gradient within the bounds of the value"
