@@ -24,6 +24,7 @@ from .advantages import gdpo_advantages, group_advantages, whiten
 from .files import evaluate
 from .loss import LossResult, grpo_loss
 from .objective import grpo_objective, grpo_stats, grpo_sweep
+from .prompt_weights import prompt_mean_weights
 from .stats import Stats, Sweep
 from .terms import CISPO, GMPO, K1, K2, K3, SAPO, TV, VESPO, Band, BinaryKL, Clip, Unclipped
 
@@ -51,6 +52,7 @@ __all__ = [
     "grpo_objective",
     "grpo_stats",
     "grpo_sweep",
+    "prompt_mean_weights",
     "reference",
     "warm_up",
     "whiten",

@@ -14,9 +14,17 @@ LARGEST = 1e100  # of a reward; its square, and the sum of as many squares as me
 
 # --- which -----------------------------------------------------------------------------------------------------------
 def groups_of(
-    shape: tuple[int, ...], group_size: int | None, group_ids: ArrayLike | None, *, may_be_rows: bool = True
+    shape: tuple[int, ...],
+    group_size: int | None,
+    group_ids: ArrayLike | None,
+    *,
+    may_be_rows: bool = True,
+    of: str = "rewards",
 ) -> NDArray[np.intp]:
-    """The group of each reward, 0 … groups − 1; of rewards of that shape, of which a row may be a group."""
+    """The group of each reward, 0 … groups − 1; of rewards of that shape, of which a row may be a group.
+
+    They are what messages call what there is one ``of`` for each completion.
+    """
     if not may_be_rows and (group_size is None) == (group_ids is None):
         raise ValueError(
             f"group_size must be given, or else group_ids, got {group_size=}, "
@@ -35,7 +43,7 @@ def groups_of(
         if ids.dtype.kind not in "iubSUTO" and ids.size:
             raise TypeError(f"group_ids must be ints or strings, got {ids.dtype}")
         if ids.shape != shape:
-            raise ValueError(f"group_ids must have the shape of rewards {shape}, got {ids.shape}")
+            raise ValueError(f"group_ids must have the shape of {of} {shape}, got {ids.shape}")
         try:
             _, group = np.unique(ids, return_inverse=True)
         except TypeError as error:  # objects that cannot be sorted
@@ -45,7 +53,7 @@ def groups_of(
     if isinstance(each, bool) or not isinstance(each, (int, np.integer)):
         raise TypeError(f"group_size must be an int, got {each!r}")
     if each < 1 or size % each:
-        raise ValueError(f"group_size must be at least 1 and divide the number of rewards {size}, got {each}")
+        raise ValueError(f"group_size must be at least 1 and divide the number of {of} {size}, got {each}")
     return np.arange(size, dtype=np.intp) // each
 
 

@@ -43,7 +43,7 @@ class Inputs(NamedTuple):
         dtype = array.dtype
         if dtype is not FLOAT64 and dtype is not FLOAT32:
             dtype = FLOAT32 if dtype.newbyteorder("=") in (np.float32, np.float16) else FLOAT64
-        bounds = _bounds(array.shape, cu_seqlens)
+        bounds = bounds_of(array.shape, cu_seqlens)
         expected = _Expected(array.shape, dtype, bounds)
         advantages_per_token, flat_advantages = expected.per_token_or_sequence("advantages", advantages)
         weights_per_token, weights = loss_weights_per_token, of_both = True, None
@@ -145,21 +145,21 @@ class _Expected(NamedTuple):
         )
 
 
-def _bounds(shape: tuple[int, ...], cu_seqlens: ArrayLike | None) -> Array:
-    """Where sequences begin and end in the flat arrays, int64 (S + 1,)."""
+def bounds_of(shape: tuple[int, ...], cu_seqlens: ArrayLike | None, *, beside: str = "logps") -> Array:
+    """Where sequences begin and end in the flat arrays, int64 (S + 1,), of which one is ``beside`` it in messages."""
     size = math.prod(shape)
     if cu_seqlens is None:
         return _bounds_of_rows(*(shape if len(shape) == 2 else (1, size)))
     bounds = real("cu_seqlens", cu_seqlens)
     if len(shape) != 1 or bounds.ndim != 1 or bounds.size < 1 or bounds.dtype.kind not in "iu":
         raise ValueError(
-            f"cu_seqlens must be a one-dimensional array of at least one int, beside logps of shape (N,); "
-            f"got {bounds.dtype} {bounds.shape} beside logps {shape}{_flat_fits(shape, bounds)}"
+            f"cu_seqlens must be a one-dimensional array of at least one int, beside {beside} of shape (N,); "
+            f"got {bounds.dtype} {bounds.shape} beside {beside} {shape}{_flat_fits(shape, bounds, beside)}"
         )
     if bounds[0] != 0 or bounds[-1] != size:
-        cut = f"; without padding at the end: logps[:{bounds[-1]}]" if 0 <= bounds[-1] < size else ""
+        cut = f"; without padding at the end: {beside}[:{bounds[-1]}]" if 0 <= bounds[-1] < size else ""
         raise ValueError(
-            f"cu_seqlens must go from 0 to {size}, the size of logps, got {bounds[0]} to {bounds[-1]}{cut}"
+            f"cu_seqlens must go from 0 to {size}, the size of {beside}, got {bounds[0]} to {bounds[-1]}{cut}"
         )
     falling = bounds[1:] < bounds[:-1]
     if falling.any():
@@ -168,13 +168,13 @@ def _bounds(shape: tuple[int, ...], cu_seqlens: ArrayLike | None) -> Array:
     return flat(bounds, np.dtype(np.int64))
 
 
-def _flat_fits(shape: tuple[int, ...], bounds: Array) -> str:
+def _flat_fits(shape: tuple[int, ...], bounds: Array, beside: str) -> str:
     """The end of a message about packed arrays that have dimensions too many."""
     if shape[:1] == (1,):
-        return ": logps[0] is"
+        return f": {beside}[0] is"
     if len(shape) == 1 and bounds.ndim > 1:
         return ": cu_seqlens.ravel() is"
-    return ": logps.ravel() is, and logps[mask] without padding" if len(shape) == 2 else ""
+    return f": {beside}.ravel() is, and {beside}[mask] without padding" if len(shape) == 2 else ""
 
 
 @lru_cache(maxsize=16)

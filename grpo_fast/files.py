@@ -65,11 +65,11 @@ def evaluate(
         level, ``"token-mean"`` or ``"token-sum"``.
     columns : mapping of argument to column, or None
         Where the files call a column otherwise than the argument of `grpo_stats` or `grpo_loss`. With None as the
-        column, ``old_logps`` (then all is on-policy), ``mask`` and both weights are left out. The files hold
-        either probabilities (``rhos, A, pi_theta_old, pi_theta_ref``) or log-probabilities (``logps, old_logps,
-        advantages, ref_logps`` and, if there are such columns, ``mask, rollout_is_weights, loss_weights``); where they hold both,
-        those named here are taken. Beside lists, ``advantages`` and the weights are lists, too, or one
-        number for each sequence. A mask may be a list of columns, which are multiplied. A column that must be a mask by
+        column, ``old_logps`` (then all is on-policy), ``mask`` and both weights are left out. The files hold either
+        probabilities (``rhos, A, pi_theta_old, pi_theta_ref``) or log-probabilities (``logps, old_logps, advantages,
+        ref_logps`` and, if there are such columns, ``mask, rollout_is_weights, loss_weights``); where they hold both,
+        those named here are taken. Beside lists, ``advantages`` and the weights are lists, too, or one number for each
+        sequence. A mask may be a list of columns, which are multiplied. A column that must be a mask by
         its name (it ends in "mask" or "masks") and type, and is not used, is an error, not ignored, unless a list here
         (``{"mask": ["completion_mask"]}``: only this one) or None says that there is no other. Files of probabilities
         take no mask. Nulls where masked are never looked at.

@@ -130,7 +130,7 @@ def merged(accumulators: np.ndarray, numerator_apart: bool = False) -> Totals:
     found = _merge(accumulators, numerator_apart)
     # Of many tasks' only the first: who keeps Stats keeps their limbs.
     limbs = accumulators if len(accumulators) == 1 else accumulators[:1].copy()
-    return Totals(limbs, *found, numerator_apart)
+    return Totals(*(limbs, *found, numerator_apart))
 
 
 @compiled
