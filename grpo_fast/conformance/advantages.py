@@ -1,11 +1,11 @@
 """How a loss takes advantages: one per sequence, one per token, and what it makes of the second."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .calling import Batch, CallFailed, Loss, batch
-from .report import Finding, number
+from .report import Finding, Severity, number
 
 
 class Advantages(NamedTuple):
@@ -39,7 +39,7 @@ def read(loss: Loss) -> Advantages:
         return Advantages(False, tuple(findings), tuple(notes))
     tol = 1e-4
     with np.errstate(all="ignore"):
-        found = grad / one
+        found = np.where(one == 0, A, grad / one)
     if np.allclose(found, A, rtol=tol):
         return Advantages(True, tuple(findings), tuple(notes))
     means = A.mean(axis=1, keepdims=True) + 0 * A
@@ -50,12 +50,43 @@ def read(loss: Loss) -> Advantages:
         amount = f"the gradient is {_row(found[0])} times that of A = 1, for A = {_row(A[0])}"
         findings.append(Finding("fragile", text, "advantages of shape (B, T)", amount, _small(at)))
         return Advantages(False, tuple(findings), tuple(notes))
-    text = "advantages one per token are not those of the tokens"
+    text = "advantages one per token, (B, T), are taken without an error and are not those of the tokens"
     if np.allclose(found, A[:, :1] + 0 * A, rtol=tol):
-        text = "of advantages one per token only that of the first is used"
+        text = "of advantages one per token, (B, T), only that of the first is used, without an error"
     amount = f"the gradient is {_row(found[0])} times that of A = 1, for A = {_row(A[0])}"
-    findings.append(Finding("differs", text, "advantages of shape (B, T)", amount, at))
+    severity: Severity = "fragile" if loss.form == "(B,)" else "differs"
+    findings.append(Finding(severity, text, "advantages of shape (B, T)", amount, at))
     return Advantages(False, tuple(findings), tuple(notes))
+
+
+def together(loss: Loss) -> list[Finding]:
+    """What the loss makes of the advantages of all rows together: their mean and their spread, taken out of them."""
+    A = np.array([3.0, 1.0, -1.0])
+
+    def grad(advantages: Any) -> Any:
+        return loss(batch(np.full((3, 2), -1.0), advantages=advantages)).grad
+
+    try:
+        without, usual, shifted, scaled = (grad(x) for x in (0 * A, A, A + 5, 3 * A))
+    except CallFailed:
+        return []
+    usual, shifted, scaled = usual - without, shifted - without, scaled - without
+    if not np.any(usual) or not np.isfinite([usual, shifted, scaled]).all():
+        return []
+    no_mean, no_scale = (np.allclose(x, usual, rtol=1e-3, atol=1e-3 * np.abs(usual).max()) for x in (shifted, scaled))
+    example = batch([[-1.0], [-1.0]], advantages=[6.0, 4.0])
+    if no_mean and no_scale:
+        text = "normalises the advantages over the batch inside of the loss: their mean and scale do not matter"
+        amount = "advantages (8, 6, 4) and (9, 3, −3) give the gradient of (3, 1, −1)"
+    elif no_mean:
+        text = "subtracts the mean of the advantages over the batch inside of the loss"
+        amount = "advantages (8, 6, 4) give the gradient of (3, 1, −1)"
+    elif no_scale and "(B,)" in loss.forms and not np.allclose(np.abs(usual), np.abs(usual).max(), rtol=1e-3):
+        text = "divides the advantages by their standard deviation, or another size of them, inside of the loss"
+        amount = "advantages (9, 3, −3) give the gradient of (3, 1, −1)"
+    else:
+        return []
+    return [Finding("differs", text, "two rows or more", amount, example)]
 
 
 def _row(x: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]") -> str:

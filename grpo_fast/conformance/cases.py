@@ -105,11 +105,12 @@ def _single(x: float, l: float, A: float) -> Batch:
 
 def made(rng: Any, mask: Mask, drift: float = 0.1, ref_drift: float = 0.4, per_token: bool = False) -> Batch:
     """A random batch with this mask, and other finite numbers where it is 0."""
-    old = -rng.exponential(size=mask.shape) - 0.05
     x, l = drift * rng.normal(size=mask.shape), ref_drift * rng.normal(size=mask.shape)
     x, l = np.where(mask, x, 0.5), np.where(mask, l, -0.6)
+    # None of the three is a probability above 1.
+    logps = -rng.exponential(size=mask.shape) - 0.05 - np.maximum(0, np.maximum(-x, -l))
     advantages = rng.normal(size=mask.shape if per_token else len(mask))
-    return Batch(old + x, old, advantages, old + x - l, mask.copy())
+    return Batch(logps, logps - x, advantages, logps - l, mask.copy())
 
 
 def kinks(options: Mapping[str, Any]) -> Iterable[float]:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..terms import DEFAULT_SURROGATE, Options
-from . import advantages, kl, level, masking, policy, weights
+from . import advantages, kl, level, masking, policy, remainder, weights
 from .calling import Batch, CallFailed, Loss, batch
 from .progress import Progress
 from .report import Finding
@@ -44,14 +44,16 @@ def read(loss: Loss, progress: Progress) -> Reading:
     progress.tick(loss.calls)
     findings += found.findings
     notes += found.notes
-    if found.kind == "none" and found.surrogate is None:
-        return Reading(None, tuple(findings), tuple(notes), False)
+    together = advantages.together(loss)
+    if together or (found.kind == "none" and found.surrogate is None):
+        return Reading(None, tuple(together or findings), tuple(notes), False)
     taken = advantages.read(loss)
     findings += taken.findings
     notes += taken.notes
     progress.stage("KL term")
     term = kl.read(loss, found.scale, found.width)
     findings += term.findings
+    findings += remainder.read(loss, found.scale, found.width)
 
     progress.stage("mask")
     unit = _unit(loss, batch(np.full((1, found.width), weights.LOGP)), found.scale)
@@ -71,7 +73,8 @@ def read(loss: Loss, progress: Progress) -> Reading:
     found_weights = weights.Weights(None, None, None, 1.0)
     if unit and np.isfinite(unit) and applied:
         found_weights = weights.read(loss, weights.of_policy, unit)
-        findings += found_weights.findings
+        mixed = any("rows are mixed" in finding.what for finding in findings)
+        findings += [x for x in found_weights.findings if not (mixed and "in no simple way" in x.what)]
         notes += found_weights.notes
         if unit_of_kl and np.isfinite(unit_of_kl) and term.there:
             findings += _kl_aggregation(loss, found_weights, unit_of_kl)
@@ -84,11 +87,11 @@ def read(loss: Loss, progress: Progress) -> Reading:
     progress.stage("level")
     one = weights.measured(loss, weights.of_policy(np.ones((1, 3), bool)), unit) if unit else None
     surrogate, of_level = found.surrogate, "token"
-    if one is not None and np.isfinite(one).all() and one[0, 0] > 0:
-        levels = level.read(loss, found, float(one[0, 0]), taken.per_token)
+    if one is not None and np.isfinite(one).all() and one.sum() > 0:
+        levels = level.read(loss, found, one[0], taken.per_token)
         findings += levels.findings
         surrogate, of_level = levels.surrogate, levels.level or ""
-        option, more = kl_ratio(loss, term.option, of_level, float(one[0, 0]))
+        option, more = kl_ratio(loss, term.option, of_level, float(one[0].mean()))
         term = term._replace(option=option)
         findings += more
     options = _options(surrogate, found.trust_region, term, of_level, found_weights)

@@ -18,7 +18,9 @@ from .report import Finding, number
 Floats = NDArray[np.float64]
 _NEAR = np.array([-2.0, -1.0, -0.5, -0.1, 0.1, 0.5, 1.0, 2.0])
 _FAR = np.array([2.5, 3, 3.5, 4, 4.5, 5, 6, 8, 9, 11, 14, 16, 19, 21, 24, 30])
-_RATIOS = np.array([-0.3, 0.0, 0.2])
+#: log ρ, near 0 so that no clip is met, and where one would be.
+_RATIOS = np.array([-0.04, 0.0, 0.03])
+_FAR_RATIOS = (-1.0, 1.0)
 
 
 class KLTerm(NamedTuple):
@@ -82,6 +84,10 @@ def read(loss: Loss, scale: float, width: int) -> KLTerm:
             return KLTerm(None, False, 0.0)
         finding = Finding("differs", "is not finite at A = 0 beside a reference", "", "", token(0.0, 0.5, 0.0, width))
         return KLTerm(None, True, 0.0, (finding,))
+    if np.ptp(value, axis=1).max() <= tol * np.abs(value).max() and not np.ptp(slope, axis=1).any():
+        return KLTerm(None, False, 0.0)  # nothing of the reference: `remainder` tells what it is
+    if not np.ptp(value[len(ratios) // 2]) and len(ratios) == 1:
+        return KLTerm(None, False, 0.0)
     return _named(loss, of, ratios, value, slope, tol, width)
 
 
@@ -109,15 +115,15 @@ def _named(loss: Loss, of: Any, ratios: Floats, value: Floats, slope: Floats, to
         beta, value, slope = -beta, -value, -slope
     weighted = _weighting(value / here / math.copysign(1.0, float((value / here)[len(ratios) // 2, 0])), x, tol)
     if weighted is None:
-        what = "the KL term is weighted by something other than ρ"
-        amount = f"{number(value[0, 6] / value[len(ratios) // 2, 6])} at ρ = {number(math.exp(ratios[0]))}"
-        findings.append(Finding("differs", what, "", amount, token(float(ratios[0]), 1.0, 0.0, width)))
+        findings.append(_otherwise_weighted(value / beta, ratios, k, tol, width))
     rho = np.exp(x) if weighted else np.ones_like(x)
     beta = tidy(beta, tol)
     gradient: Literal["own", "score", "k2"] = "own"
     if loss.gives_gradient and weighted is not None:
         gradient, more = _gradient(beta, name, k(_NEAR), dk(_NEAR), rho, np.exp(x), slope, bool(weighted), tol, width)
         findings += more
+    if weighted is not None and len(ratios) > 1 and not any("as in a reward" in x.what for x in findings):
+        findings += _weight_far_away(of, beta * float(k(np.float64(1.0))), weighted, tol, width)
     findings += _clamps(of, beta, name, k, tol, width)
     return KLTerm(_option(option, beta, bool(weighted), gradient), True, beta, tuple(findings))
 
@@ -129,6 +135,33 @@ def _weighting(relative: Floats, x: Floats, tol: float) -> bool | None:
     if np.allclose(relative, np.exp(x), rtol=tol, atol=0):
         return True
     return None
+
+
+def _otherwise_weighted(k_found: Floats, ratios: Floats, k: Any, tol: float, width: int) -> Finding:
+    """What weighs the KL term, near ρ = 1, if it is not ρ."""
+    x = ratios[:, None]
+    i = 6  # l = 1
+    what = "the KL term is weighted by something other than ρ"
+    if np.allclose(k_found, np.exp(-x) * k(_NEAR), rtol=tol, atol=tol):
+        what = "the KL term is weighted by 1/ρ, not by ρ"
+    elif np.allclose(k_found, k(_NEAR - x), rtol=tol, atol=tol):
+        what = "the KL term is of π_old, not of π_θ: it holds log π_old − log π_ref, and has no gradient"
+    amount = (
+        f"{number(k_found[0, i] / k_found[len(ratios) // 2, i])} times as large at ρ = {number(math.exp(ratios[0]))}"
+    )
+    return Finding("differs", what, "A = 0, l = 1", amount, token(float(ratios[0]), 1.0, 0.0, width))
+
+
+def _weight_far_away(of: Any, at_one: float, weighted: bool, tol: float, width: int) -> list[Finding]:
+    """Whether the weight is, far from ρ = 1, what it is near it."""
+    found = {x: of(x, 1.0)[0] / at_one for x in _FAR_RATIOS}
+    wrong = {x: v for x, v in found.items() if not abs(v - math.exp(x * weighted)) <= 10 * tol * math.exp(x)}
+    if not wrong:
+        return []
+    bounds = " and ".join(f"{number(tidy(v, 10 * tol))}" for v in wrong.values())
+    what = f"the KL term is weighted by the clipped ratio: by {bounds} and no ρ beyond"
+    amount = "; ".join(f"{number(v)} at ρ = {number(math.exp(x))}" for x, v in wrong.items())
+    return [Finding("differs", what, "far from ρ = 1", amount, token(next(iter(wrong)), 1.0, 0.0, width))]
 
 
 def _option(kind: Any, beta: float, weighted: bool, gradient: str) -> Any:
@@ -170,7 +203,7 @@ def _gradient(
     elif weighted and is_(ratio * dk):
         what = "KL gradient without the sampling term: its ratio is held constant"
     elif is_(ratio * k) or is_(k + 0 * ratio):
-        what = "KL gradient is the sampling term alone: the KL is held constant, as in a reward"
+        what = "KL gradient is the sampling term alone: the KL is held constant within the advantage, as in a reward"
     elif is_(-(rho * (dk + weighted * k))):
         what = "the KL term's gradient has the wrong sign"
     elif is_(np.broadcast_to(ratio * (k + dk), slope.shape)):

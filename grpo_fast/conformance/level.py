@@ -40,8 +40,8 @@ def sequence_of(x: Floats, A: Any = 1.0, l: Any = 0.0, mask: Any = None) -> Batc
     return batch([logp], [logp - x], A, [logp - l], None if mask is None else [mask])
 
 
-def read(loss: Loss, policy: Policy, weight: float, per_token: bool) -> LevelFound:
-    """Read the level; ``weight`` is c of each token in a sequence of three.
+def read(loss: Loss, policy: Policy, weights: Floats, per_token: bool) -> LevelFound:
+    """Read the level; ``weights`` are those of the tokens in a sequence of three, up to a factor.
 
     Only the value is looked at, but for the last question, since one may be right without the other.
     """
@@ -51,6 +51,7 @@ def read(loss: Loss, policy: Policy, weight: float, per_token: bool) -> LevelFou
         return LevelFound("sequence" if is_vespo else "token", surrogate)
     low = policy.inside[0] if policy.inside[0] < -1e-6 else -1e-3
     x = low * np.array([0.9, 0.1, 0.4])
+    weight = policy.sign * weights / weights.sum() * _total(loss, surrogate, x)
     fits = _fitting(loss, surrogate, weight, x)
     if is_vespo:
         if "product" in fits:
@@ -59,7 +60,7 @@ def read(loss: Loss, policy: Policy, weight: float, per_token: bool) -> LevelFou
         return LevelFound("sequence", surrogate, (Finding("differs", text, "", "", sequence_of(x)),))
     if not fits:
         text = "the ratio of a sequence's tokens is neither each one's own nor a mean of the sequence"
-        value = _value(loss, x) / weight
+        value = _value(loss, x) / weight.mean()
         amount = f"Σ s = {number(value)} for ρ = {[float(number(r)) for r in np.exp(x)]}"
         return LevelFound(None, surrogate, (Finding("differs", text, "", amount, sequence_of(x)),))
     bounded = _bounded(surrogate)
@@ -97,6 +98,12 @@ def _value(loss: Loss, x: Floats, mask: Any = None) -> float:
     return loss(sequence_of(x, 0.0, mask=mask)).loss - loss(sequence_of(x, mask=mask)).loss
 
 
+def _total(loss: Loss, surrogate: Any, x: Floats) -> float:
+    """The sum of the weights, by the value where all ratios are 1, so that the gradient may be wrong."""
+    at = sequence_of(0 * x)
+    return abs(_value(loss, 0 * x) / float(_s(surrogate, 0 * x, at)[0]))
+
+
 def _s(surrogate: Any, log_ratio: Floats, at: Batch) -> Floats:
     if type(surrogate).__name__ == "VESPO":
         k, lam = surrogate.k_pos, surrogate.lambda_pos
@@ -105,14 +112,14 @@ def _s(surrogate: Any, log_ratio: Floats, at: Batch) -> Floats:
     return reference.surrogate_term(surrogate, np.exp(log_ratio), np.ones_like(log_ratio), at.logps[0])[0]
 
 
-def _fitting(loss: Loss, surrogate: Any, weight: float, x: Floats) -> list[str]:
+def _fitting(loss: Loss, surrogate: Any, weight: Floats, x: Floats) -> list[str]:
     at = sequence_of(x)
     value = _value(loss, x)
     tol = max(1e-7, loss.exactness * 100)
     found = []
     for name, log_ratio in _RATIOS.items():
-        expected = weight * float(np.sum(_s(surrogate, log_ratio(x), at)))
-        spread = weight * float(np.sum(np.abs(_s(surrogate, log_ratio(x), at))))
+        expected = float(np.sum(weight * _s(surrogate, log_ratio(x), at)))
+        spread = float(np.sum(np.abs(weight * _s(surrogate, log_ratio(x), at))))
         if abs(value - expected) <= min(tol, 1e-2 * np.ptp(x) ** 2) * spread:
             found.append(name)
     return found
@@ -127,14 +134,14 @@ def _bounded(surrogate: Any) -> float | None:
     return 0.5 if type(surrogate).__name__ == "SAPO" else None
 
 
-def _gmpo(loss: Loss, surrogate: Any, weight: float, x: Floats) -> Any:
+def _gmpo(loss: Loss, surrogate: Any, weight: Floats, x: Floats) -> Any:
     """GMPO, if what clips each token within a geometric mean is what was found: its ε are of log ρ."""
     kind = getattr(terms, "GMPO", None)
     if kind is None or not isinstance(surrogate, Clip) or not surrogate.epsilon_high > 0:
         return None
     high = math.log1p(surrogate.epsilon_high)
-    expected = weight * x.size * math.exp(float(np.minimum(x, high).mean()))
-    if abs(_value(loss, x) - expected) > max(1e-7, loss.exactness * 100) * expected:
+    expected = float(weight.sum()) * math.exp(float(np.minimum(x, high).mean()))
+    if abs(_value(loss, x) - expected) > max(1e-7, loss.exactness * 100) * abs(expected):
         return None
     error = 100 * loss.exactness
     low = -math.log1p(-surrogate.epsilon) if surrogate.epsilon < 1 else math.inf

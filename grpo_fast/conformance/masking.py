@@ -48,6 +48,11 @@ def effective(loss: Loss, made: Callable[[NDArray[np.bool_]], Batch], what: str)
         return True, []  # without a gradient, which is told elsewhere
     if all(map(np.array_equal, patterns, masks)):
         return True, []
+    if all(pattern.all() for pattern in patterns) and _through_others(loss, made):
+        text = f"padding leaks: log-ratios of masked tokens enter the ratio of their sequence ({what})"
+        at = made(np.array([[True, False]]))
+        grad = loss(at).grad
+        return False, [Finding("differs", text, "a mask with zeros", f"∂loss/∂logps = {_rows(grad)}", at)]
     for text, pattern_of in _PATTERNS.items():
         if all(np.array_equal(pattern, pattern_of(mask)) for pattern, mask in zip(patterns, masks, strict=True)):
             break
@@ -57,8 +62,20 @@ def effective(loss: Loss, made: Callable[[NDArray[np.bool_]], Batch], what: str)
     at = made(mask)
     grad = loss(at).grad
     assert grad is not None
-    amount = f"∂loss/∂logps = {[[float(number(g)) + 0.0 for g in row] for row in grad]}"
+    amount = f"∂loss/∂logps = {_rows(grad)}"
     return False, [Finding("differs", f"{text} ({what})", "a mask with zeros", amount, at)]
+
+
+def _rows(grad: Any) -> str:
+    return str([[float(number(g)) + 0.0 for g in row] for row in grad])
+
+
+def _through_others(loss: Loss, made: Any) -> bool:
+    """Whether the gradient of a token depends on a masked one of its row: then it is no term of its own."""
+    at = made(np.array([[True, False]]))
+    moved = at._replace(logps=at.logps - np.array([[0.0, 1e-3]]))
+    before, after = loss(at).grad, loss(moved).grad
+    return before is not None and after is not None and abs(after[0, 0] - before[0, 0]) > 1e-5 * abs(before[0, 0])
 
 
 def _smallest(loss: Loss, made: Any, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -164,19 +181,30 @@ def _small_leak(loss: Loss, at: Batch, name: str) -> tuple[Batch, str]:
 
 def rows_mixed(loss: Loss) -> list[Finding]:
     """Whether the gradient of one row depends on the values of another."""
-    at = base(np.ones((3, 2), bool))
-    before = loss(at).grad
-    assert before is not None
-    parts = {
-        "advantages": at._replace(advantages=np.append(at.advantages[:-1], 3 * at.advantages[-1])),
-        "log-ratios": at._replace(logps=np.concatenate([at.logps[:-1], at.logps[-1:] - 1e-4])),
-    }
-    for name, moved in parts.items():
-        after = loss(moved).grad
-        assert after is not None
-        off = np.abs(after - before)[:-1].max()
-        if off > max(loss.exactness * 100, 1e-7) * np.abs(before).max():
-            text = f"rows are mixed: the gradient of a row depends on the {name} of another"
-            amount = f"moves by {number(off)} of {number(np.abs(before).max())}"
-            return [Finding("differs", text, "two rows or more", amount, at)]
+    for at in (Batch(*_TWO_ROWS), base(np.ones((3, 2), bool))):
+        before = loss(at).grad
+        assert before is not None
+        parts = {
+            "advantages": at._replace(advantages=np.append(at.advantages[:-1], 3 * at.advantages[-1])),
+            "log-ratios": at._replace(logps=np.concatenate([at.logps[:-1], at.logps[-1:] - 1e-4])),
+        }
+        moved = {}
+        for name, other in parts.items():
+            after = loss(other).grad
+            assert after is not None
+            off = np.abs(after - before)[:-1].max()
+            if off > max(loss.exactness * 100, 1e-7) * np.abs(before).max():
+                moved[name] = f"moves by {number(off)} of {number(np.abs(before).max())} with the {name}"
+        if moved:
+            text = f"rows are mixed: the gradient of a row depends on the {' and the '.join(moved)} of another"
+            return [Finding("differs", text, "two rows or more", ", ".join(moved.values()), at)]
     return []
+
+
+_TWO_ROWS = (
+    np.array([[-0.5001], [-0.7001]]),
+    np.array([[-0.5], [-0.7]]),
+    np.array([1.0, 2.0]),
+    np.array([[-0.6001], [-0.5001]]),
+    np.ones((2, 1), bool),
+)

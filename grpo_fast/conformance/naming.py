@@ -132,6 +132,8 @@ def _one(loss: Loss, options: Mapping[str, Any], misses: Sequence[Miss], severit
     miss = min(misses, key=lambda m: m.case.at.logps.size)
 
     def again(at: Batch) -> Miss | None:
+        if miss.case.kind == "masked" and not at.mask.any():
+            return None  # that is a matter of empty batches
         if not np.isfinite(expected(options, at, loss.takes)[0]):
             return None  # what is not finite would have come out from under the mask
         found = compare(loss, options, miss.case._replace(at=at))

@@ -43,7 +43,7 @@ class Normalizer(NamedTuple):
     """
 
     constant: float
-    factors: tuple[tuple[str, int], ...]
+    factors: tuple[tuple[str, float], ...]
 
     def __call__(self, mask: Any) -> float:
         """The denominator for a batch with this mask (B, T)."""
@@ -54,7 +54,7 @@ class Normalizer(NamedTuple):
         return float(self.constant * math.prod(max(float(sizes[name]), 1.0) ** power for name, power in self.factors))
 
     def __repr__(self) -> str:
-        parts = [f"{name}{'' if power == 1 else f'^{power}'}" for name, power in self.factors]
+        parts = [_power(name, power) for name, power in self.factors]
         constant = [] if self.constant == 1 and parts else [f"{self.constant:g}"]
         return f"<{' · '.join(constant + parts)}, of each batch>"
 
@@ -64,7 +64,7 @@ class Weights(NamedTuple):
 
     aggregation: str | None
     normalizer: Any
-    powers: dict[str, int] | None
+    powers: dict[str, float] | None
     constant: float
     findings: tuple[Finding, ...] = ()
     notes: tuple[str, ...] = ()
@@ -151,15 +151,15 @@ def _fit(rows: list[tuple[NDArray[np.bool_], Floats]], error: float, names: tupl
         target.append(np.log(weights[mask]))
     A, b = np.concatenate(system), np.concatenate(target)
     found, *_ = np.linalg.lstsq(A, b, rcond=None)
-    powers = np.round(found[:-1])
+    powers = np.round(2 * found[:-1]) / 2
     rest = b - A[:, :-1] @ powers
     if np.abs(rest - rest.mean()).max() > max(1e-5, 100 * error):
         return None
-    kept = {name: int(p) for name, p in zip(names, powers, strict=True) if p}
+    kept = {name: int(p) if p == int(p) else float(p) for name, p in zip(names, powers, strict=True) if p}
     return kept, float(np.exp(np.median(rest)))
 
 
-def _fit_of_empties(rows: Any, powers: dict[str, int], error: float) -> dict[str, int] | None:
+def _fit_of_empties(rows: Any, powers: dict[str, float], error: float) -> dict[str, float] | None:
     """The powers with B in place of B′, or B′ in place of B, as batches with empty sequences have it."""
     choices = [powers]
     if "B" in powers:
@@ -180,7 +180,7 @@ def _fit_of_empties(rows: Any, powers: dict[str, int], error: float) -> dict[str
 
 # --- names ------------------------------------------------------------------------------------------------------------
 def _named(
-    loss: Loss, made: Any, powers: dict[str, int], constant: float, findings: list[Finding], what: str
+    loss: Loss, made: Any, powers: dict[str, float], constant: float, findings: list[Finding], what: str
 ) -> Weights:
     error = max(1e-7, 10 * loss.exactness)
     within = powers.get("n_i", 0)
@@ -191,10 +191,9 @@ def _named(
     example = made(np.array([[True, True, False]]))
     notes: list[str] = []
     if within not in (0, -1):
-        how = (
-            f"times the number of its tokens to the power {within}" if within != 1 else "times the number of its tokens"
-        )
-        finding = Finding("differs", f"weighs each token of a sequence{what} {how}", "", f"c_i = {formula}", example)
+        power = "" if within == 1 else f" to the power {within:g}".replace("-", "−")
+        text = f"weighs each token of a sequence{what} by the number of its tokens{power}: neither a sum nor a mean"
+        finding = Finding("differs", text, "sequences of unequal length", f"c_i = {formula}", example)
         return Weights(None, None, powers, constant, (*findings, finding))
     mean = within == -1
     if rest == {"B": 1} and scale == 1:
@@ -218,11 +217,11 @@ def _named(
         if rest == {"B": 1, "T": 1} or rest == {"N": 1}:
             aggregation, normalizer, findings = "token-mean", None, []
     if isinstance(normalizer, Normalizer):
-        notes.append(f"the denominator is {formula}: options['normalizer'] is a function of the mask")
+        notes.append(f"the weight of a token is {formula}: options['normalizer'] is a function of the mask")
     return Weights(aggregation, normalizer, powers, constant, tuple(findings), tuple(notes))
 
 
-def _wrong(made: Any, rest: dict[str, int], mean: bool, scale: float, formula: str, what: str) -> list[Finding]:
+def _wrong(made: Any, rest: dict[str, float], mean: bool, scale: float, formula: str, what: str) -> list[Finding]:
     findings = []
     amount = f"a token's weight is {formula}"
     if rest.get("T"):
@@ -254,7 +253,7 @@ def _wrong(made: Any, rest: dict[str, int], mean: bool, scale: float, formula: s
     return findings
 
 
-def _formula(powers: dict[str, int], scale: float) -> str:
+def _formula(powers: dict[str, float], scale: float) -> str:
     above = [_power(name, p) for name, p in powers.items() if p > 0]
     below = [_power(name, -p) for name, p in powers.items() if p < 0]
     if scale != 1 or not below:
@@ -262,14 +261,20 @@ def _formula(powers: dict[str, int], scale: float) -> str:
     return f"{' · '.join(above) or '1'}/({' · '.join(below)})" if below != ["1"] else (" · ".join(above) or "1")
 
 
-def _power(name: str, p: int) -> str:
-    return name if p == 1 else f"{name}^{p}"
+def _power(name: str, p: float) -> str:
+    return name if p == 1 else f"{name}^{p:g}"
 
 
 # --- what is no product -----------------------------------------------------------------------------------------------
 def _unfitted(loss: Loss, made: Any, unit: float, rows: Any, what: str) -> Weights:
     """Look into weights that are no product of powers."""
     none = Weights(None, None, None, 1.0)
+    idle = next(((m, w, i) for m, w in rows for i in range(len(m)) if m[i].any() and not w[i].any()), None)
+    if idle is not None:
+        mask, weights, i = idle
+        text = f"some rows do not count{what}: their tokens have no gradient"
+        amount = f"row {i} of {len(mask)}" + (", and all behind it" if not weights[i:].any() else "")
+        return none._replace(findings=(Finding("differs", text, f"{len(mask)} rows", amount, made(mask)),))
     uneven = next(
         ((m, w) for m, w in rows if any(np.ptp(w[i][m[i]]) > 1e-4 * abs(w[i][m[i]]).max() for i in range(len(m)))), None
     )
@@ -332,18 +337,18 @@ def _chunks(loss: Loss, made: Any, unit: float) -> int | None:
 
 def _offset(loss: Loss, made: Any, unit: float) -> Weights | None:
     """A constant added to a denominator that is a number of tokens: 1/(n + ε)."""
-    for name, aggregation, shape in (("n_i", "seq-mean-token-mean", (1, 1)), ("N", "token-mean", (2, 2))):
-        sizes, inverse = [], []
-        for n in (1, 2, 3, 5, 8):
-            mask = ragged([n] if shape[0] == 1 else [n, 3])
-            weights = measured(loss, made(mask), unit)
-            if weights is None:
-                return None
-            sizes.append(mask.sum())
-            inverse.append(1 / weights[0, 0])
-        (slope, constant), *_ = np.linalg.lstsq(np.stack([sizes, np.ones(5)], axis=1), np.array(inverse), rcond=None)
-        if np.abs(slope * np.array(sizes) + constant - inverse).max() < 1e-6 and abs(slope - 1) < 1e-6 and constant > 0:
-            text = f"adds {number(tidy(constant, 1e-6))} to the number of tokens it divides by"
+    sizes = np.array([1, 2, 3, 5, 8])
+    inverse = []
+    for n in sizes:
+        weights = measured(loss, made(ragged([n, 3])), unit)
+        if weights is None:
+            return None
+        inverse.append(1 / weights[0, 0])
+    for name, aggregation, more, rows in (("n_i", "seq-mean-token-mean", 0, 2), ("N", "token-mean", 3, 1)):
+        constants = np.array(inverse) / rows - sizes - more
+        constant = float(np.median(constants))
+        if np.ptp(constants) < 1e-6 and constant > 1e-6:
+            text = f"adds {number(tidy(constant, 1e-5))} to the number of tokens it divides by"
             finding = Finding("differs", text, "", f"1/({name} + {number(constant)})", made(ragged([1])))
             return Weights(aggregation, None, None, 1.0, (finding,))
     return None

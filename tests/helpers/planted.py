@@ -256,7 +256,9 @@ def centred_inside(logps, old_logps, advantages, mask):
 # --- KL ---------------------------------------------------------------------------------------------------------------
 def _with(penalty: Any) -> Any:
     def loss(logps, old_logps, advantages, ref_logps, mask):
-        return seq_mean(clipped((logps - old_logps).exp(), advantages) + 0.04 * penalty(logps, old_logps, ref_logps), mask)
+        return seq_mean(
+            clipped((logps - old_logps).exp(), advantages) + 0.04 * penalty(logps, old_logps, ref_logps), mask
+        )
 
     return loss
 
@@ -317,11 +319,15 @@ shifted_mask = _aggregated(lambda x, m: (x[:, 1:] * m[:, :-1]).sum() / m[:, :-1]
 rolled_mask = _aggregated(lambda x, m: token_mean(x, m.roll(1, 1)))
 last_dropped = _aggregated(lambda x, m: (x[:, :-1] * m[:, 1:]).sum() / m[:, 1:].sum().clamp(min=1))
 over_longest = _aggregated(lambda x, m: (x * m).sum() / (len(m) * m.sum(1).max().clamp(min=1)))
-mean_of_positions = _aggregated(lambda x, m: ((x * m).sum(0) / m.sum(0).clamp(min=1)).sum() / m.any(0).sum().clamp(min=1))
+mean_of_positions = _aggregated(
+    lambda x, m: ((x * m).sum(0) / m.sum(0).clamp(min=1)).sum() / m.any(0).sum().clamp(min=1)
+)
 mean_of_means = _aggregated(
     lambda x, m: torch.stack([token_mean(x[i : i + 2], m[i : i + 2]) for i in range(0, len(x), 2)]).mean()
 )
-other_sequences = _aggregated(lambda x, m: ((x * m).sum(1) / m.sum(1).clamp(min=1)).sum() / (m.sum(1) > 0).sum().clamp(min=1))
+other_sequences = _aggregated(
+    lambda x, m: ((x * m).sum(1) / m.sum(1).clamp(min=1)).sum() / (m.sum(1) > 0).sum().clamp(min=1)
+)
 accumulation = _aggregated(lambda x, m: token_mean(x, m) / 4)
 doubled = _aggregated(lambda x, m: 2 * seq_mean(x, m))
 plus_epsilon = _aggregated(lambda x, m: (x * m).sum() / (m.sum() + 0.01))
@@ -371,7 +377,11 @@ PLANTED: dict[str, tuple[Any, str, dict[str, Any] | None]] = {
     "max for min": (max_for_min, r"larger of .*max for min", {"surrogate": Clip(0.2), **MEAN}),
     "min missing": (min_missing, "minimum with the unclipped term is missing", {"surrogate": Clip(0.2), **MEAN}),
     "straight-through": (straight_through, "clipped tokens keep their gradient", {"surrogate": Clip(0.2), **MEAN}),
-    "log-ratio ±10": (log_ratio_clamped_at_10, "log-ratio is clamped at ±10: no gradient beyond", {"surrogate": Clip(0.2), **MEAN}),
+    "log-ratio ±10": (
+        log_ratio_clamped_at_10,
+        "log-ratio is clamped at ±10: no gradient beyond",
+        {"surrogate": Clip(0.2), **MEAN},
+    ),
     "CISPO without detach": (cispo_without_detach, "stop-gradient is missing", {"surrogate": CISPO(5.0), **MEAN}),
     "CISPO that drops": (cispo_that_drops, "beyond the bound lose their gradient", {"surrogate": CISPO(5.0), **MEAN}),
     "|A|": (abs_advantage, "sign of A does not matter", None),
@@ -381,14 +391,26 @@ PLANTED: dict[str, tuple[Any, str, dict[str, Any] | None]] = {
     "A over std": (divided_by_std, "divides the advantages by their standard deviation", None),
     "A centred": (centred_inside, "subtracts the mean of the advantages", None),
     "KL of the other direction": (other_direction, "KL of the other direction", None),
-    "KL without sampling term": (no_sampling_term, "KL gradient without the sampling term", {"surrogate": Clip(0.2), "kl": K3(0.04), **SEQ}),
+    "KL without sampling term": (
+        no_sampling_term,
+        "KL gradient without the sampling term",
+        {"surrogate": Clip(0.2), "kl": K3(0.04), **SEQ},
+    ),
     "KL detached": (kl_detached, "KL term has no gradient", {"surrogate": Clip(0.2), "kl": K3(0.04, False), **SEQ}),
     "KL sign": (kl_sign, "sign of the KL term is reversed", {"surrogate": Clip(0.2), "kl": K3(0.04, False), **SEQ}),
     "KL absolute": (kl_absolute, "estimates no KL", None),
     "KL lacks l": (kl_lacks_l, r"lacks its \+ l", None),
     "KL lacks 1": (kl_lacks_1, "lacks its − 1", None),
-    "KL clamped": (kl_clamped, "KL estimate is clamped at 10: no gradient beyond", {"surrogate": Clip(0.2), "kl": K3(0.04, False), **SEQ}),
-    "KL's log-ratio clamped": (kl_log_clamped, "clamped at ±5 in the KL term: no gradient beyond", {"surrogate": Clip(0.2), "kl": K3(0.04, False), **SEQ}),
+    "KL clamped": (
+        kl_clamped,
+        "KL estimate is clamped at 10: no gradient beyond",
+        {"surrogate": Clip(0.2), "kl": K3(0.04, False), **SEQ},
+    ),
+    "KL's log-ratio clamped": (
+        kl_log_clamped,
+        "clamped at ±5 in the KL term: no gradient beyond",
+        {"surrogate": Clip(0.2), "kl": K3(0.04, False), **SEQ},
+    ),
     "KL weighted inversely": (kl_inverse_weight, "weighted by something other than ρ|weighted by 1/ρ", None),
     "KL weighted by the clipped ratio": (kl_clipped_weight, "weighted by .*clipped", None),
     "KL of the old policy": (kl_of_old, "KL term is of π_old|KL term.*none that", None),
