@@ -60,6 +60,7 @@ class Tokens:
         self.width = 1
         self.kind: Kind = "ratio"
         self.scale = {1: 1.0, -1: 1.0}  # s/A at ρ = 1, for either sign of A
+        self._without: dict[tuple[float, float, int], tuple[float, Floats]] = {}
 
     def at(self, x: float, A: float, anchor: float = FAR) -> Batch:
         """The batch with this log ρ."""
@@ -70,11 +71,19 @@ class Tokens:
     def of(self, x: float, A: float, anchor: float = FAR) -> tuple[float, float]:
         """−loss and the sum of −∂loss/∂logps, less those of A = 0."""
         found = self.loss(self.at(x, A, anchor))
-        without = self.loss(self.at(x, 0.0, anchor))
         assert found.grad is not None
-        assert without.grad is not None
+        loss, grad = self._at_0(x, anchor)
         # adding 0.0 makes 0.0 of −0.0
-        return without.loss - found.loss + 0.0, float(np.sum(without.grad) - np.sum(found.grad)) + 0.0
+        return loss - found.loss + 0.0, float(np.sum(grad) - np.sum(found.grad)) + 0.0
+
+    def _at_0(self, x: float, anchor: float) -> tuple[float, Floats]:
+        """Loss and gradient for A = 0."""
+        key = (float(x), anchor, self.width)
+        if key not in self._without:
+            found = self.loss(self.at(x, 0.0, anchor))
+            assert found.grad is not None
+            self._without[key] = found.loss, found.grad
+        return self._without[key]
 
     def relative(self, x: float, sign: int, anchor: float = FAR) -> tuple[float, float]:
         """Value and slope as in a `Curve`."""
@@ -84,10 +93,9 @@ class Tokens:
 
     def noise(self, x: float, anchor: float = FAR) -> tuple[float, float]:
         """The rounding of what value and slope are differences of."""
-        without = self.loss(self.at(x, 0.0, anchor))
-        assert without.grad is not None
+        loss, grad = self._at_0(x, anchor)
         unit = 16 * self.loss.eps / abs(self.scale[1])
-        return unit * abs(without.loss), unit * float(np.abs(without.grad).sum())
+        return unit * abs(loss), unit * float(np.abs(grad).sum())
 
     def curve(self, sign: int, anchor: float = FAR) -> Curve:
         """The curve over `GRID`; NaN where the loss raises an error."""
@@ -122,16 +130,21 @@ def dropped(tokens: Tokens, curve: Curve, sign: int, anchor: float = FAR) -> tup
     return bounds[0], bounds[1]
 
 
-def flat(tokens: Tokens, sign: int, tol: float, edges: tuple[float, float]) -> Bounds:
+def flat(tokens: Tokens, curve: Curve, sign: int, tol: float, edges: tuple[float, float]) -> Bounds:
     """At which ρ the value stops to fall and to grow, at the ends of what is kept: where two of its values are one."""
     found = []
     for side, edge in zip((-1, 1), edges, strict=True):
         if math.isfinite(edge):
             ends = [edge - side * d * max(1.0, abs(edge)) for d in (1e-3, 1e-2)]
         else:
-            ends = [side * abs(float(x)) for x in GRID[:2]]
+            # The farthest ones whose value is more than rounding.
+            told = np.flatnonzero((curve.noise <= tol * np.abs(curve.value)) & (side * curve.x > 0))
+            if told.size < 2:
+                found.append(None)
+                continue
+            ends = [float(x) for x in curve.x[told[[0, 1] if side < 0 else [-1, -2]]]]
         one, other = (tokens.relative(x, sign)[0] for x in ends)
-        is_flat = abs(one - other) <= tol * abs(one) and one > 1e3 * tokens.noise(ends[0])[0]
+        is_flat = abs(one - other) <= tol * abs(one) and one > 0
         found.append(one if is_flat else None)
     low, high = found
     return Bounds(0.0 if low is None else low, math.inf if high is None else high, *edges)

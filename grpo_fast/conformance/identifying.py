@@ -53,7 +53,7 @@ def read(loss: Loss, progress: Progress) -> Reading:
     progress.stage("KL term")
     term = kl.read(loss, found.scale, found.width)
     findings += term.findings
-    findings += remainder.read(loss, found.scale, found.width)
+    findings += remainder.read(loss, found.scale, found.width, term.findings, term.there)
 
     progress.stage("mask")
     unit = _unit(loss, batch(np.full((1, found.width), weights.LOGP)), found.scale)
@@ -73,16 +73,13 @@ def read(loss: Loss, progress: Progress) -> Reading:
     found_weights = weights.Weights(None, None, None, 1.0)
     if unit and np.isfinite(unit) and applied:
         found_weights = weights.read(loss, weights.of_policy, unit)
-        mixed = any("rows are mixed" in finding.what for finding in findings)
-        findings += [x for x in found_weights.findings if not (mixed and "in no simple way" in x.what)]
-        notes += found_weights.notes
         if unit_of_kl and np.isfinite(unit_of_kl) and term.there:
             findings += _kl_aggregation(loss, found_weights, unit_of_kl)
     elif not unit:
         notes.append("its policy term has no gradient, so that the weights of tokens could not be read")
     elif not applied:
         guessed = _aggregation_without_mask(loss, unit)
-        found_weights = guessed if guessed is not None else found_weights
+        found_weights = guessed._replace(findings=(), notes=()) if guessed is not None else found_weights
 
     progress.stage("level")
     one = weights.measured(loss, weights.of_policy(np.ones((1, 3), bool)), unit) if unit else None
@@ -90,12 +87,22 @@ def read(loss: Loss, progress: Progress) -> Reading:
     if one is not None and np.isfinite(one).all() and one.sum() > 0:
         levels = level.read(loss, found, one[0], taken.per_token)
         findings += levels.findings
+        found_weights = weights.for_values(loss, found_weights, weights.of_policy, levels.divisor)
         surrogate, of_level = levels.surrogate, levels.level or ""
         option, more = kl_ratio(loss, term.option, of_level, float(one[0].mean()))
         term = term._replace(option=option)
         findings += more
+    findings += [x for x in found_weights.findings if not _follows(x, findings, surrogate)]
+    notes += found_weights.notes
     options = _options(surrogate, found.trust_region, term, of_level, found_weights)
     return Reading(options, tuple(findings), tuple(notes), taken.per_token)
+
+
+def _follows(finding: Finding, others: list[Finding], surrogate: Any) -> bool:
+    """Whether a finding about the weights is only what another one looks like there."""
+    if surrogate is None and ("besides (such as" in finding.what or "times as large" in finding.what):
+        return True
+    return "in no simple way" in finding.what and any("rows are mixed" in other.what for other in others)
 
 
 def _deterministic(loss: Loss) -> list[Finding]:

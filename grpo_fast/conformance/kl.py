@@ -84,10 +84,8 @@ def read(loss: Loss, scale: float, width: int) -> KLTerm:
             return KLTerm(None, False, 0.0)
         finding = Finding("differs", "is not finite at A = 0 beside a reference", "", "", token(0.0, 0.5, 0.0, width))
         return KLTerm(None, True, 0.0, (finding,))
-    if np.ptp(value, axis=1).max() <= tol * np.abs(value).max() and not np.ptp(slope, axis=1).any():
+    if max(np.ptp(x, axis=1).max() for x in (value, slope)) <= tol * np.abs(table).max():
         return KLTerm(None, False, 0.0)  # nothing of the reference: `remainder` tells what it is
-    if not np.ptp(value[len(ratios) // 2]) and len(ratios) == 1:
-        return KLTerm(None, False, 0.0)
     return _named(loss, of, ratios, value, slope, tol, width)
 
 
@@ -154,7 +152,7 @@ def _otherwise_weighted(k_found: Floats, ratios: Floats, k: Any, tol: float, wid
 
 def _weight_far_away(of: Any, at_one: float, weighted: bool, tol: float, width: int) -> list[Finding]:
     """Whether the weight is, far from ρ = 1, what it is near it."""
-    found = {x: of(x, 1.0)[0] / at_one for x in _FAR_RATIOS}
+    found = {x: abs(of(x, 1.0)[0] / at_one) for x in _FAR_RATIOS}
     wrong = {x: v for x, v in found.items() if not abs(v - math.exp(x * weighted)) <= 10 * tol * math.exp(x)}
     if not wrong:
         return []

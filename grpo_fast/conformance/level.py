@@ -30,7 +30,7 @@ class LevelFound(NamedTuple):
     level: str | None
     surrogate: Any
     findings: tuple[Finding, ...] = ()
-    notes: tuple[str, ...] = ()
+    divisor: str = "n_i"  # of the sum of a sequence's log-ratios: its tokens, the width of the padding, or 1
 
 
 def sequence_of(x: Floats, A: Any = 1.0, l: Any = 0.0, mask: Any = None) -> Batch:
@@ -86,8 +86,9 @@ def read(loss: Loss, policy: Policy, weights: Floats, per_token: bool) -> LevelF
     level = "sequence"
     if per_token and loss.gives_gradient and not isinstance(surrogate, CISPO):
         level = _whose_advantage(loss, x)
-    findings += _divisor(loss, surrogate, fits[0], low)
-    return LevelFound(level, surrogate, tuple(findings))
+    of_width = _divisor(loss, surrogate, fits[0], low)
+    divisor = "1" if fits[0] == "product" else "T" if of_width else "n_i"
+    return LevelFound(level, surrogate, (*findings, *of_width), divisor)
 
 
 def _whose(fits: list[str]) -> str:

@@ -30,7 +30,7 @@ def of_misses(
     # What finite padding does is told already where it does something, and an ordinary miss is no matter of NaN.
     explained = {id(miss) for miss in masked if miss.how in ("differs", "differs slightly")}
     findings += _of_masked(loss, options, [miss for miss in masked if id(miss) not in explained])
-    empty = take(lambda m: m.case.kind in ("empty", "empty sequence") and m.how != "differs")
+    empty = take(lambda m: m.case.kind in ("empty", "empty sequence") and m.how in ("raises", "is not finite"))
     findings += _of_empty(empty)
     small = take(lambda m: m.how == "differs slightly")
     if not any(m.how == "differs" and m.case.severity == "differs" for m in rest):

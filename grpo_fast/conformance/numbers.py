@@ -13,7 +13,7 @@ def tidy(x: float, error: float) -> float:
         rounded = float(f"{x:.{digits}g}")
         if abs(rounded - x) <= error * abs(x):
             return rounded
-        if digits <= 6 and abs(float(np.float32(rounded)) - x) <= error * abs(x):  # it was meant so, in float32
+        if digits <= 5 and abs(rounded - x) <= 1.2e-7 * abs(x):  # it was meant so, and computed in float32
             return rounded
     return x
 

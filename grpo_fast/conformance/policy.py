@@ -161,7 +161,7 @@ def _named(tokens: Tokens, read: dict[int, Curve], policy: Policy) -> Policy:
         findings += slopes.wrong(tokens, read, kept, {}, smooth)
         inside = (max(-1.0, edges[1][0] / 2), min(1.0, edges[1][1] / 2))
         return policy._replace(surrogate=smooth, trust_region=region, inside=inside, findings=tuple(findings))
-    clamp, bounds = curves.clamps({sign: curves.flat(tokens, sign, tol, edges[sign]) for sign in read})
+    clamp, bounds = curves.clamps({sign: curves.flat(tokens, read[sign], sign, tol, edges[sign]) for sign in read})
     for sign, curve in read.items():
         expected = np.clip(np.exp(np.clip(curve.x, *clamp)), bounds[sign].low, bounds[sign].high)
         room = tol * expected * (1 + np.abs(curve.x)) + curve.noise

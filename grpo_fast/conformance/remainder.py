@@ -3,6 +3,8 @@
 That should be nothing. A KL term to π_old, an entropy bonus or a constant are told by how it changes.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,8 +17,10 @@ _X = np.array([-0.5, -0.2, 0.0, 0.1, 0.4])
 _LOGPS = np.array([-1.0, -2.0, -0.3, -4.0])
 
 
-def read(loss: Loss, scale: float, width: int) -> list[Finding]:
-    """What is left, in units of the policy term."""
+def read(loss: Loss, scale: float, width: int, of_kl: Sequence[Finding], kl_there: bool) -> list[Finding]:
+    """What is left, in units of the policy term, beside what was found ``of_kl``."""
+    if any("π_old" in finding.what for finding in of_kl):
+        return []
 
     def at(x: float, logp: float) -> Batch:
         shape = (1, width)
@@ -32,6 +36,8 @@ def read(loss: Loss, scale: float, width: int) -> list[Finding]:
         along_logp = np.array([of(0.0, float(logp)) for logp in _LOGPS])
     except CallFailed:
         return []
+    if kl_there:  # whose gradient need not be 0 where π_ref = π_θ
+        along_x[:, 1] = along_logp[:, 1] = 0.0
     both = np.concatenate([along_x, along_logp])
     error = max(loss.exactness, 1e-9)
     if not np.isfinite(both).all() or np.abs(both).max() <= 10 * error:
@@ -42,6 +48,8 @@ def read(loss: Loss, scale: float, width: int) -> list[Finding]:
     constant = float(value[2])
     moves_x, moves_logp = (np.ptp(values) > 10 * error for values in (value, along_logp[:, 0]))
     if not moves_x and not moves_logp and not both[:, 1].any():
+        if any("lacks its − 1" in finding.what for finding in of_kl):
+            return []
         return [Finding("differs", f"adds a constant, {number(tidy(constant, 1e-6))}", where, "", example)]
     if moves_x and not moves_logp:
         for name, k in (("k1", _X), ("k2", _X**2 / 2), ("k3", np.expm1(-_X) + _X), ("k3 of −log ρ", np.expm1(_X) - _X)):

@@ -35,11 +35,12 @@ def wrong(
             with np.errstate(all="ignore"):
                 gate = 1 / (1 + np.exp(-tau * (rho - 1)))
             expected = 4 * gate * (1 - gate) * rho
-            size = rho / (1 + rho) ** 2
+            size = (1 + rho) * expected + rho / (1 + rho) ** 2
         else:
             free &= (bounds[sign].low < rho) & (rho < bounds[sign].high)
             expected, size = np.where(free, rho, 0.0), rho
-        room = tol * size * (1 + np.abs(curve.x)) + curve.slope_noise
+        # A temperature that was rounded to float32 is told elsewhere.
+        room = (tol if smooth is None else max(tol, 1e-6)) * size * (1 + np.abs(curve.x)) + curve.slope_noise
         off = looked_at & (np.abs(curve.slope - expected) > room)
         if off.any():
             return [_named(tokens, curve, sign, expected, off, free, size)]

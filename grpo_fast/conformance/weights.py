@@ -117,6 +117,21 @@ def read(loss: Loss, made: Callable[[NDArray[np.bool_]], Batch], unit: float, wh
     return _named(loss, made, powers, constant, findings, what)
 
 
+def for_values(loss: Loss, found: Weights, made: Any, divisor: str) -> Weights:
+    """The weights of values, where those that were read are of a gradient that goes through a sequence's ratio.
+
+    That ratio is exp of a sum of log-ratios over ``divisor``, so that the gradient has n_i over it as a factor.
+    """
+    if divisor == "n_i" or found.powers is None:
+        return found
+    powers = dict(found.powers)
+    powers["n_i"] = powers.get("n_i", 0) - 1
+    if divisor == "T":
+        powers["T"] = powers.get("T", 0) + 1
+    kept = {name: p for name, p in powers.items() if p}
+    return _named(loss, made, kept, found.constant, [], "")
+
+
 def measured(loss: Loss, at: Batch, unit: float) -> Floats | None:
     """The weight of every position, or None if the loss raises an error there."""
     try:
