@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .calling import Batch, CallFailed, Loss, batch
-from .report import Finding, Severity, number
+from .report import Finding, number
 
 
 class Advantages(NamedTuple):
@@ -48,14 +48,17 @@ def read(loss: Loss) -> Advantages:
     if _mixes(loss, at):
         text = "advantages one per token, (B, T), are taken without an error and mixed over rows: (B, 1, T) × (B, T)"
         amount = f"the gradient is {_row(found[0])} times that of A = 1, for A = {_row(A[0])}"
-        findings.append(Finding("fragile", text, "advantages of shape (B, T)", amount, _small(at)))
+        if loss.form == "(B,)":
+            return Advantages(False, tuple(findings), (*notes, text))
+        findings.append(Finding("differs", text, "advantages of shape (B, T)", amount, _small(at)))
         return Advantages(False, tuple(findings), tuple(notes))
     text = "advantages one per token, (B, T), are taken without an error and are not those of the tokens"
     if np.allclose(found, A[:, :1] + 0 * A, rtol=tol):
         text = "of advantages one per token, (B, T), only that of the first is used, without an error"
+    if loss.form == "(B,)":
+        return Advantages(False, tuple(findings), (*notes, text))
     amount = f"the gradient is {_row(found[0])} times that of A = 1, for A = {_row(A[0])}"
-    severity: Severity = "fragile" if loss.form == "(B,)" else "differs"
-    findings.append(Finding(severity, text, "advantages of shape (B, T)", amount, at))
+    findings.append(Finding("differs", text, "advantages of shape (B, T)", amount, at))
     return Advantages(False, tuple(findings), tuple(notes))
 
 

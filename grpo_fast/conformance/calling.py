@@ -91,15 +91,20 @@ class Loss:
         self.gives_gradient = answer.grad is not None
         self.attached = answer.attached
         self.dtype = answer.dtype
-        self.eps = float(np.finfo(np.float32 if "32" in answer.dtype or "16" in answer.dtype else np.float64).eps)
+        if "16" in self.dtype:
+            raise TypeError(
+                f"the loss must answer in float32 or float64, got {self.dtype}, whose rounding hides what is computed"
+            )
+        self.eps = float(np.finfo(np.float32 if "32" in answer.dtype else np.float64).eps)
         self.forms = self._forms()
 
     # --- what it wants ------------------------------------------------------------------------------------------------
     def _find_out(self, tried: Iterable[Framework]) -> Answer:
         """Settle the framework, the mask's dtype and the form of the advantages by the first call that succeeds."""
         small = batch([[-1.0, -1.1, -1.2], [-0.9, -1.3, -0.7]], mask=[[1, 1, 1], [1, 1, 0]])
-        first: Exception | None = None
+        errors: dict[str, Exception] = {}
         for self.framework in tried:
+            self._evaluate = frameworks.evaluator(self._loss, self.framework, self._device)
             for self.form in ("(B,)", "(B, T)", "(B, 1)"):
                 for self.mask_dtype in MASKS:
                     try:
@@ -107,11 +112,11 @@ class Loss:
                     except ImportError:
                         raise
                     except Exception as error:
-                        first = first or error
+                        errors.setdefault(self.framework, error)
+        told = "; ".join(f"{name}: {type(error).__name__}: {error}" for name, error in errors.items())
         raise TypeError(
-            f"the loss cannot be called with {', '.join(self.takes)} of 2 sequences of 3 tokens, as arrays of "
-            f"{' or '.join(tried)}: {type(first).__name__}: {first}"
-        ) from first
+            f"the loss cannot be called with {', '.join(self.takes)} of 2 sequences of 3 tokens, as arrays of {told}"
+        ) from next(iter(errors.values()))
 
     def _forms(self) -> tuple[Form, ...]:
         """In which forms it takes advantages, without saying that it takes them rightly."""
@@ -155,10 +160,9 @@ class Loss:
             advantages = one_each if self.form == "(B, 1)" else np.broadcast_to(one_each, at.logps.shape)
         arrays["advantages"] = np.ascontiguousarray(advantages)
         arrays["mask"] = at.mask.astype(self.mask_dtype)
-        return frameworks.evaluate(
-            self._loss, self.framework, {name: arrays[name] for name in self.takes}, self._device
-        )
+        return self._evaluate({name: arrays[name] for name in self.takes})
 
+    @np.errstate(all="ignore")
     def _differences(self, at: Batch) -> Floats:
         grad = np.zeros(at.logps.shape)
         for i in np.ndindex(at.logps.shape):

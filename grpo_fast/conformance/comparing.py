@@ -146,8 +146,8 @@ def _finite(at: Batch) -> Batch:
 
 
 def _hull(options: Mapping[str, Any], at: Batch, takes: Iterable[str]) -> tuple[Floats, Floats]:
-    """The least and the greatest gradient around a kink: whatever is between them is one of its gradients."""
+    """The least and the greatest gradient around a kink, 0 among them: there frameworks share it out as they like."""
     shift = 1e-9 if float(at.logps[0, 0]) < 0 else 0.0
     around = [expected(options, at._replace(logps=at.logps + d), takes)[1] for d in (-shift, 0.0, shift)]
     slack = 1e-7 * np.max(np.abs(around), axis=0)
-    return np.min(around, axis=0) - slack, np.max(around, axis=0) + slack
+    return np.minimum(np.min(around, axis=0), 0) - slack, np.maximum(np.max(around, axis=0), 0) + slack

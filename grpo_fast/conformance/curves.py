@@ -60,6 +60,8 @@ class Tokens:
         self.width = 1
         self.kind: Kind = "ratio"
         self.scale = {1: 1.0, -1: 1.0}  # s/A at ρ = 1, for either sign of A
+        self.slope_scale = 1.0  # what makes the slope that of the value, where it is a multiple of it
+        self.failed: dict[float, CallFailed] = {}  # the errors that it raised, by log ρ
         self._without: dict[tuple[float, float, int], tuple[float, Floats]] = {}
 
     def at(self, x: float, A: float, anchor: float = FAR) -> Batch:
@@ -89,7 +91,7 @@ class Tokens:
         """Value and slope as in a `Curve`."""
         value, slope = self.of(x, float(sign), anchor)
         value, slope = value / (sign * self.scale[sign]), slope / (sign * self.scale[sign])
-        return (value / pair(x, anchor)[0] if self.kind == "weight" else value), slope
+        return (value / pair(x, anchor)[0] if self.kind == "weight" else value), slope * self.slope_scale
 
     def noise(self, x: float, anchor: float = FAR) -> tuple[float, float]:
         """The rounding of what value and slope are differences of."""
@@ -103,7 +105,8 @@ class Tokens:
         for x in GRID:
             try:
                 rows.append((*self.relative(x, sign, anchor), *self.noise(x, anchor)))
-            except CallFailed:
+            except CallFailed as error:
+                self.failed[float(x)] = error
                 rows.append((math.nan, math.nan, 0.0, 0.0))
         value, slope, noise, slope_noise = np.array(rows).T
         return Curve(GRID, value, slope, np.where(GRID >= 0, anchor, anchor + GRID), noise, slope_noise)
@@ -138,7 +141,7 @@ def flat(tokens: Tokens, curve: Curve, sign: int, tol: float, edges: tuple[float
             ends = [edge - side * d * max(1.0, abs(edge)) for d in (1e-3, 1e-2)]
         else:
             # The farthest ones whose value is more than rounding.
-            told = np.flatnonzero((curve.noise <= tol * np.abs(curve.value)) & (side * curve.x > 0))
+            told = np.flatnonzero((curve.noise <= tol * np.abs(curve.value)) & np.isfinite(curve.value) & (side * curve.x > 0))
             if told.size < 2:
                 found.append(None)
                 continue

@@ -96,21 +96,17 @@ def candidates(loss: Callable[..., Any]) -> list[Framework]:
 
 
 # --- calling ----------------------------------------------------------------------------------------------------------
-def evaluate(loss: Callable[..., Any], framework: Framework, arrays: Arrays, device: Any = None) -> Answer:
-    """The loss of the arrays, as those of its framework, and its gradient by the framework's own autograd.
+def evaluator(loss: Callable[..., Any], framework: Framework, device: Any = None) -> Callable[[Arrays], Answer]:
+    """A function of arrays: the loss of them, as those of its framework, and its gradient by the framework's autograd.
 
-    Raises
-    ------
-    TypeError
-        What the loss returns is no scalar.
-    ImportError
-        The framework is not installed.
+    It raises a TypeError where what the loss returns is no scalar, and an ImportError where the framework is not
+    installed, besides what the loss raises.
     """
     if framework == "torch":
-        return _evaluate_torch(loss, arrays, device)
+        return lambda arrays: _evaluate_torch(loss, arrays, device)
     if framework == "jax":
-        return _evaluate_jax(loss, arrays)
-    return _evaluate_numpy(loss, arrays)
+        return _JaxLoss(loss)
+    return lambda arrays: _evaluate_numpy(loss, arrays)
 
 
 def _evaluate_numpy(loss: Callable[..., Any], arrays: Arrays) -> Answer:
@@ -131,6 +127,8 @@ def _evaluate_torch(loss: Callable[..., Any], arrays: Arrays, device: Any) -> An
         logps = tensors["logps"].requires_grad_()
         result = loss(**tensors)
         value = result[0] if isinstance(result, (tuple, list)) else result
+        if isinstance(value, (int, float)):  # as of a sum over nothing
+            return Answer(float(value), np.zeros(logps.shape), "float64", False)
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"the loss must return a scalar tensor, got {type(value).__name__}")
         _refuse_unless_scalar(tuple(value.shape))
@@ -141,19 +139,34 @@ def _evaluate_torch(loss: Callable[..., Any], arrays: Arrays, device: Any) -> An
         return Answer(float(value.detach().double()), found, dtype, grad is not None)
 
 
-def _evaluate_jax(loss: Callable[..., Any], arrays: Arrays) -> Answer:
-    jax = importlib.import_module("jax")
-    with _float64_of(jax):
-        given = {name: jax.numpy.asarray(x) for name, x in arrays.items()}
-        logps = given.pop("logps")
+class _JaxLoss:
+    """A loss in JAX, compiled for each shape once, or, if it cannot be traced, called as it is."""
 
-        def scalar(logps: Any) -> Any:
-            result = loss(logps=logps, **given)
+    def __init__(self, loss: Callable[..., Any]) -> None:
+        self._jax = importlib.import_module("jax")
+
+        def scalar(logps: Any, others: Mapping[str, Any]) -> Any:
+            result = loss(logps=logps, **others)
             value = result[0] if isinstance(result, (tuple, list)) else result
             _refuse_unless_scalar(tuple(np.shape(value)))
-            return jax.numpy.reshape(value, ())
+            return self._jax.numpy.reshape(value, ())
 
-        value, grad = jax.value_and_grad(scalar)(logps)
+        self._plain = self._jax.value_and_grad(scalar)
+        self._compiled: Any = self._jax.jit(self._plain)
+
+    def __call__(self, arrays: Arrays) -> Answer:
+        with _float64_of(self._jax):
+            given = {name: self._jax.numpy.asarray(x) for name, x in arrays.items()}
+            logps = given.pop("logps")
+            if self._compiled is not None:
+                try:
+                    return self._answer(*self._compiled(logps, given))
+                except self._jax.errors.JAXTypeError:  # it looks at values, in an `if` or an index
+                    self._compiled = None
+            return self._answer(*self._plain(logps, given))
+
+    @staticmethod
+    def _answer(value: Any, grad: Any) -> Answer:
         return Answer(float(value), np.asarray(grad, np.float64), str(value.dtype))
 
 

@@ -39,7 +39,9 @@ def read(loss: Loss, progress: Progress) -> Reading:
     findings: list[Finding] = []
     notes: list[str] = []
     progress.stage("policy term")
-    findings += _deterministic(loss)
+    random = _deterministic(loss)
+    if random:
+        return Reading(None, tuple(random), (), False)
     found = policy.read(loss)
     progress.tick(loss.calls)
     findings += found.findings

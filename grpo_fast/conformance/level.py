@@ -121,7 +121,7 @@ def _fitting(loss: Loss, surrogate: Any, weight: Floats, x: Floats) -> list[str]
     for name, log_ratio in _RATIOS.items():
         expected = float(np.sum(weight * _s(surrogate, log_ratio(x), at)))
         spread = float(np.sum(np.abs(weight * _s(surrogate, log_ratio(x), at))))
-        if abs(value - expected) <= min(tol, 1e-2 * np.ptp(x) ** 2) * spread:
+        if abs(value - expected) <= max(min(tol, 1e-2 * np.ptp(x) ** 2), 72 * loss.eps) * spread:
             found.append(name)
     return found
 
@@ -142,7 +142,7 @@ def _gmpo(loss: Loss, surrogate: Any, weight: Floats, x: Floats) -> Any:
         return None
     high = math.log1p(surrogate.epsilon_high)
     expected = float(weight.sum()) * math.exp(float(np.minimum(x, high).mean()))
-    if abs(_value(loss, x) - expected) > max(1e-7, loss.exactness * 100) * abs(expected):
+    if abs(_value(loss, x) - expected) > max(1e-7, min(loss.exactness * 100, 0.02 * high)) * abs(expected):
         return None
     error = 100 * loss.exactness
     low = -math.log1p(-surrogate.epsilon) if surrogate.epsilon < 1 else math.inf

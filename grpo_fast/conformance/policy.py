@@ -14,7 +14,7 @@ from . import curves, regions, slopes, surrogates
 from .calling import Loss
 from .curves import FAR, NEAR, Curve, Kind, Tokens
 from .numbers import tidy
-from .report import Finding, number
+from .report import Finding, Severity, number
 
 
 class Policy(NamedTuple):
@@ -60,7 +60,17 @@ def read(loss: Loss) -> Policy:
         if not first[1]:
             findings.append(slopes.none(tokens))
         return found._replace(surrogate=surrogate, findings=tuple(findings), notes=(note,))
-    named = _named(tokens, {sign: tokens.curve(sign) for sign in (1, -1)}, found)
+    read = {sign: tokens.curve(sign) for sign in (1, -1)}
+    findings += _raised(tokens)
+    factor = _too_steep(tokens)
+    if factor != 1:
+        what = f"the gradient of the policy term is {number(factor)} times that of its value"
+        findings.append(Finding("differs", what, "at ρ = 1", "", tokens.at(0.0, 1.0)))
+        tokens.scale = {sign: x / factor for sign, x in tokens.scale.items()}
+        tokens.slope_scale = 1 / factor
+        found = found._replace(scale=found.scale / factor)
+        read = {sign: curve._replace(value=curve.value * factor) for sign, curve in read.items()}
+    named = _named(tokens, read, found)
     return named._replace(findings=(*findings, *named.findings))
 
 
@@ -145,6 +155,24 @@ def _linearity(tokens: Tokens) -> Iterable[Finding]:
         yield Finding("differs", f"advantages are clamped at {bounds}", "at ρ = 1", amount, tokens.at(0.0, A))
 
 
+def _raised(tokens: Tokens) -> Iterable[Finding]:
+    """The error that is raised nearest to ρ = 1."""
+    if tokens.failed:
+        x = min(tokens.failed, key=abs)
+        severity: Severity = "fragile" if abs(x) > 20 else "differs"
+        yield Finding(severity, f"raises {tokens.failed[x]}", f"log ρ = {number(x)}", "", tokens.failed[x].at)
+
+
+def _too_steep(tokens: Tokens) -> float:
+    """By what the gradient is too large for a value that grows as ρ does, where ρ = 1."""
+    if tokens.kind != "ratio" or not tokens.loss.gives_gradient or tokens.loss.eps > 1e-10:
+        return 1.0
+    (low, _), (value, slope), (high, _) = (tokens.relative(x, 1) for x in (-1e-5, 0.0, 1e-5))
+    if not value or not slope or abs((high - low) / (2e-5 * value) - 1) > 1e-3 or abs(slope / value - 1) < 1e-6:
+        return 1.0
+    return tidy(slope / value, 1e-6)
+
+
 # --- along the ratio --------------------------------------------------------------------------------------------------
 def _named(tokens: Tokens, read: dict[int, Curve], policy: Policy) -> Policy:
     tol = tokens.loss.exactness * 10
@@ -153,7 +181,10 @@ def _named(tokens: Tokens, read: dict[int, Curve], policy: Policy) -> Policy:
     if tokens.kind == "ratio" and np.allclose(both, both[0], rtol=1e-6, atol=0):
         return _constant(tokens, read, policy)
     edges = {sign: curves.dropped(tokens, curve, sign) for sign, curve in read.items()}
-    kept = {sign: (edges[sign][0] < c.x) & (c.x < edges[sign][1]) for sign, c in read.items()}
+    kept = {
+        sign: (edges[sign][0] < c.x) & (c.x < edges[sign][1]) & ~np.isin(c.x, list(tokens.failed))
+        for sign, c in read.items()
+    }
     near = {sign: curves.dropped(tokens, tokens.curve(sign, NEAR), sign, NEAR) for sign in read}
     region, findings = regions.read(tokens, edges, near)
     smooth = surrogates.smooth(tokens, read, kept, tol)
@@ -173,6 +204,9 @@ def _named(tokens: Tokens, read: dict[int, Curve], policy: Policy) -> Policy:
     findings += slopes.wrong(tokens, read, kept, bounds, None, clamp)
     if any(map(math.isfinite, clamp)):
         findings.append(_clamped(tokens, clamp))
+    notes = [*surrogates.notes(bounds, tokens.loss.exactness)]
+    if surrogate == CISPO(1.0, 1.0):
+        notes.append("its weight is 1 whatever old_logps are: the plain policy gradient, REINFORCE")
     return policy._replace(
         surrogate=surrogate,
         trust_region=region,
@@ -181,7 +215,7 @@ def _named(tokens: Tokens, read: dict[int, Curve], policy: Policy) -> Policy:
             min(1.0, _log(bounds[1].high) / 2, edges[1][1] / 2),
         ),
         findings=tuple(findings),
-        notes=tuple(surrogates.notes(bounds, tokens.loss.exactness)),
+        notes=tuple(notes),
     )
 
 

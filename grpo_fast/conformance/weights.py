@@ -102,7 +102,8 @@ def read(loss: Loss, made: Callable[[NDArray[np.bool_]], Batch], unit: float, wh
     if not rows or not finite:
         return Weights(None, None, None, 1.0, (Finding("differs", f"the weights of tokens{what} are not finite"),))
     full = [(m, w) for m, w in rows if m.any(axis=1).all()]
-    fitted = _fit(full, loss.exactness, ("n_i", "N", "B", "T", "max n"))
+    names = ("n_i", "N", "B", "T", "max n") if "mask" in loss.takes else ("B", "T")  # without a mask n_i is T
+    fitted = _fit(full, loss.exactness, names)
     if fitted is None:
         return _unfitted(loss, made, unit, full, what)
     powers, constant = fitted
