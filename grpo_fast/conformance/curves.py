@@ -97,7 +97,9 @@ class Tokens:
         """The rounding of what value and slope are differences of."""
         loss, grad = self._at_0(x, anchor)
         unit = 16 * self.loss.eps / abs(self.scale[1])
-        return unit * abs(loss), unit * float(np.abs(grad).sum())
+        # A KL term that ρ weighs is 0 here as the sum of what is not.
+        parts = self.loss.eps * math.exp(max(x, 0.0)) if "ref_logps" in self.loss.takes else 0.0
+        return unit * abs(loss) + parts, unit * float(np.abs(grad).sum()) + parts
 
     def curve(self, sign: int, anchor: float = FAR) -> Curve:
         """The curve over `GRID`; NaN where the loss raises an error."""

@@ -51,6 +51,8 @@ def read(loss: Loss, policy: Policy, weights: Floats, per_token: bool) -> LevelF
         return LevelFound("sequence" if is_vespo else "token", surrogate)
     low = policy.inside[0] if policy.inside[0] < -1e-6 else -1e-3
     x = low * np.array([0.9, 0.1, 0.4])
+    if isinstance(surrogate, CISPO) and surrogate.ratio_max <= 1:  # there the weights are all at their bound
+        x = math.log(surrogate.ratio_max) - np.array([0.9, 0.1, 0.4])
     weight = policy.sign * weights / weights.sum() * _total(loss, surrogate, x)
     fits = _fitting(loss, surrogate, weight, x)
     if is_vespo:

@@ -62,6 +62,13 @@ def read(loss: Loss) -> Policy:
         return found._replace(surrogate=surrogate, findings=tuple(findings), notes=(note,))
     read = {sign: tokens.curve(sign) for sign in (1, -1)}
     findings += _raised(tokens)
+    bound = _weight_at_1(read[1]) if tokens.kind == "weight" else 1.0
+    if bound != 1:  # one that is below 1, so that ρ = 1 is beyond it
+        tokens.scale = {sign: x / bound for sign, x in tokens.scale.items()}
+        found = found._replace(scale=found.scale / bound)
+        read = {
+            sign: curve._replace(value=curve.value * bound, slope=curve.slope * bound) for sign, curve in read.items()
+        }
     factor = _too_steep(tokens)
     if factor != 1:
         what = f"the gradient of the policy term is {number(factor)} times that of its value"
@@ -161,6 +168,18 @@ def _raised(tokens: Tokens) -> Iterable[Finding]:
         x = min(tokens.failed, key=abs)
         severity: Severity = "fragile" if abs(x) > 20 else "differs"
         yield Finding(severity, f"raises {tokens.failed[x]}", f"log ρ = {number(x)}", "", tokens.failed[x].at)
+
+
+def _weight_at_1(curve: Curve) -> float:
+    """The weight at ρ = 1 in units of ρ, by where it is in proportion to ρ: less than 1 where a bound is."""
+    with np.errstate(all="ignore"):
+        units = curve.value / np.exp(curve.x)
+    same = np.abs(np.diff(units)) <= 1e-7 * np.abs(units[1:])
+    long = np.flatnonzero(same[:-2] & same[1:-1] & same[2:])
+    if not long.size or np.isclose(units[long], 1, rtol=1e-6).any():
+        return 1.0
+    unit = float(np.median(units[long]))
+    return 1 / unit if np.allclose(units[long], unit, rtol=1e-6) and unit > 1 else 1.0
 
 
 def _too_steep(tokens: Tokens) -> float:
