@@ -181,7 +181,7 @@ class Loss:
     def exactness(self) -> float:
         """What relative differences of its answers mean nothing: rounding, or that of central differences."""
         single = self.eps > 1e-10
-        return max(2e-4 if single else 1e-9, 0.0 if self.gives_gradient else 2e-6)
+        return max(2e-4 if single else 1e-8, 0.0 if self.gives_gradient else 2e-6)
 
 
 def name_of(loss: Callable[..., Any]) -> str:

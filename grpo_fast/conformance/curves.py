@@ -97,9 +97,9 @@ class Tokens:
         """The rounding of what value and slope are differences of."""
         loss, grad = self._at_0(x, anchor)
         unit = 16 * self.loss.eps / abs(self.scale[1])
-        # A KL term that ρ weighs is 0 here as the sum of what is not.
+        # The gradient of a KL term, which ρ may weigh, is 0 here as the sum of what is not.
         parts = self.loss.eps * math.exp(max(x, 0.0)) if "ref_logps" in self.loss.takes else 0.0
-        return unit * abs(loss) + parts, unit * float(np.abs(grad).sum()) + parts
+        return unit * abs(loss), unit * float(np.abs(grad).sum()) + parts
 
     def curve(self, sign: int, anchor: float = FAR) -> Curve:
         """The curve over `GRID`; NaN where the loss raises an error."""
@@ -140,10 +140,12 @@ def flat(tokens: Tokens, curve: Curve, sign: int, tol: float, edges: tuple[float
     found = []
     for side, edge in zip((-1, 1), edges, strict=True):
         if math.isfinite(edge):
-            ends = [edge - side * d * max(1.0, abs(edge)) for d in (1e-3, 1e-2)]
+            ends = [edge - side * d * max(1.0, abs(edge)) for d in (10 * tol, 100 * tol)]
         else:
             # The farthest ones whose value is more than rounding.
-            told = np.flatnonzero((curve.noise <= tol * np.abs(curve.value)) & np.isfinite(curve.value) & (side * curve.x > 0))
+            told = np.flatnonzero(
+                (curve.noise <= tol * np.abs(curve.value)) & np.isfinite(curve.value) & (side * curve.x > 0)
+            )
             if told.size < 2:
                 found.append(None)
                 continue

@@ -5,6 +5,7 @@ the one of ρ, and the gradient is compared with those that a KL term has been g
 """
 
 import math
+import re
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -86,7 +87,17 @@ def read(loss: Loss, scale: float, width: int) -> KLTerm:
         return KLTerm(None, True, 0.0, (finding,))
     if max(np.ptp(x, axis=1).max() for x in (value, slope)) <= tol * np.abs(table).max():
         return KLTerm(None, False, 0.0)  # nothing of the reference: `remainder` tells what it is
-    return _named(loss, of, ratios, value, slope, tol, width)
+    term = _named(loss, of, ratios, value, slope, tol, width)
+    if tol < 1e-4 and any(
+        re.search("none that grpo_loss|other than ρ|not that of its value", x.what) for x in term.findings
+    ):
+        rough = _named(loss, of, ratios, value, slope, 1e-4, width)
+        if len(rough.findings) < len(term.findings) or (rough.option and not term.option):
+            text = "the KL term is computed in a lower precision than the rest (float32): it agrees to some digits"
+            return rough._replace(
+                findings=(*rough.findings, Finding("fragile", text, "A = 0", "", term.findings[0].example))
+            )
+    return term
 
 
 def _named(loss: Loss, of: Any, ratios: Floats, value: Floats, slope: Floats, tol: float, width: int) -> KLTerm:
@@ -219,7 +230,7 @@ def _clamps(of: Any, beta: float, name: str, k: Any, tol: float, width: int) -> 
 
         def off(l: float, sign: int = sign) -> bool:
             expected = beta * float(k(np.float64(sign * l)))
-            return not abs(abs(of(0.0, sign * l)[0]) - abs(expected)) <= 1e3 * tol * abs(expected)
+            return not abs(abs(of(0.0, sign * l)[0]) - abs(expected)) <= 10 * tol * abs(expected)
 
         first = next((i for i, l in enumerate(_FAR) if off(float(l))), None)
         if first is not None:

@@ -51,8 +51,11 @@ def read(loss: Loss, policy: Policy, weights: Floats, per_token: bool) -> LevelF
         return LevelFound("sequence" if is_vespo else "token", surrogate)
     low = policy.inside[0] if policy.inside[0] < -1e-6 else -1e-3
     x = low * np.array([0.9, 0.1, 0.4])
-    if isinstance(surrogate, CISPO) and surrogate.ratio_max <= 1:  # there the weights are all at their bound
+    if isinstance(surrogate, CISPO) and surrogate.ratio_max <= 1:  # elsewhere all weights are at that bound
         x = math.log(surrogate.ratio_max) - np.array([0.9, 0.1, 0.4])
+    elif isinstance(surrogate, CISPO) and surrogate.ratio_min >= 1:
+        most = min(1.0, math.log(surrogate.ratio_max / surrogate.ratio_min))
+        x = math.log(surrogate.ratio_min) + most * np.array([0.9, 0.1, 0.4])
     weight = policy.sign * weights / weights.sum() * _total(loss, surrogate, x)
     fits = _fitting(loss, surrogate, weight, x)
     if is_vespo:
@@ -73,7 +76,7 @@ def read(loss: Loss, policy: Policy, weights: Floats, per_token: bool) -> LevelF
         gmpo = _gmpo(loss, surrogate, weight, y)
         if "sequence" in fits and gmpo is not None:
             return LevelFound("sequence", gmpo)
-        if "sequence" in fits and "sequence" not in again:
+        if "sequence" in fits and "token" not in fits and "sequence" not in again:
             text = "the ratio is the sequence's where nothing is clipped, and another where a token is"
             findings.append(Finding("differs", text, "", "", sequence_of(y)))
         fits = [name for name in fits if name in again] or fits

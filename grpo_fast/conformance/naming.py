@@ -48,7 +48,8 @@ def of_misses(
         findings.append(_one(loss, options, tiny, "fragile", "loses its digits where the KL is tiny"))
     ties = take(lambda m: m.case.kind == "tie")
     if ties and not rest:
-        findings.append(_one(loss, options, ties, "differs", "has another gradient exactly at the bound"))
+        only = "has another gradient exactly" if all(m.where == "gradient" for m in ties) else "differs exactly"
+        findings.append(_one(loss, options, ties, "differs", f"{only} at a bound, and nowhere else"))
     nothing = take(lambda m: m.case.kind == "empty")
     if nothing and not rest:
         findings.append(_one(loss, options, nothing, "fragile", "is not 0 where no token counts"))

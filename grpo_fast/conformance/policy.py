@@ -264,7 +264,7 @@ def _constant(tokens: Tokens, read: dict[int, Curve], policy: Policy) -> Policy:
 
 def _clamped(tokens: Tokens, clamp: tuple[float, float]) -> Finding:
     low, high = clamp
-    bounds = f"±{high:g}" if -low == high else f"{high:g}" if low == -math.inf else f"{low:g}"
+    bounds = f"±{high:g}" if -low == high else f"{high:g}" if low == -math.inf else f"−{-low:g}"
     where = f"log ρ > {high:g}" if low == -math.inf else f"log ρ < {low:g}" if high == math.inf else ""
     beyond, A = (high + 1, -1.0) if high < math.inf else (low - 1, 1.0)
     return Finding(

@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .curves import Bounds, Curve, Floats, Tokens
-from .report import Finding, number
+from .numbers import bisect, tidy
+from .report import Finding, Severity, number
 
 Mask = NDArray[np.bool_]
 
@@ -38,22 +39,26 @@ def wrong(
             size = (1 + rho) * expected + rho / (1 + rho) ** 2
         else:
             free &= (bounds[sign].low < rho) & (rho < bounds[sign].high)
+            looked_at &= ~np.isclose(rho, bounds[sign].low, rtol=1e-6) & ~np.isclose(rho, bounds[sign].high, rtol=1e-6)
             expected, size = np.where(free, rho, 0.0), rho
         # A temperature that was rounded to float32 is told elsewhere.
         room = (tol if smooth is None else max(tol, 1e-6)) * size * (1 + np.abs(curve.x)) + curve.slope_noise
         off = looked_at & (np.abs(curve.slope - expected) > room)
         if off.any():
-            return [_named(tokens, curve, sign, expected, off, free, size)]
+            return [_named(tokens, curve, sign, expected, off, free, size, smooth is not None)]
     return []
 
 
-def _named(tokens: Tokens, curve: Curve, sign: int, expected: Floats, off: Mask, free: Mask, size: Floats) -> Finding:
+def _named(
+    tokens: Tokens, curve: Curve, sign: int, expected: Floats, off: Mask, free: Mask, size: Floats, smooth: bool
+) -> Finding:
     tol = tokens.loss.exactness * 100
     i = min(np.flatnonzero(off), key=lambda i: abs(curve.x[i]))
     where = f"A {'>' if sign > 0 else '<'} 0, log ρ = {number(curve.x[i])}"
     amount = f"(∂s/∂logp)/A = {number(curve.slope[i])} instead of {number(expected[i])}"
     example = tokens.at(float(curve.x[i]), float(sign))
     what = "the policy term's gradient is not that of its value"
+    severity: Severity = "differs"
     if not np.any(curve.slope):
         return none(tokens)
     if tokens.kind == "weight":
@@ -66,13 +71,17 @@ def _named(tokens: Tokens, curve: Curve, sign: int, expected: Floats, off: Mask,
             )
         elif bounded[off].all() and not curve.slope[off].any():
             what = "tokens whose weight is at its bound lose their gradient: they are dropped, not bounded"
+    elif smooth and not np.any(curve.slope[off]) and abs(curve.x[i]) > 4:  # where the value is flat anyway
+        edge = bisect(lambda x: tokens.relative(x, sign)[1] == 0, float(curve.x[i] * 0.8), float(curve.x[i]))
+        what = f"the log-ratio is clamped at {number(tidy(edge, 1e-6)).replace('-', '−')}: no gradient beyond"
+        severity = "fragile" if abs(edge) > 19.99 else "differs"
     elif free[off].all() and not np.any(curve.slope[off]):
         what = "tokens lose their gradient within the bounds of the value"
     elif not free[off].any():
         rho = np.exp(curve.x)
         if np.all(np.abs(curve.slope - rho)[off] <= 10 * tol * rho[off] * (1 + np.abs(curve.x[off]))):
             what = "clipped tokens keep their gradient: the clip is of the value alone (straight-through)"
-    return Finding("differs", what, where, amount, example)
+    return Finding(severity, what, where, amount, example)
 
 
 def none(tokens: Tokens) -> Finding:
