@@ -4,13 +4,16 @@ The loss is called, not read: its policy term is measured along the ratio, its K
 reference, its weights over batches of many shapes, and then everything is compared with
 `grpo_fast.reference.grpo_loss`. Which file does what, each importing only from those above it::
 
-    frameworks  calling           a loss of NumPy, PyTorch or JAX → its value and gradient
-    numbers  report               numbers as they were meant; findings
-    policy  kl  weights  level    what is read: s(ρ, A), β·k, c_i, whose ratio;
-    masking  advantages           what counts, what leaks, how advantages are taken
-    cases  comparing  shrinking   the battery beside the reference
-    naming  identifying           findings; what the readings add up to
-    progress
+    frameworks  calling                a loss of NumPy, PyTorch or JAX → its value and gradient
+    numbers  report                    numbers as they were meant; findings
+    curves                             one token along log ρ, value and gradient apart →
+    surrogates  regions  slopes        which surrogate, which trust region, what is wrong with the gradient
+    policy  kl  remainder              what is read: s(ρ, A), β·k, and what is there beside them;
+    weights  level                     c_i, whose ratio;
+    masking  advantages                what counts, what leaks, how advantages are taken
+    cases  comparing  shrinking        the battery beside the reference
+    naming  identifying                findings; what the readings add up to
+    progress  command                  the line on a terminal; ``grpo-fast identify``
 """
 
 from collections.abc import Callable
@@ -160,7 +163,7 @@ def _checked_report(loss: Loss, asked: dict[str, Any], strict: bool, line: Progr
             notes += read.notes
             serious = [m for m in missed if m.case.severity == "differs" and m.how in ("differs", "is not finite")]
             if read.options is not None and serious:
-                findings += naming.of_options(asked, read.options, None)
+                findings += naming.of_options(asked, read.options, loss.takes, cases(asked, loss, per_token))
             if not serious:  # what was read differs from the usual, not from what was asked for
                 findings = [x for x in findings if x.severity == "fragile"]
         findings += naming.of_misses(loss, asked, missed, findings)

@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from ..terms import Options
 from . import shrinking
 from .calling import Batch, Loss, batch
+from .cases import Case
 from .comparing import Miss, compare, expected
 from .report import Finding, Severity, number
 
@@ -147,13 +149,57 @@ def _one(loss: Loss, options: Mapping[str, Any], misses: Sequence[Miss], severit
 
 
 # --- what was asked for, beside what was found ------------------------------------------------------------------------
-def of_options(asked: Mapping[str, Any], found: Mapping[str, Any], example: Batch | None) -> list[Finding]:
-    """What differs between the options that a loss was to have and those that it has."""
+def of_options(
+    asked: Mapping[str, Any], found: Mapping[str, Any], takes: Iterable[str], cases: Iterable[Case]
+) -> list[Finding]:
+    """What differs between the options that a loss was to have and those that it has; each with an input that shows it.
+
+    The input is one on which the reference itself differs if only that option is another.
+    """
+    findings: list[Finding] = []
+    cases = sorted(cases, key=lambda case: case.at.logps.size)
+    for names in (("surrogate",), ("trust_region",), ("kl",), ("importance_sampling_level",), _MEAN):
+        texts = _of_mean(asked, found) if names == _MEAN else []
+        if names != _MEAN and asked.get(names[0]) != found.get(names[0]):
+            texts = list(_texts(names[0], asked.get(names[0]), found.get(names[0])))
+        if texts:
+            other = {name: x for name, x in asked.items() if name not in names}
+            other |= {name: found[name] for name in names if name in found}
+            example, amount = _example(asked, other, found, takes, cases)
+            findings += [Finding("differs", text, "", amount, example) for text in texts]
+    return findings
+
+
+_MEAN = ("aggregation", "normalizer")
+
+
+def _example(
+    asked: Mapping[str, Any], other: Mapping[str, Any], found: Mapping[str, Any], takes: Iterable[str], cases: Any
+) -> tuple[Batch | None, str]:
+    """The smallest input on which these options differ, and by how much."""
+    try:
+        Options(**{**other, "normalizer": None})
+    except (TypeError, ValueError):  # such as VESPO at another level
+        other = found
+
+    def values(at: Batch) -> tuple[float, float]:
+        return expected(asked, at, takes)[0], expected(other, at, takes)[0]
+
+    def differ(at: Batch) -> bool:
+        one, two = values(at)
+        return bool(np.isfinite([one, two]).all() and abs(one - two) > 1e-3 * max(abs(one), abs(two)))
+
+    for case in cases:
+        if case.severity == "differs" and differ(case.at):
+            at = shrinking.smallest(case.at, differ)
+            one, two = values(at)
+            return at, f"loss {number(two)} instead of {number(one)}, by this alone"
+    return None, ""
+
+
+def _of_mean(asked: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """What differs in the mean over tokens and sequences."""
     texts: list[str] = []
-    for name in ("surrogate", "trust_region", "kl", "importance_sampling_level"):
-        wanted, has = asked.get(name), found.get(name)
-        if wanted != has:
-            texts += list(_texts(name, wanted, has))
     wanted, has = (options.get("aggregation", "seq-mean-token-mean") for options in (asked, found))
     norms = asked.get("normalizer"), found.get("normalizer")
     if norms[0] is not None and not callable(norms[0]) and (norms[1] is None or callable(norms[1])):
@@ -167,7 +213,7 @@ def of_options(asked: Mapping[str, Any], found: Mapping[str, Any], example: Batc
         texts.append(f"aggregates as {has!r}{means}, not as {wanted!r}{_by(norms[1])}")
     elif norms[0] != norms[1] and not (callable(norms[0]) and callable(norms[1])):
         texts.append(f"the normalizer is {_shown(norms[1])}, not {_shown(norms[0])}")
-    return [Finding("differs", text, "", "", example) for text in texts]
+    return texts
 
 
 def _by(normalizer: Any) -> str:
