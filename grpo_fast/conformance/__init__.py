@@ -21,7 +21,7 @@ from typing import Any
 
 from .._checks import flag
 from ..terms import Options
-from . import identifying, naming
+from . import advantages, identifying, naming
 from .calling import CallFailed, Loss
 from .cases import cases
 from .comparing import misses
@@ -149,7 +149,7 @@ def _identified(loss: Loss, line: Progress) -> Report:
 
 def _checked_report(loss: Loss, asked: dict[str, Any], strict: bool, line: Progress) -> Report:
     line.stage("comparing with the reference")
-    per_token = identifying.advantages.read(loss).per_token
+    per_token = advantages.read(loss).per_token
     missed, compared = misses(loss, asked, cases(asked, loss, per_token), line.tick)
     findings: list[Finding] = []
     notes: list[str] = []

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .calling import Batch, CallFailed, Loss, batch
+from .calling import Batch, CallFailed, Loss, batch, each
 from .report import Finding, number
 
 
@@ -104,11 +104,11 @@ def _mixes(loss: Loss, at: Batch) -> bool:
 
 
 def _small(at: Batch) -> Batch:
-    return Batch(*(x[:, :1] for x in at))
+    return each(at, lambda x: x[:, :1])
 
 
 def _square(loss: Loss) -> list[Finding]:
-    """Of a loss that refuses (B,): whether it takes it, along the wrong axis, where there are as many rows as columns."""
+    """Of a loss that refuses (B,): whether it takes it, along the wrong axis, where B = T."""
     kept, loss.form = loss.form, "(B,)"
     try:
         at = batch(np.full((2, 2), -0.5), advantages=[1.0, 3.0])

@@ -33,6 +33,11 @@ class Batch(NamedTuple):
     mask: NDArray[np.bool_]
 
 
+def each(at: Batch, change: Callable[[Any], Any]) -> Batch:
+    """The batch with each of its arrays changed."""
+    return Batch(*(change(x) for x in at))
+
+
 def batch(
     logps: ArrayLike,
     old_logps: ArrayLike | None = None,
@@ -80,10 +85,8 @@ class Loss:
         self.takes = _taken_by(loss)
         self.calls = 0
         tried: list[Framework]
-        if framework is None:
-            tried = frameworks.candidates(loss)
-        else:
-            tried = [one_of("framework", framework, FRAMEWORKS)]  # type: ignore[list-item]  # as `one_of` has seen
+        named: Any = None if framework is None else one_of("framework", framework, FRAMEWORKS)
+        tried = frameworks.candidates(loss) if named is None else [named]
         self.framework: Framework = tried[0]
         self.mask_dtype = MASKS[0]
         self.form: Form = "(B,)"
@@ -166,7 +169,7 @@ class Loss:
     def _differences(self, at: Batch) -> Floats:
         grad = np.zeros(at.logps.shape)
         for i in np.ndindex(at.logps.shape):
-            h = 6e-6 * max(1.0, abs(at.logps[i])) if np.isfinite(at.logps[i]) else 6e-6
+            h = 6e-6 * max(1.0, float(abs(at.logps[i]))) if np.isfinite(at.logps[i]) else 6e-6
             sides = []
             for sign in (1, -1):
                 moved = at.logps.copy()

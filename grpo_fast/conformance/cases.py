@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..terms import CISPO, GMPO, TV, Band, BinaryKL, Clip
-from .calling import Batch, Loss, batch
+from .calling import Batch, Loss, batch, each
 from .report import Severity
 
 Mask = NDArray[np.bool_]
@@ -57,11 +58,11 @@ def _masked(rng: Any, right: Mask, left: Mask, holes: Mask) -> Iterator[Case]:
         yield Case(f"padding: {name}, ratios far apart", made(rng, mask, 0.8, 0.8))
     at = made(rng, right, 0.3)
     order = [2, 0, 3, 1]
-    yield Case("rows permuted", Batch(*(x[order] for x in at)))
-    wider = Batch(*(x if x.ndim == 1 else np.pad(x, ((0, 0), (0, 3))) for x in at))
+    yield Case("rows permuted", each(at, itemgetter(order)))
+    wider = each(at, lambda x: x if x.ndim == 1 else np.pad(x, ((0, 0), (0, 3))))
     yield Case("a copy with more padding", wider)
     for i in range(len(right)):
-        yield Case("a micro-batch of it", Batch(*(x[i : i + 1] for x in at)))
+        yield Case("a micro-batch of it", each(at, itemgetter(slice(i, i + 1))))
     yield Case("nine rows", made(rng, np.arange(8) < rng.integers(1, 9, (9, 1)), 0.4))
     empty = right.copy()
     empty[1] = False

@@ -1,4 +1,4 @@
-"""A loss beside `grpo_fast.reference.grpo_loss`: what is expected, how far a right loss may be off, and where one is."""
+"""A loss beside `grpo_fast.reference.grpo_loss`: what is expected, how far a right one may be off, and where."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from .. import reference
 from ..reference import shared, times
-from ..terms import SAPO, VESPO
+from ..terms import DEFAULT_SURROGATE, GMPO, SAPO, VESPO
 from .calling import Batch, CallFailed, Loss
 from .cases import Case
 
@@ -63,8 +63,8 @@ def sizes(options: Mapping[str, Any], at: Batch, takes: Iterable[str]) -> tuple[
     A = tokens.each("advantages", at.advantages, True)
     x = logp - tokens.each("old_logps", at.old_logps) if "old_logps" in takes else 0 * logp
     rho = np.exp(shared(x, tokens, level))
-    surrogate = given.get("surrogate", reference.DEFAULT_SURROGATE)
-    if isinstance(surrogate, (reference.VESPO, reference.GMPO)):
+    surrogate = given.get("surrogate", DEFAULT_SURROGATE)
+    if isinstance(surrogate, (VESPO, GMPO)):
         parts = reference.surrogate_term_of_sequence(surrogate, x, A, logp, tokens, level)
     else:
         parts = reference.surrogate_term(surrogate, rho, A, logp)

@@ -137,7 +137,7 @@ def dropped(tokens: Tokens, curve: Curve, sign: int, anchor: float = FAR) -> tup
 
 def flat(tokens: Tokens, curve: Curve, sign: int, tol: float, edges: tuple[float, float]) -> Bounds:
     """At which ρ the value stops to fall and to grow, at the ends of what is kept: where two of its values are one."""
-    found = []
+    found: list[float | None] = []
     for side, edge in zip((-1, 1), edges, strict=True):
         if math.isfinite(edge):
             ends = [edge - side * d * max(1.0, abs(edge)) for d in (10 * tol, 100 * tol)]

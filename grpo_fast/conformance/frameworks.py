@@ -88,11 +88,8 @@ def candidates(loss: Callable[..., Any]) -> list[Framework]:
     named = framework_of(loss)
     if named is not None:
         return [named]
-    there: list[Framework] = ["numpy"]
-    for name in ("torch", "jax"):
-        if name in sys.modules or find_spec(name) is not None:
-            there.append("torch" if name == "torch" else "jax")
-    return there
+    others: tuple[Framework, ...] = ("torch", "jax")
+    return ["numpy", *(name for name in others if name in sys.modules or find_spec(name) is not None)]
 
 
 # --- calling ----------------------------------------------------------------------------------------------------------

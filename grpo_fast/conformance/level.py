@@ -36,8 +36,7 @@ class LevelFound(NamedTuple):
 def sequence_of(x: Floats, A: Any = 1.0, l: Any = 0.0, mask: Any = None) -> Batch:
     """A batch of one sequence with these log-ratios."""
     logp = -9.0 - np.maximum(0, -x) - np.maximum(0, -np.asarray(l))
-    A = [A] if np.ndim(A) == 0 else [A]
-    return batch([logp], [logp - x], A, [logp - l], None if mask is None else [mask])
+    return batch([logp], [logp - x], [A], [logp - l], None if mask is None else [mask])
 
 
 def read(loss: Loss, policy: Policy, weights: Floats, per_token: bool) -> LevelFound:
@@ -115,7 +114,8 @@ def _s(surrogate: Any, log_ratio: Floats, at: Batch) -> Floats:
         k, lam = surrogate.k_pos, surrogate.lambda_pos
         value: Floats = np.exp(lam + k * log_ratio - lam * np.exp(log_ratio)) * at.logps[0]
         return value
-    return reference.surrogate_term(surrogate, np.exp(log_ratio), np.ones_like(log_ratio), at.logps[0])[0]
+    s = reference.surrogate_term(surrogate, np.exp(log_ratio), np.ones_like(log_ratio), at.logps[0])[0]
+    return s.astype(np.float64)
 
 
 def _fitting(loss: Loss, surrogate: Any, weight: Floats, x: Floats) -> list[str]:
@@ -157,7 +157,8 @@ def _gmpo(loss: Loss, surrogate: Any, weight: Floats, x: Floats) -> Any:
 def _whose_advantage(loss: Loss, x: Floats) -> str:
     A = np.array([1.0, 2.0, 4.0])
     grad, zero = loss(sequence_of(x, A)).grad, loss(sequence_of(x, 0 * A)).grad
-    assert grad is not None and zero is not None
+    assert grad is not None
+    assert zero is not None
     grad = (grad - zero)[0]
     return "sequence_token" if np.allclose(grad / grad[0], A, rtol=1e-4) else "sequence"
 
@@ -172,13 +173,11 @@ def _divisor(loss: Loss, surrogate: Any, ratio: str, low: float) -> list[Finding
     value = _value(loss, x, mask)
     at = sequence_of(x)
     scale = _s(surrogate, 0 * x, at)[:2].sum()
-    for by, is_right in ((2, True), (4, False)):
-        expected = one * _s(surrogate, np.full(4, x.sum() / by), at)[:2].sum() / scale
-        if abs(value - expected) <= max(1e-7, loss.exactness * 100) * abs(expected):
-            break
-    else:
-        return []
-    if is_right:
+    of_tokens, of_width = (
+        one * _s(surrogate, np.full(4, x.sum() / by), at)[:2].sum() / scale for by in (x[mask].size, x.size)
+    )
+    error = max(1e-7, loss.exactness * 100)
+    if abs(value - of_tokens) <= error * abs(of_tokens) or abs(value - of_width) > error * abs(of_width):
         return []
     text = "the sequence's log-ratio is divided by the padded width, not by the number of its tokens"
     amount = (

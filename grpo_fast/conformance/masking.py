@@ -53,11 +53,14 @@ def effective(loss: Loss, made: Callable[[NDArray[np.bool_]], Batch], what: str)
         at = made(np.array([[True, False]]))
         grad = loss(at).grad
         return False, [Finding("differs", text, "a mask with zeros", f"∂loss/∂logps = {_rows(grad)}", at)]
-    for text, pattern_of in _PATTERNS.items():
-        if all(np.array_equal(pattern, pattern_of(mask)) for pattern, mask in zip(patterns, masks, strict=True)):
-            break
-    else:
-        text = "the tokens that count are not those of the mask"
+    text = next(
+        (
+            text
+            for text, of in _PATTERNS.items()
+            if all(np.array_equal(pattern, of(mask)) for pattern, mask in zip(patterns, masks, strict=True))
+        ),
+        "the tokens that count are not those of the mask",
+    )
     mask = _smallest(loss, made, masks[1])
     at = made(mask)
     grad = loss(at).grad

@@ -247,10 +247,10 @@ def _constant(tokens: Tokens, read: dict[int, Curve], policy: Policy) -> Policy:
     if not any(curve.slope.any() for curve in read.values()):
         return policy._replace(surrogate=Unclipped(), kind="constant", findings=(slopes.none(tokens),))
     if "ref_logps" in tokens.loss.takes:
-        moved, at = [], tokens.at(0.0, 1.0)
-        for A in (1.0, 0.0):
-            moved.append(tokens.loss(at._replace(ref_logps=at.logps - 0.05, advantages=np.array([A]))).loss)
-        value = (moved[1] - moved[0]) / tokens.scale[1]
+        at = tokens.at(0.0, 1.0)
+        moved = at._replace(ref_logps=at.logps - 0.05)
+        without = tokens.loss(moved._replace(advantages=np.zeros(1))).loss
+        value = (without - tokens.loss(moved).loss) / tokens.scale[1]
         if abs(value - math.exp(0.05)) < 1e-4:
             what = "the ratio is to the reference: π_θ/π_ref in place of π_θ/π_old, and old_logps is not used"
             example = at._replace(ref_logps=at.logps - 0.05)

@@ -31,7 +31,9 @@ def read(tokens: Tokens, far: Edges, near: Edges) -> tuple[Any, list[Finding]]:
             deltas = []
             for edge, again in (pairs[1], pairs[2]):
                 sizes = [measure(edge, NEAR), measure(again, other)] if math.isfinite(edge) else [math.inf] * 2
-                deltas.append(tidy(sizes[0], 100 * error) if np.isclose(*sizes, rtol=1e3 * error) else math.nan)
+                deltas.append(
+                    tidy(sizes[0], 100 * error) if np.isclose(sizes[0], sizes[1], rtol=1e3 * error) else math.nan
+                )
             if not any(map(math.isnan, deltas)):
                 most = 1.0 if option is TV else 1e300
                 return option(*(min(delta, most) for delta in deltas)), []

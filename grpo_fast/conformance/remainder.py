@@ -67,8 +67,8 @@ def read(loss: Loss, scale: float, width: int, of_kl: Sequence[Finding], kl_ther
             c = float(np.dot(along_logp[:, 0], factor) / np.dot(factor, factor))
             if np.abs(along_logp[:, 0] - c * factor).max() <= 100 * error * abs(c):
                 text = (
-                    f"adds {number(tidy(c, 1e-6))}·{word} of each token, beside policy and KL term: an entropy bonus of "
-                    "the sampled tokens"
+                    f"adds {number(tidy(c, 1e-6))}·{word} of each token, beside policy and KL term: an entropy bonus "
+                    "of the sampled tokens"
                 )
                 return [Finding("differs", text, where, _numbers(_LOGPS, along_logp[:, 0], "log π_θ"), example)]
     text = "holds something that depends neither on the advantages nor on the reference"

@@ -119,7 +119,8 @@ class Report(NamedTuple):
         lines += [*([""] if self.notes else []), self._verdict()]
         return "\n".join(lines)
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return str(self)
 
     def _verdict(self) -> str:
         compared = f"{self.compared} inputs compared with the reference"

@@ -322,10 +322,8 @@ def _unfitted(loss: Loss, made: Any, unit: float, rows: Any, what: str) -> Weigh
 def _table(rows: Any) -> str:
     parts = []
     for mask, weights in rows[:3]:
-        lengths = mask.sum(axis=1).tolist()
-        parts.append(
-            f"lengths {lengths}, width {mask.shape[1]}: c = {[float(number(w[m][0])) for m, w in zip(mask, weights, strict=True)]}"
-        )
+        c = [float(number(w[m][0])) for m, w in zip(mask, weights, strict=True)]
+        parts.append(f"lengths {mask.sum(axis=1).tolist()}, width {mask.shape[1]}: c = {c}")
     return "; ".join(parts)
 
 
