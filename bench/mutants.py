@@ -194,7 +194,10 @@ KILLERS = {
     "objective.py": (("objective", "stats", "sweep"), f"{PROBABILITIES} test_fuzz"),
     "stats.py": (("stats", "sweep", "loss"), f"{PROBABILITIES} {LOSS} test_files test_printing"),
     "_additive.py": (("stats", "sweep"), "test_adding test_files test_printing"),
-    "terms.py": ((), f"test_terms {LOSS} test_bad_input test_fuzz test_printing"),
+    **{
+        f"terms/{name}.py": ((), f"test_terms {LOSS} test_bad_input test_fuzz test_printing")
+        for name in ("option", "options", "surrogates", "trust_regions", "kl_terms")
+    },
     "advantages.py": ((), "test_group_advantages test_other_advantages test_fuzz"),
     "_groups.py": ((), "test_group_advantages test_other_advantages test_fuzz"),
     "_checks.py": (

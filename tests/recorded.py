@@ -22,7 +22,7 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).with_name("helpers")))  # where pytest does not do it
 
-from combinations import COMBINATIONS, REGIONS, TOKEN
+from combinations import COMBINATIONS, REGIONS, TOKEN, VARIANTS
 
 from grpo_fast import K3, Sweep, grpo_loss, grpo_objective, grpo_stats, grpo_sweep
 from grpo_fast.stats import KEYS
@@ -76,6 +76,12 @@ def of_region(number, kind, lengths, each):
     return of_row(row, kind, lengths, each, trust_region=trust_region)
 
 
+def of_variant(number, kind, lengths, each):
+    """What it finds with what else there is."""
+    trust_region, row = VARIANTS[number]
+    return of_row(row, kind, lengths, each, trust_region=trust_region)
+
+
 def of_row(row, kind, lengths, each, **options):
     """What it finds with the options of a row, and others."""
     arguments = {name: each(x) if isinstance(x, np.ndarray) else x for name, x in call(row, kind, lengths)}
@@ -123,6 +129,8 @@ def call(row, kind, lengths):
     yield "advantages", values("advantages", row.advantages)
     yield "ref_logps", None if row.kl is None else tokens("ref_logps")
     yield "rollout_is_weights", None if row.weights is None else values("rollout_is_weights", row.weights)
+    # Of the same numbers, which are not negative.
+    yield "loss_weights", None if row.loss_weights is None else values("rollout_is_weights", row.loss_weights)
     yield "mask", keep.reshape(shape) if row.layout in ("padded", "holes") else None
     yield "cu_seqlens", np.append(0, np.cumsum(n)) if row.layout in ("packed", "holes") else None
     yield from {"surrogate": row.surrogate, "kl": row.kl, "importance_sampling_level": row.level}.items()
@@ -168,6 +176,10 @@ CASES = {
     **{
         f"loss region {kind} {number}": (of_region, number, kind, LENGTHS)
         for kind, number in itertools.product(("usual", "unusual"), range(len(REGIONS)))
+    },
+    **{
+        f"loss variant {kind} {number}": (of_variant, number, kind, LENGTHS)
+        for kind, number in itertools.product(("usual", "unusual"), range(len(VARIANTS)))
     },
     **{f"loss usual {number} long": (of_tokens, number, "usual", LONG) for number in IN_PARALLEL},
     **{f"loss usual {number} short": (of_tokens, number, "usual", SHORT) for number in IN_PARALLEL},

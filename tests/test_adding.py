@@ -146,9 +146,9 @@ def test_sweeps_of_other_terms_do_not_add():
             sweep + other
 
 
-@pytest.mark.parametrize("mean_within", [False, True])
+@pytest.mark.parametrize("numerator_apart", [False, True])
 @pytest.mark.parametrize("tasks", [1, 2, 5])
-def test_every_field_of_an_accumulator_is_merged(tasks, mean_within):
+def test_every_field_of_an_accumulator_is_merged(tasks, numerator_apart):
     rng = np.random.default_rng(tasks)
     accumulators = empty_accumulators(tasks)
     expected = {}
@@ -162,9 +162,10 @@ def test_every_field_of_an_accumulator_is_merged(tasks, mean_within):
             accumulators[name] = rng.integers(1, 1000, tasks)
             how = {"least_ratio": min, "largest_ratio": max}.get(name, sum)
             expected[name] = how(accumulators[name].tolist())
-    numerators = map(float, expected["numerator" if mean_within else "sums"][:2])
+    numerators = map(float, expected["numerator" if numerator_apart else "sums"][:2])
     expected["surrogate_numerator"], expected["kl_numerator"] = numerators
-    totals = merged(accumulators, mean_within)._asdict()
+    expected["numerator_apart"] = numerator_apart
+    totals = merged(accumulators, numerator_apart)._asdict()
     limbs = totals.pop("limbs")
     totals |= {name: Exact.of_limbs(limbs[name][0]) for name in ("sums", "numerator")}
     assert totals == expected

@@ -238,9 +238,9 @@ def test_the_bar_of_an_executor_says_what_it_waits_for(tmp_path, capsys):
 def kind(options):
     """What decides of the options which kernels a call needs."""
     checked = Options(**{name: options[name] for name in Options._fields if name in options})
-    arrays = [options.get(name, default) for name, default in (("old_logps", True), ("rollout_is_weights", False))]
+    arrays = [options.get(name, default) for name, default in _warm_up.ARRAYS.items() if name != "mask"]
     kinds = map(type, (checked.surrogate, checked.kl, checked.trust_region))
-    return *kinds, checked.importance_sampling_level, *arrays
+    return *kinds, checked.kl and checked.kl[1:], checked.importance_sampling_level, *arrays
 
 
 def test_the_calls_of_all_papers_are_compiled_beforehand():
@@ -248,8 +248,9 @@ def test_the_calls_of_all_papers_are_compiled_beforehand():
     (block,) = (b for b in re.findall(r"^```python\n(.*?)^```", guide, re.M | re.S) if "arXiv:2402.03300" in b)
     calls = []
 
-    def record(logps, old_logps, *_, mask, rollout_is_weights=None, **options):
+    def record(logps, old_logps, *_, mask, rollout_is_weights=None, loss_weights=None, **options):
         has = {"old_logps": old_logps is not None, "rollout_is_weights": rollout_is_weights is not None}
+        has["loss_weights"] = loss_weights is not None
         calls.append(options | has)
         return types.SimpleNamespace(loss=0.0)
 
@@ -318,7 +319,7 @@ for lengths in ((3, 5), (40_000, 40_000), (100_000, 7)):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"surrogate": 0.2}, TypeError, "surrogate must be a Clip, CISPO, SAPO or Unclipped, got 0.2"),
+        ({"surrogate": 0.2}, TypeError, "surrogate must be a Clip, CISPO, SAPO, Unclipped, VESPO or GMPO, got 0.2"),
         ({"kl": K3}, TypeError, "kl must be a K1, K2, K3 or None"),
         ({"importance_sampling_level": "tokens"}, ValueError, "must be one of .*did you mean 'token'"),
         ({"dtype": "float16"}, ValueError, "dtype must be one of 'float64', 'float32', got 'float16'"),
@@ -355,6 +356,7 @@ def test_the_command(monkeypatch, capsys):
         "old_logps": True,
         "mask": False,
         "rollout_is_weights": False,
+        "loss_weights": False,
     }
     assert main(["compile", "--kl", "k3", "--no-importance-weighted", "--grad", "--dtype", "float64"]) == 0
     assert calls[-1][1]["kl"] == K3(0.01, importance_weighted=False)

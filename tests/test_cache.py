@@ -25,7 +25,7 @@ from grpo_fast._kernels.cache_folder import Folder
 from grpo_fast._kernels.compiling import compiled
 
 PACKAGE = Path(grpo_fast.__file__).parent
-KERNELS = sorted((PACKAGE / "_kernels").glob("*.py"))
+KERNELS, OPTIONS = (sorted((PACKAGE / folder).glob("*.py")) for folder in ("_kernels", "terms"))
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
@@ -68,7 +68,7 @@ for path in package.rglob("*.py"):
 
 def test_machine_code_is_named_after_all_kernels_and_the_options(clone):
     decides = python(DECIDES.format(clone=str(clone))).split()
-    assert sorted(decides) == sorted(["terms.py"] + [f"_kernels/{path.name}" for path in KERNELS])
+    assert sorted(decides) == sorted(f"{path.parent.name}/{path.name}" for path in [*KERNELS, *OPTIONS])
 
 
 # --- one small kernel, of which there is a new dispatcher in every process --------------------------------------------

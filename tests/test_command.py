@@ -469,7 +469,7 @@ def test_options_are_named_and_default_as_the_arguments(capsys):
         parsed = vars(_parser.parsed([subcommand, "x.parquet"]))
         assert names <= set(parsed)
         of_surrogates = {name for surrogate in _parser.SURROGATES.values() for name in surrogate._fields}
-        assert set(parsed) - names - of_surrogates <= {"subcommand", "files", "workers", "json", "plot"}
+        assert set(parsed) - names - of_surrogates <= {"subcommand", "files", "workers", "json", "plot", "kl_gradient"}
 
 
 def test_help_has_the_defaults_of_the_options(capsys):

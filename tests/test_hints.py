@@ -67,7 +67,10 @@ def test_an_argument_of_an_option_says_where_it_belongs(name, hint):
         ({"aggregation": "zzz"}, "'seq-mean-token-sum', got 'zzz'"),
         ({"kl": 0.04}, "kl must be a K1, K2, K3 or None, got 0.04: did you mean K3(0.04)?"),
         ({"kl": K3}, "make one, such as K3(0.04)"),
-        ({"surrogate": 0.2}, "surrogate must be a Clip, CISPO, SAPO or Unclipped, got 0.2: did you mean Clip(0.2)?"),
+        (
+            {"surrogate": 0.2},
+            "surrogate must be a Clip, CISPO, SAPO, Unclipped, VESPO or GMPO, got 0.2: did you mean Clip(0.2)?",
+        ),
         ({"surrogate": Clip}, "make one, such as Clip()"),
         ({"surrogate": "clip"}, "got 'clip'"),
     ],

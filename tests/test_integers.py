@@ -11,7 +11,7 @@ from grpo_fast import grpo_loss, loss, reference
 from grpo_fast._kernels import sequence_level, token_level
 from grpo_fast._kernels.sums import empty_accumulators
 from grpo_fast._kernels.tokens import Batch
-from grpo_fast._loss_inputs import Inputs, _bounds
+from grpo_fast._loss_inputs import Inputs, bounds_of
 
 FAR = 1 << 33  # tokens: beyond 32 bits
 CHOOSING = "arange", "array", "cumsum", "full", "ones", "prod", "sum"  # functions that choose, unless told a dtype
@@ -54,14 +54,14 @@ def batch(bounds):
 # --- more tokens than 32 bits count -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("shape", [(FAR,), (4, FAR // 4), (1 << 20, FAR >> 20)])
 def test_bounds_of_many_tokens(shape):
-    bounds = _bounds(shape, None)
+    bounds = bounds_of(shape, None)
     assert bounds.dtype == np.int64
     assert bounds[-1] == FAR
     assert (bounds[1:] > bounds[:-1]).all()
 
 
 def test_ranges_of_many_tokens():
-    bounds = _bounds((1 << 20, FAR >> 20), None)
+    bounds = bounds_of((1 << 20, FAR >> 20), None)
     ranges, _, long = loss._ranges(batch(bounds), 2)
     assert not long
     assert ranges.dtype == np.int64
@@ -72,7 +72,7 @@ def test_ranges_of_many_tokens():
 
 @pytest.mark.parametrize("tasks", [2, 7])
 def test_one_sequence_of_many_tokens_is_shared_out(tasks):
-    spans = loss._spans(batch(_bounds((FAR,), None)), 0, tasks, empty_accumulators(1))
+    spans = loss._spans(batch(bounds_of((FAR,), None)), 0, tasks, empty_accumulators(1))
     assert [column.dtype for column in spans] == [np.int64] * 4
     assert spans.start[0] == 0
     assert spans.stop[-1] == FAR
@@ -87,7 +87,7 @@ def test_one_sequence_of_many_tokens_is_shared_out(tasks):
 def test_counts_and_offsets(shape, masked):
     logps = np.zeros(shape)
     mask = np.ones(shape, bool) if masked else None
-    inputs = Inputs.of(logps, None, np.zeros(shape), None, mask, None, None, True)
+    inputs = Inputs.of(logps, None, np.zeros(shape), None, mask, None, None, None, True)
     assert inputs.batch.bounds.dtype == np.int64
     tokens = reference._Tokens.of(logps, mask, None)
     assert tokens.lengths.dtype == tokens.counts.dtype == np.int64

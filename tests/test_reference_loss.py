@@ -108,6 +108,10 @@ def test_sequence_level_by_hand():
     assert result.loss == pytest.approx(-rho * (1 + 2 - 1))
     assert_allclose(result.grad, rho * np.array([[-1.5, -1.5, 0], [1, 0, 0]]))
     weighted = grpo_loss(logps, old, 0 * mask, ref, kl=K1(1), **common)
+    own = mask * np.exp(logps - old)  # the token's own ratio
+    assert weighted.loss == pytest.approx(own.sum() * math.log(2))
+    assert_allclose(weighted.grad, own * (math.log(2) + 1))
+    weighted = grpo_loss(logps, old, 0 * mask, ref, kl=K1(1, "sequence"), **common)
     assert weighted.loss == pytest.approx(rho * 3 * math.log(2))
     assert_allclose(weighted.grad, mask * rho * (math.log(2) + 1))
 
@@ -254,7 +258,7 @@ def test_float32_computes_in_float32(level):
 @every_case
 def test_no_option_leaves_the_dtype(number, surrogate, kl, level):
     rho = A = logp = np.ones(3, np.float32)
-    parts = [*surrogate_term(surrogate, rho, A, logp), *([] if kl is None else kl_term(kl, rho, logp, level))]
+    parts = [*surrogate_term(surrogate, rho, A, logp), *([] if kl is None else kl_term(kl, rho, rho, logp))]
     assert {part.dtype for part in parts} == {np.dtype(np.float32)}
 
 
@@ -353,8 +357,16 @@ LOGPS = np.zeros((2, 3))
         ({"mask": np.full((2, 3), 0.5)}, ValueError, "mask must hold bools or 0/1, got .*0.5"),
         ({"kl": K3(0.1)}, ValueError, "ref_logps must be given"),
         ({"kl": 0.1, "ref_logps": LOGPS}, TypeError, "kl must be a K1, K2, K3 or None, got 0.1"),
-        ({"surrogate": (0.2, 0.2, 3.0)}, TypeError, "surrogate must be a Clip, CISPO, SAPO or Unclipped, got"),
-        ({"importance_sampling_level": "word"}, ValueError, "must be one of 'token', 'sequence', got 'word'"),
+        (
+            {"surrogate": (0.2, 0.2, 3.0)},
+            TypeError,
+            "surrogate must be a Clip, CISPO, SAPO, Unclipped, VESPO or GMPO, got",
+        ),
+        (
+            {"importance_sampling_level": "word"},
+            ValueError,
+            "must be one of 'token', 'sequence', 'sequence_token', got 'word'",
+        ),
         ({"aggregation": "mean"}, ValueError, "aggregation must be one of 'token-mean', .* got 'mean'"),
         ({"normalizer": 0}, ValueError, r"normalizer must be above 0 where a token counts, got 0"),
         ({"cu_seqlens": [0, 6]}, ValueError, "cu_seqlens must be 1-D ints beside 1-D logps"),

@@ -21,13 +21,13 @@ def test_defaults():
     assert tuple(Clip(0.1)) == (0.1, 0.1, math.inf)  # epsilon_high follows epsilon
     assert tuple(CISPO()) == (5.0, 0.0)
     assert tuple(SAPO()) == (1.0, 1.05)
-    assert [tuple(K(0.1)) for K in (K1, K2, K3)] == [(0.1, True)] * 3
+    assert [tuple(K(0.1)) for K in (K1, K2, K3)] == [(0.1, True, "own")] * 3
 
 
 @pytest.mark.parametrize("one", [1, np.int8(1), np.float32(1), np.float64(1), np.longdouble(1), Fraction(1)])
 def test_any_real_number_becomes_a_float(one):
     for option in (Clip(0, one, 3 * one), CISPO(one, one), SAPO(one, one), K3(one, np.True_)):
-        assert {type(field) for field in option} <= {float, bool}
+        assert {type(field) for field in option} <= {float, bool, str}
         assert 1.0 in option
 
 
@@ -89,7 +89,7 @@ def test_refuses_what_is_no_number(value):
 
 @pytest.mark.parametrize("value", [0, 1, 1.0, None, "yes"])
 def test_refuses_what_is_no_bool(value):
-    with pytest.raises(TypeError, match=f"importance_weighted must be True or False, got {value!r}"):
+    with pytest.raises(TypeError, match=f"importance_weighted must be True, False or 'sequence', got {value!r}"):
         K3(0.1, value)
 
 

@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402 - needs
 from grpo_fast.torch import _operator, grpo_loss  # noqa: E402 - needs torch
 
 HALVES = [torch.bfloat16, torch.float16]
-ROW = Row(Clip(0.1, 0.3, 1.8), K3(0.3), TOKEN, F8, "padded", TOKEN, TOKEN, SEQ_MEAN, 3.7, False, True)
+ROW = Row(Clip(0.1, 0.3, 1.8), K3(0.3), TOKEN, F8, "padded", TOKEN, TOKEN, SEQ_MEAN, 3.7, False, True, TOKEN)
+LEGAL = {"loss_weights": 1.0}
 
 
 def tensors(arguments, grad=True):
@@ -36,7 +37,8 @@ def clean(lengths=(5, 0, 40, 3), seed=0):
     """The tensors of `ROW`, with numbers in the masked places: a function of NaN has no slope, of 0 neither."""
     arguments = batch(ROW, list(lengths), seed=seed)
     keep = arguments["mask"] != 0
-    return tensors(arguments | {name: np.where(keep, arguments[name], -1.0) for name in ARRAYS})
+    given = [name for name in ARRAYS if arguments[name] is not None]
+    return tensors(arguments | {name: np.where(keep, arguments[name], LEGAL.get(name, -1.0)) for name in given})
 
 
 def loss_and_grad(arguments, function=grpo_loss, **changes):

@@ -41,7 +41,11 @@ def test_a_tensor_of_another_kind(name, case):
         ({"logps": LOGPS[0, 0]}, ValueError, r"logps must be \(B, T\) or \(N,\), got shape \(\)"),
         ({"kl": K3(0.1)}, ValueError, "ref_logps must be given with a kl, got None"),
         ({"kl": 0.1}, TypeError, "kl must be a K1, K2, K3 or None, got 0.1"),
-        ({"surrogate": (0.2,)}, TypeError, r"surrogate must be a Clip, CISPO, SAPO or Unclipped, got \(0.2,\)"),
+        (
+            {"surrogate": (0.2,)},
+            TypeError,
+            r"surrogate must be a Clip, CISPO, SAPO, Unclipped, VESPO or GMPO, got \(0.2,\)",
+        ),
         ({"importance_sampling_level": 3}, ValueError, "importance_sampling_level must be one of 'token', 'sequence'"),
         ({"aggregation": "mean"}, ValueError, "aggregation must be one of 'token-mean', .*, got 'mean'"),
         ({"normalizer": 0}, ValueError, "normalizer must be above 0 where a token counts, got 0"),

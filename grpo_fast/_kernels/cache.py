@@ -139,18 +139,22 @@ def source() -> str:
 
     Where they have no text, as in a frozen program, it is of their code. Raises a RuntimeError where neither is known.
     """
-    terms = f"{__package__.rpartition('.')[0]}.terms"
+    options = f"{__package__.rpartition('.')[0]}.terms"
     try:
-        listed = pkgutil.iter_modules(sys.modules[__package__].__path__)
-        kernels = [f"{__package__}.{module.name}" for module in listed]
-        if __name__ not in kernels:
-            raise ImportError(f"{__package__} does not list its modules")
-        texts = [(name, _text(name)) for name in sorted([__package__, *kernels, terms])]
+        texts = [(name, _text(name)) for name in sorted([*_modules(__package__), *_modules(options)])]
     except (AttributeError, ImportError, ValueError) as error:
         raise RuntimeError(
             f"neither text nor code of its sources can be read, to tell versions apart ({error}); install them as files"
         ) from error
     return _digest(repr(texts).encode())
+
+
+def _modules(package: str) -> list[str]:
+    """The names of a package that was imported, and of the modules in it."""
+    names = [f"{package}.{module.name}" for module in pkgutil.iter_modules(sys.modules[package].__path__)]
+    if not names:
+        raise ImportError(f"{package} does not list its modules")
+    return [package, *names]
 
 
 def _text(module: str) -> Any:

@@ -4,11 +4,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from grpo_fast import CISPO, K1, K2, K3, SAPO, TV, Band, BinaryKL, Clip, Unclipped
+from grpo_fast import CISPO, GMPO, K1, K2, K3, SAPO, TV, VESPO, Band, BinaryKL, Clip, Unclipped
 
 F8, F4 = np.float64, np.float32
 LEVELS = TOKEN, SEQ = "token", "sequence"
-ARRAYS = ["logps", "old_logps", "advantages", "ref_logps", "rollout_is_weights"]
+SEQ_TOKEN = "sequence_token"
+ARRAYS = ["logps", "old_logps", "advantages", "ref_logps", "rollout_is_weights", "loss_weights"]
 MEAN, SUM, SEQ_MEAN, SEQ_SUM = "token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum"
 
 
@@ -27,6 +28,7 @@ class Row(NamedTuple):
     normalizer: float | None
     on_policy: bool
     grad: bool | str
+    loss_weights: str | None = None  # one per …
 
 
 # fmt: off
@@ -76,9 +78,54 @@ REGIONS = [
     (None, Row(Unclipped(), K3(0.3), SEQ, F4, "padded", SEQ, SEQ, SUM, None, False, True)),
 ]
 
+# fmt: off
+#: Surrogates of whole sequences, the third level, the KL term's other ratio and gradients, loss weights; and a region.
+VARIANTS = [(region, Row(*values)) for region, *values in [
+    (None, VESPO(), K3(0.3), SEQ,
+        F8, "padded", TOKEN, SEQ, SEQ_MEAN, None, False, True),
+    (None, VESPO(1, 2, 0.5, 1), None, SEQ,
+        F4, "holes", SEQ, None, SUM, 3.7, False, "array", TOKEN),
+    (BAND, VESPO(), K1(0.3, False, "score"), SEQ,
+        F8, "packed", TOKEN, TOKEN, MEAN, None, False, True, SEQ),
+    (None, GMPO(0.3, 0.5), K1(0.3, "sequence"), SEQ,
+        F8, "packed", SEQ, TOKEN, MEAN, None, False, "array", SEQ),
+    (None, GMPO(), None, SEQ,
+        F4, "padded", SEQ, None, SEQ_MEAN, None, False, True),
+    (BAND, GMPO(), K3(0.3), SEQ,
+        F8, "holes", SEQ, SEQ, SEQ_SUM, 3.7, False, True, TOKEN),
+    (None, Clip(), K3(0.3, False, "score"), SEQ_TOKEN,
+        F8, "holes", TOKEN, TOKEN, SEQ_MEAN, None, False, True, TOKEN),
+    (None, SAPO(), K2(0.3), SEQ_TOKEN,
+        F4, "packed", TOKEN, None, SUM, 3.7, False, "array"),
+    (BAND, Unclipped(), K3(0.3, False, "k2"), SEQ_TOKEN,
+        F8, "padded", SEQ, SEQ, MEAN, None, False, True, SEQ),
+    (None, CISPO(1.2, 0.8), None, SEQ_TOKEN,
+        F8, "padded", TOKEN, None, SEQ_SUM, None, False, True),
+    (None, Clip(0.1, 0.3, 1.8), K3(0.3), SEQ_TOKEN,
+        F4, "plain", TOKEN, SEQ, SEQ_MEAN, None, True, False, TOKEN),
+    (None, Clip(), K3(0.3), TOKEN,
+        F8, "padded", SEQ, None, SEQ_MEAN, None, False, True, TOKEN),
+    (None, CISPO(1.2, 0.8), K1(0.3, False, "score"), TOKEN,
+        F4, "packed", TOKEN, TOKEN, SUM, None, False, "array", SEQ),
+    (TV(0.1), Unclipped(), K2(0.3, False, "k2"), TOKEN,
+        F8, "holes", SEQ, SEQ, MEAN, 3.7, False, True, SEQ),
+    (None, SAPO(), K1(0.3, False, "k2"), TOKEN,
+        F4, "plain", SEQ, None, SEQ_SUM, 3.7, False, False, TOKEN),
+    (None, Unclipped(), K3(0.3, "sequence"), SEQ,
+        F8, "plain", SEQ, SEQ, SEQ_SUM, None, False, True, TOKEN),
+    (None, Clip(0.1, 0.3, 1.8), K2(0.3, False, "score"), SEQ,
+        F4, "holes", TOKEN, None, MEAN, None, False, True, SEQ),
+    (None, SAPO(), K2(0.3, "sequence"), SEQ,
+        F4, "padded", TOKEN, SEQ, SEQ_MEAN, None, False, "array"),
+    (None, CISPO(1.2, 0.8), K3(0.3, False, "score"), SEQ,
+        F8, "packed", SEQ, None, SUM, None, True, True),
+]]
+# fmt: on
+
 
 # --- the data ---------------------------------------------------------------------------------------------------------
 BOUNDS = np.array([1 - 0.2, 1 + 0.2, 1 - 0.1, 1 + 0.3, 1.8, 0.8, 1.2, BAND.ratio_min, BAND.ratio_max])
+LOG_BOUNDS = np.array([-0.3, 0.5, -0.4, 0.4])  # of GMPO
 
 
 def batch(row, lengths, drift=0.5, ref_drift=0.5, seed=0, said=True):
@@ -86,8 +133,8 @@ def batch(row, lengths, drift=0.5, ref_drift=0.5, seed=0, said=True):
 
     Where there are as many tokens as sequences, the shapes of what has one value for either say which, if ``said``.
 
-    No ρ is within 10⁻⁴ of a bound. Two ways to compute it differ by some (2 + |log ρ|)·eps, where one may find a token
-    clipped and the other not; so far away both decide alike, in float32, too.
+    No ρ is within 10⁻⁴ of a bound, and of GMPO no token's log ρ. Two ways to compute it differ by (2 + |log ρ|)·eps or
+    so, where one may find a token clipped and the other not; so far away both decide alike, in float32, too.
     """
     rng = np.random.default_rng(seed)
     lengths = [sum(lengths)] if row.layout == "plain" else lengths
@@ -104,8 +151,11 @@ def batch(row, lengths, drift=0.5, ref_drift=0.5, seed=0, said=True):
 
     old = rng.uniform(-4, 0, keep.shape).astype(row.dtype)
     logps = (old + drift * rng.normal(size=keep.shape)).astype(row.dtype)
+    if isinstance(row.surrogate, GMPO):
+        near = np.isclose((logps.astype(F8) - old)[..., None], LOG_BOUNDS, rtol=0, atol=1e-4)
+        logps = np.where(near.any(axis=-1), old, logps)
     log_ratio = logps.astype(F8) - old
-    if row.level == SEQ:
+    if row.level != TOKEN:
         tokens, total = (np.bincount(which[keep], x, len(lengths)) for x in (None, log_ratio[keep]))
         log_ratio = (total / np.maximum(tokens, 1))[which]
     logps = np.where(np.isclose(np.exp(log_ratio)[..., None], BOUNDS, rtol=1e-4, atol=0).any(axis=-1), old, logps)
@@ -121,9 +171,10 @@ def batch(row, lengths, drift=0.5, ref_drift=0.5, seed=0, said=True):
         "ref_logps": None if row.kl is None else (logps + ref_drift * rng.normal(size=keep.shape)).astype(row.dtype),
         "rollout_is_weights": None if row.weights is None else values(row.weights, rng.lognormal),
     }
+    arrays["loss_weights"] = None if row.loss_weights is None else values(row.loss_weights, rng.lognormal)
     garbage = np.resize(np.array([np.nan, np.inf, -np.inf], row.dtype), keep.shape)
     either = said and keep.shape == (len(lengths),) and set(lengths) != {1}
-    per = {"advantages": row.advantages, "rollout_is_weights": row.weights}
+    per = {"advantages": row.advantages, "rollout_is_weights": row.weights, "loss_weights": row.loss_weights}
     for name, x in arrays.items():
         per_token = per.get(name, TOKEN) == TOKEN
         if x is not None and per_token:
@@ -154,6 +205,7 @@ def textbook(
     kl=None,
     importance_sampling_level=TOKEN,
     rollout_is_weights=None,
+    loss_weights=None,
     aggregation=SEQ_MEAN,
     normalizer=None,
 ):
@@ -174,6 +226,7 @@ def textbook(
     logp, A = tokens(logps), tokens(advantages)
     counts = sums(torch.ones_like(logp)).clamp(min=1)
     log_ratio = logp - (logp.detach() if old_logps is None else tokens(old_logps))
+    own = torch.exp(log_ratio)
     if importance_sampling_level == SEQ:
         log_ratio = (sums(log_ratio) / counts)[sequence]
     ratio = torch.exp(log_ratio)
@@ -189,7 +242,9 @@ def textbook(
     if kl is not None:
         l = logp - tokens(ref_logps)
         k = l if isinstance(kl, K1) else l * l / 2 if isinstance(kl, K2) else torch.exp(-l) + l - 1
-        losses = losses + kl.beta * (ratio * k if kl.importance_weighted else k)
+        losses = losses + kl.beta * (own * k if kl.importance_weighted else k)
+    if loss_weights is not None:
+        losses = losses * tokens(loss_weights)
     if aggregation == SEQ_MEAN:
         losses = losses / counts[sequence]
     denominators = {MEAN: max(len(logp), 1), SUM: 1, SEQ_MEAN: len(lengths), SEQ_SUM: len(lengths)}

@@ -13,6 +13,7 @@ import numpy as np
 from combinations import ARRAYS, batch
 from hypothesis import strategies as st
 
+PER_SEQUENCE = ("advantages", "rollout_is_weights", "loss_weights")
 NAMES = [*ARRAYS, "mask", "cu_seqlens", "grad"]
 PROBABILITIES = ["rhos", "A", "pi_theta_old", "pi_theta_ref"]
 
@@ -189,22 +190,23 @@ def judge_loss(arguments):
             found[name] = None
             continue
         if value is None:
-            if name in ("old_logps", "rollout_is_weights"):
+            if name in ("old_logps", "rollout_is_weights", "loss_weights"):
                 continue
             raise Refused(name)
         x = np.atleast_1d(real(name, value))
         per_token, per_sequence = x.shape == shape, False
-        if name in ("advantages", "rollout_is_weights"):
+        if name in PER_SEQUENCE:
             per_token = per_token or x.shape == (1, *shape)  # of a packed batch
             per_sequence = x.shape in ((bounds.size - 1,), (bounds.size - 1, 1))
         if per_token == per_sequence and not (per_token and (np.diff(bounds) == 1).all()):  # neither, or who knows
             raise Refused(name)
         x = x.astype(dtype)
         x = x.reshape(shape if per_token else -1)
-        if not np.isfinite((x if per_token else x[sequences])[keep]).all():
+        of_tokens = (x if per_token else x[sequences])[keep]
+        if not np.isfinite(of_tokens).all() or (name == "loss_weights" and (of_tokens < 0).any()):
             raise Refused(name)
         found[name] = x
-        if name in ("advantages", "rollout_is_weights") and len(shape) == 1:  # say which
+        if name in PER_SEQUENCE and len(shape) == 1:  # say which
             found[name] = x.reshape((1, -1) if per_token else (-1, 1))
     if arguments["normalizer"] == 0 and keep.any():
         raise Refused("normalizer")
