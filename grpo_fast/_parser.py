@@ -104,6 +104,11 @@ examples:
   grpo-fast worst run --rank ratio -n 5
   grpo-fast worst run --rank mismatch --show step,reward --json
 """
+_EXAMPLE_IDENTIFY = """
+The exit code is 0 if it is what it says, 1 where it differs from all of grpo_loss' options.
+
+for example:  grpo-fast identify mypackage.losses:dapo_loss
+"""
 _EXAMPLE_COMPILE = """\
 What is compiled is kept for you, a version and this kind of CPU, in NUMBA_CACHE_DIR if that is set. What only several
 threads need is compiled where there are several (NUMBA_NUM_THREADS).
@@ -200,6 +205,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace | None:
     _add_sweep(subparsers)
     _add_worst(subparsers)
     _add_compile(subparsers)
+    _add_identify(subparsers)
     _add_demo(subparsers)
     if argv and argv[0].startswith("-") and argv[0] not in parser._option_string_actions:
         option = argv[0].partition("=")[0]
@@ -293,6 +299,19 @@ def _add_compile(subparsers: Any) -> None:
         "--grad", action=argparse.BooleanOptionalAction, help="for calls with the gradient, or without (both)"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="(both)")
+
+
+def _add_identify(subparsers: Any) -> None:
+    about = "what a loss of your own computes, in the words of grpo_loss, and what it does wrong"
+    parser = _subparser(subparsers, "identify", about, "MODULE:FUNCTION [OPTION…]", _EXAMPLE_IDENTIFY)
+    parser.add_argument(
+        "loss",
+        metavar="MODULE:FUNCTION",
+        help="a function of logps, old_logps, advantages, ref_logps, mask, or some of them; or FILE.py:FUNCTION",
+    )
+    parser.add_argument("--framework", choices=("numpy", "torch", "jax"), help="what it is written in (found out)")
+    parser.add_argument("--device", metavar="DEVICE", help="where its tensors are to be, in torch (cpu)")
+    parser.add_argument("--strict", action="store_true", help="exit code 1 where it is fragile, too")
 
 
 def _add_demo(subparsers: Any) -> None:
