@@ -97,6 +97,15 @@ def _losses(results: Results) -> Iterator[Target]:
                 yield Target(work, "a plain Numba loop", bound, results.ratios("Numba loop", IN_PLACE, **facts))
 
 
+def _corrections(results: Results) -> Iterator[Target]:
+    for dtype, roof in (("float64", "≥ 0.6"), ("float32", "≥ 0.4")):
+        for row in results.all(work="correction", peer=OURS, n=LARGE, kind="full", dtype=dtype):
+            ratios = partial(results.ratios, **{name: row[name] for name in ("work", "n", "kind", "dtype", "level")})
+            work = f"`rollout_correction`, 16.8 M, {dtype}, {row['level']} level"
+            yield Target(work, READ_AND_WRITE, roof, ratios(READ_AND_WRITE, OURS), "")
+            yield Target(work, "torch eager", "≥ 5×", ratios("torch eager", OURS))
+
+
 def _torch(results: Results) -> Iterator[Target]:
     for row in results.all(work="torch, small", peer=OURS):
         ratios = results.ratios("torch eager", OURS, work="torch, small", n=row["n"])
@@ -168,4 +177,16 @@ def _starts(results: Results) -> Iterator[Target]:
         yield Target(f"{row['peer']}, {row['dtype']}, compiled", "its time", bound, row["times"], " s")
 
 
-_KINDS = (_large_objectives, _small_objectives, _losses, _torch, _in_cache, _packed, _memory, _files, _runs, _starts)
+_KINDS = (
+    _large_objectives,
+    _small_objectives,
+    _losses,
+    _corrections,
+    _torch,
+    _in_cache,
+    _packed,
+    _memory,
+    _files,
+    _runs,
+    _starts,
+)

@@ -45,10 +45,12 @@ def run_evaluate(arguments: argparse.Namespace) -> str:
     _refuse_names_of_columns(arguments.files)
     columns = _columns_of(arguments.columns)
     if _form_of(arguments, columns) is Form.LOG_PROBABILITIES:
-        options = of_tokens
+        options = of_tokens | _given(arguments, ("rollout_correction",))
         _refuse_weighting_of_nothing(arguments, options["kl"] is not None, "--kl or --beta")
     else:
         _refuse_for_probabilities(arguments, ("epsilon", "beta", "importance_weighted"))
+        if arguments.rollout_correction is not None:
+            raise UsageError("--rollout-correction: not for probability columns, which have no sampler's beside them")
         options = _given(arguments, ("epsilon", "beta", "importance_weighted"))
     if arguments.plot:
         found = _with_workers(arguments, partial(_evaluate_to_draw, arguments, columns, options))

@@ -4,6 +4,7 @@ What they make of files is in `_command`; here is what may be written, and the h
 """
 
 import argparse
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from ._checks import did_you_mean
 from ._columns import ARGUMENTS, REQUIRED
 from ._warm_up import DTYPES
 from ._worst import RANKS, SHOWN
+from .rollout_terms import LOWER, UPPER, WEIGHT_LEVELS, WEIGHT_MODES, Reject, RolloutOptions
 from .terms import (
     AGGREGATIONS,
     BETA,
@@ -72,7 +74,8 @@ columns of FILE:
     mask                   if there: 0 where a token does not count
     rollout_is_weights     if there: weights of the policy term, one number, or a list
     loss_weights           if there: weights of policy and KL term, one number, or a list
-    rollout_logps          for --plot and worst: under the engine that sampled
+    rollout_logps          for --rollout-correction, --plot and worst: under the engine that sampled; null or NaN where
+                           missing
   or a row is a token, with a number in each of these columns; or a sample, given as probabilities:
     rhos, A                ratio and advantage
     pi_theta_old, pi_theta_ref
@@ -88,6 +91,8 @@ examples:
   grpo-fast evaluate rollouts.parquet --columns logps=policy_logps,mask=completion_mask --kl k3 --beta 0.04
   grpo-fast evaluate rollouts.parquet --surrogate cispo --ratio-max 5
   grpo-fast evaluate rollouts.parquet --surrogate unclipped --trust-region tv,0.2
+  grpo-fast evaluate rollouts.parquet --rollout-correction level=sequence,mode=mask,upper=3
+  grpo-fast evaluate rollouts.parquet --rollout-correction mode=raw,reject=ratio:geometric:0.99:1.01
 """
 _EXAMPLE_SWEEP = """\
 examples:
@@ -98,6 +103,11 @@ _EXAMPLE_WORST = """\
 examples:
   grpo-fast worst run --rank ratio -n 5
   grpo-fast worst run --rank mismatch --show step,reward --json
+"""
+_EXAMPLE_IDENTIFY = """
+The exit code is 0 if it is what it says, 1 where it differs from all of grpo_loss' options.
+
+for example:  grpo-fast identify mypackage.losses:dapo_loss
 """
 _EXAMPLE_COMPILE = """\
 What is compiled is kept for you, a version and this kind of CPU, in NUMBA_CACHE_DIR if that is set. What only several
@@ -195,6 +205,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace | None:
     _add_sweep(subparsers)
     _add_worst(subparsers)
     _add_compile(subparsers)
+    _add_identify(subparsers)
     _add_demo(subparsers)
     if argv and argv[0].startswith("-") and argv[0] not in parser._option_string_actions:
         option = argv[0].partition("=")[0]
@@ -227,6 +238,7 @@ def _add_evaluate(subparsers: Any) -> None:
     _add_policy_term(parser)
     _add_kl_term(parser)
     _add_aggregation(parser)
+    _add_rollout_correction(parser)
     _add_reading(parser)
     _add_by(parser)
     _add_plot(parser, "draw diagnostics over the column of --by, and the distributions of log-ratios")
@@ -287,6 +299,19 @@ def _add_compile(subparsers: Any) -> None:
         "--grad", action=argparse.BooleanOptionalAction, help="for calls with the gradient, or without (both)"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="(both)")
+
+
+def _add_identify(subparsers: Any) -> None:
+    about = "what a loss of your own computes, in the words of grpo_loss, and what it does wrong"
+    parser = _subparser(subparsers, "identify", about, "MODULE:FUNCTION [OPTION…]", _EXAMPLE_IDENTIFY)
+    parser.add_argument(
+        "loss",
+        metavar="MODULE:FUNCTION",
+        help="a function of logps, old_logps, advantages, ref_logps, mask, or some of them; or FILE.py:FUNCTION",
+    )
+    parser.add_argument("--framework", choices=("numpy", "torch", "jax"), help="what it is written in (found out)")
+    parser.add_argument("--device", metavar="DEVICE", help="where its tensors are to be, in torch (cpu)")
+    parser.add_argument("--strict", action="store_true", help="exit code 1 where it is fragile, too")
 
 
 def _add_demo(subparsers: Any) -> None:
@@ -374,6 +399,20 @@ def _add_aggregation(parser: Any) -> None:
         _add_trust_region(group)
 
 
+def _add_rollout_correction(parser: Any) -> None:
+    group = parser.add_argument_group("between trainer and sampler, of log-probabilities")
+    group.add_argument(
+        "--rollout-correction",
+        type=_rollout_correction,
+        metavar="NAME=X,…",
+        help="weigh the policy term by old_logps over rollout_logps: "
+        f"level={'|'.join(WEIGHT_LEVELS)}, mode={'|'.join(WEIGHT_MODES)}, lower=X, upper=X "
+        f"({WEIGHT_LEVELS[0]}, {WEIGHT_MODES[0]}, {LOWER:g}, {UPPER:g}); and by 0 what is outside of "
+        "reject=STATISTIC:LEVEL:LOWER:UPPER, as often as you like, where a bound may be empty: of ratio, k2 or k3, at "
+        "level token, or of a sequence (ratio: sequence, geometric, seq_min, seq_max; else seq_sum, seq_mean, seq_max)",
+    )
+
+
 def _add_reading(parser: Any) -> None:
     group = parser.add_argument_group("reading and printing")
     group.add_argument("--batch-size", type=_count, metavar="ROWS", help="rows read at a time (about 16 MiB)")
@@ -419,6 +458,47 @@ def _trust_region(text: str) -> Any:
         raise argparse.ArgumentTypeError(f"{name}: {error}") from None
     except TypeError:
         raise argparse.ArgumentTypeError(f"{name}: of other numbers than the help says, got {text!r}") from None
+
+
+def _rollout_correction(text: str) -> dict[str, Any]:
+    """The options in ``NAME=X,NAME=X``, checked."""
+    options: dict[str, Any] = {"reject": []}
+    allowed = RolloutOptions._fields
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if not value or name not in allowed:
+            several = ", ".join(f"{name}=…" for name in allowed)
+            meant = did_you_mean(name, allowed)
+            raise argparse.ArgumentTypeError(f"must be {several}, with commas between several, got {part!r}{meant}")
+        if name == "reject":
+            options["reject"].append(_reject(value))
+        elif name in options:
+            raise argparse.ArgumentTypeError(f"must name {name} once, got {text!r}")
+        else:
+            options[name] = value if name in ("level", "mode") else _floats(value)[0]
+    with _as_type_error():
+        RolloutOptions(**options)
+    return options
+
+
+def _reject(text: str) -> Reject:
+    statistic, _, rest = text.partition(":")
+    level, *bounds = rest.split(":")
+    if not 1 <= len(bounds) <= 2:
+        raise argparse.ArgumentTypeError(f"must have reject=STATISTIC:LEVEL:LOWER:UPPER, got {text!r}")
+    low, high = (_floats(bound)[0] if bound else None for bound in (*bounds, "")[:2])
+    which: Any = {"statistic": statistic, "level": level}
+    with _as_type_error():
+        return Reject(**which, lower=-math.inf if low is None else low, upper=math.inf if high is None else high)
+
+
+@contextmanager
+def _as_type_error() -> Iterator[None]:
+    """A context in which an option's ValueError becomes that of its text."""
+    try:
+        yield
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _whole(text: str, least: int) -> int:

@@ -184,7 +184,7 @@ def _table(given: Arguments, per_sequence: dict[str, Any], constants: dict[str, 
     tokens: dict[str, Array] = {name: x for name in names if (x := getattr(batch, name)) is not None}
     tokens.setdefault("old_logps", tokens["logps"])
     if given.rollout_logps is not None:
-        expected = Expected(shape, batch.logps.dtype, batch.bounds)
+        expected = Expected("logps", shape, batch.logps.dtype, batch.bounds)
         tokens["rollout_logps"] = expected.per_token("rollout_logps", given.rollout_logps)
     sequences: dict[str, Any] = {}
     (tokens if batch.advantages_per_token else sequences)["advantages"] = batch.advantages

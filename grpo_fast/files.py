@@ -16,7 +16,7 @@ from typing import Any, Never, TypedDict, Unpack, overload
 from numpy.typing import ArrayLike
 
 from ._checks import hides_unknown, refuse_unknown
-from ._columns import Columns, check_mapping
+from ._columns import Columns, check_mapping, with_sampler
 from ._histograms import Histogram, counting
 from ._jobs import evaluation, sweeping
 from ._paths import Paths
@@ -24,6 +24,7 @@ from ._summing import Reading, sum_over_files, summed
 from ._worst import SHOWN, Outlier, Rank, checked_count, of_a_batch, ranking
 from ._writer import RolloutWriter
 from .objective import grid_of
+from .rollout_terms import RolloutKeywords
 from .stats import Stats, Sweep
 from .terms import KL, Aggregation, Level, Surrogate, TrustRegion
 
@@ -52,6 +53,7 @@ class EvaluateOptions(ReadOptions, total=False):
     aggregation: Aggregation | None
     normalizer: float | None
     trust_region: TrustRegion | None
+    rollout_correction: RolloutKeywords | None
 
 
 class SweepOptions(ReadOptions, total=False):
@@ -89,6 +91,7 @@ def evaluate(
     aggregation: Aggregation | None = None,
     normalizer: float | None = None,
     trust_region: TrustRegion | None = None,
+    rollout_correction: RolloutKeywords | None = None,
     columns: Columns | None = None,
     batch_size: int | None = None,
     executor: Executor | None = None,
@@ -119,13 +122,19 @@ def evaluate(
     surrogate, kl, importance_sampling_level, aggregation, normalizer, trust_region
         Of files of log-probabilities: as in `grpo_loss`, and None as its defaults. Flat ones have no sequences: token
         level, ``"token-mean"`` or ``"token-sum"``.
+    rollout_correction : dict, or None
+        Of files of log-probabilities that have ``rollout_logps``: the options of `rollout_correction` (``level, mode,
+        lower, upper, reject``; ``{}`` for its defaults), whose weights multiply the policy term in the same read, in
+        place of a column of them. What it says of trainer and sampler is ``rollout`` of the result. Flat columns have
+        no sequences: level "token" in all of it; ``rollout`` of several blocks is that of one array to rounding. A null
+        is a missing log-probability.
     columns : mapping of argument to column, or None
         Where the files call a column otherwise than the argument of `grpo_stats` or `grpo_loss`. With None as the
         column, ``old_logps`` (then all is on-policy), ``mask`` and both weights are left out. The files hold either
         probabilities (``rhos, A, pi_theta_old, pi_theta_ref``) or log-probabilities (``logps, old_logps, advantages,
-        ref_logps`` and, if there are such columns, ``mask, rollout_is_weights, loss_weights``); where they hold both,
-        those named here are taken. Beside lists, ``advantages`` and the weights are lists, too, or one number for each
-        sequence. A mask may be a list of columns, which are multiplied. A column that must be a mask by
+        ref_logps`` and, if there are such columns, ``mask, rollout_is_weights, loss_weights, rollout_logps``); where
+        they hold both, those named here are taken. Beside lists, ``advantages`` and the weights are lists, too, or one
+        number for each sequence. A mask may be a list of columns, which are multiplied. A column that must be a mask by
         its name (it ends in "mask" or "masks") and type, and is not used, is an error, not ignored, unless a list here
         (``{"mask": ["completion_mask"]}``: only this one) or None says that there is no other. Files of probabilities
         take no mask. Nulls where masked are never looked at. The field of a struct has a dot: ``r.logps``.
@@ -172,7 +181,10 @@ def evaluate(
         aggregation=aggregation,
         normalizer=normalizer,
         trust_region=trust_region,
+        rollout_correction=rollout_correction,
     )
+    if rollout_correction is not None:
+        columns = with_sampler(columns)
     reading = Reading(paths, columns, batch_size, executor, progress, filesystem)
     result: Stats | dict[int | str | None, Stats] = summed(reading, by, partial(evaluation, options=options))
     return result

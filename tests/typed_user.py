@@ -12,6 +12,8 @@ from grpo_fast import (
     SAPO,
     Clip,
     LossResult,
+    Reject,
+    RolloutStats,
     Stats,
     Sweep,
     evaluate,
@@ -20,6 +22,9 @@ from grpo_fast import (
     grpo_objective,
     grpo_stats,
     grpo_sweep,
+    high_entropy_mask,
+    off_policy_sequence_mask,
+    rollout_correction,
     warm_up,
 )
 from grpo_fast.files import Histogram, Outlier, histogram, sweep, worst
@@ -59,6 +64,10 @@ grpo_objective([1.0], [1.0], [1.0], [1.0], epslon=0.2)  # type: ignore[arg-type]
 evaluate("rollouts.parquet", epsilom=0.2)  # type: ignore[call-overload]
 evaluate("rollouts.parquet", importance_sampling_level="tokens")  # type: ignore[call-overload]
 evaluate(3)  # type: ignore[call-overload]
+evaluate("rollouts.parquet", rollout_correction={"levle": "token"})  # type: ignore[call-overload]
+rollout_correction(logps, logps, level="seq_min")  # type: ignore[arg-type]
+rollout_correction(logps, logps, uper=2.0)  # type: ignore[arg-type]
+Reject("k1", "token")  # type: ignore[arg-type]
 
 
 # --- the other functions ----------------------------------------------------------------------------------------------
@@ -81,4 +90,12 @@ def others() -> None:
     assert_type(histogram("run"), Histogram)
     assert_type(histogram("run", by="step"), dict[int | str | None, Histogram])
     assert_type(worst("run", rank="kl", n=3), list[Outlier])
+    correction = rollout_correction(
+        logps, logps, level="sequence", mode="mask", upper=3, reject=Reject("k2", "seq_max")
+    )
+    assert_type(correction.mask, NDArray[np.bool_])
+    assert_type(correction.stats.k3, float)
+    weights = correction.weights * off_policy_sequence_mask(logps, logps, [1, 2], 0.1) * high_entropy_mask(logps, 0.8)
+    assert_type(grpo_loss(logps, logps, [1.0, 2.0], rollout_is_weights=weights), LossResult[None])
+    assert_type(evaluate("a.parquet", rollout_correction={"level": "token", "upper": 3}).rollout, RolloutStats | None)
     warm_up(kl=K3(0.04), dtype="float32", grad=True)
