@@ -355,7 +355,7 @@ def test_serial_or_cut_into_tasks(layout, lengths, case, dtype, monkeypatch):
 @pytest.mark.parametrize("lengths", [[5000] * 16, [5000] * 48, [1] * 70_000, range(1, 600), [1, 9] * 9000], ids=len)
 def test_every_task_has_its_share(lengths, tasks):
     n = np.array(lengths)
-    batch = Batch(*[np.zeros(n.sum())] * 7, np.append(0, np.cumsum(n)), True, True)
+    batch = Batch(*[np.zeros(n.sum())] * 8, np.append(0, np.cumsum(n)), True, True, True)
     ranges, _, long = ranges_of(batch, tasks)
     shares = [sum(n[a:b].sum() for a, b in ranges[task::tasks]) for task in range(tasks)]
     assert not long
