@@ -150,6 +150,20 @@ def _files(results: Results) -> Iterator[Target]:
     yield Target("`evaluate`, Parquet", "speed of pyarrow merely reading", "≥ 0.9", ratios, "")
 
 
+def _runs(results: Results) -> Iterator[Target]:
+    for name in ("step", "prompt_id"):
+        ratios = results.ratios(f"by {name}", "whole", work="by")
+        yield Target(f"`evaluate(by={name!r})`", "`evaluate`", "≤ 1.1×", ratios)
+    ratios = results.ratios(READ_FILE, OURS, work="JSON Lines")
+    yield Target("`evaluate`, JSON Lines", "speed of pyarrow merely reading", "≥ 0.9", ratios, "")
+    ratios = results.ratios("RolloutWriter", "pyarrow", work="writing")
+    yield Target("`RolloutWriter.write`", "pyarrow writing the same columns", "≤ 1.1×", ratios)
+    for row in results.all(work="address space"):
+        yield Target(
+            f"`evaluate`, {row['n'] / 1e9:.3g} GB of Parquet", "address space", "≤ 2 GiB", [row["GiB"]], " GiB"
+        )
+
+
 def _starts(results: Results) -> Iterator[Target]:
     numba, ours = (results.times(work="start", peer=f"import {name}") for name in ("numba", "grpo_fast"))
     more = [b - a for a, b in zip(numba, ours, strict=True)]
@@ -173,5 +187,6 @@ _KINDS = (
     _packed,
     _memory,
     _files,
+    _runs,
     _starts,
 )

@@ -2,13 +2,15 @@
 
 How the data flows, file by file; each imports only from lines below its own::
 
-    __main__                      the command: over files (_command, _pictures), its demonstration (_demonstration,
-    _parser                       _measure); its arguments
-    trl                           `FastGRPOTrainer`: TRL's, with the loss below
+    __main__                      the command: over files (_command, _tables, _pictures, _run_pictures), its
+    _parser                       demonstration (_demonstration, _measure); its arguments
+    trl                           `FastGRPOTrainer`: TRL's, with the loss below (_trl_metrics, _trl_options)
     torch                         `grpo_loss`, `rollout_correction` for tensors
     _warm_up                      `warm_up`: compiling beforehand
-    files                         `evaluate`, `sweep`: files (_paths) → columns (_plan, _columns) → batches (_rollouts,
-                                  _formats, _other_formats) → jobs (_jobs) → sums (_workers)
+    files                         `evaluate`, `sweep`, `histogram`, `worst`: files (_paths, _directories, _filesystems)
+                                  and tables (_sources) → columns (_plan, _layouts, _columns, _keys) → batches
+                                  (_rollouts, _formats, _json_lines, _arrow, _other_formats) → jobs (_jobs, _histograms,
+                                  _worst) → sums (_summing, _workers); `RolloutWriter` (_writer, _atomic)
     objective  loss  rollout      arrays → checked arrays (_loss_inputs) → tasks (_shares) → kernels → `Stats`
     stats                         exact sums (_additive) → diagnostics
     rollout_stats                 those of trainer and sampler

@@ -11,11 +11,20 @@ from ._advice import AdvisedError
 from ._kernels.notices import is_compiling
 from ._parser import UsageError, parsed
 
+
+def _identify(arguments: Any) -> int:
+    from .conformance.command import run  # which no other subcommand needs
+
+    return run(arguments)
+
+
 #: What each subcommand runs; it returns the last of what is printed, or the exit code.
 _RUN: dict[str, Callable[[Any], str | int]] = {
     "evaluate": _command.run_evaluate,
     "sweep": _command.run_sweep,
+    "worst": _command.run_worst,
     "compile": _command.run_compile,
+    "identify": _identify,
     "demo": _demonstration.run,
 }
 _INTERRUPTED = 130

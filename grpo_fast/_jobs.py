@@ -42,6 +42,7 @@ class Work(NamedTuple):
     job: Job
     unread: set[str]  # the arguments whose columns it does not need
     options: Options | Corrected | None  # of log-probabilities
+    optional: tuple[str, ...] = ()  # arguments that are read only where a file has them, beside those always so
 
 
 def evaluation(form: Form, *, options: dict[str, Any]) -> Work:

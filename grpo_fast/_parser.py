@@ -16,6 +16,7 @@ from ._advice import flag_of
 from ._checks import did_you_mean
 from ._columns import ARGUMENTS, REQUIRED
 from ._warm_up import DTYPES
+from ._worst import RANKS, SHOWN
 from .rollout_terms import LOWER, UPPER, WEIGHT_LEVELS, WEIGHT_MODES, Reject, RolloutOptions
 from .terms import (
     AGGREGATIONS,
@@ -53,9 +54,11 @@ PICTURES = (".png", ".svg", ".pdf")
 EPSILONS = [0.1, 0.2, 0.3]
 
 _DESCRIPTION = """\
-The GRPO objective and its diagnostics over rollouts in files (Parquet or Arrow IPC), in one read, of any size.
+The GRPO objective and its diagnostics over rollouts in files (Parquet, Arrow IPC, JSON Lines) of any size, in one read.
 
-  grpo-fast evaluate rollouts.parquet                         every diagnostic
+  grpo-fast evaluate run                                      every diagnostic, of all files in a folder
+  grpo-fast evaluate run --by step --plot run.svg             a row, and a point, for each training step
+  grpo-fast worst run --rank mismatch                         the sequences that stand out
   grpo-fast evaluate rollouts.parquet --beta 0.04 --json      with a KL term, as JSON
   grpo-fast sweep rollouts.parquet --plot sweep.svg           the objective over epsilon and beta
   grpo-fast demo                                              no file at hand: synthetic samples, timed beside NumPy
@@ -71,7 +74,8 @@ columns of FILE:
     mask                   if there: 0 where a token does not count
     rollout_is_weights     if there: weights of the policy term, one number, or a list
     loss_weights           if there: weights of policy and KL term, one number, or a list
-    rollout_logps          with --rollout-correction: under the engine that sampled, null or NaN where missing
+    rollout_logps          for --rollout-correction, --plot and worst: under the engine that sampled; null or NaN where
+                           missing
   or a row is a token, with a number in each of these columns; or a sample, given as probabilities:
     rhos, A                ratio and advantage
     pi_theta_old, pi_theta_ref
@@ -82,6 +86,7 @@ columns of FILE:
 """
 _EXAMPLE_EVALUATE = """\
 examples:
+  grpo-fast evaluate run --by step --csv
   grpo-fast evaluate 'run/*.parquet' --epsilon 0.2 --epsilon-high 0.28 --aggregation token-mean
   grpo-fast evaluate rollouts.parquet --columns logps=policy_logps,mask=completion_mask --kl k3 --beta 0.04
   grpo-fast evaluate rollouts.parquet --surrogate cispo --ratio-max 5
@@ -93,6 +98,16 @@ _EXAMPLE_SWEEP = """\
 examples:
   grpo-fast sweep rollouts.parquet --epsilons 0.1,0.2,0.3 --betas 0,0.01,0.04 --plot sweep.svg
   grpo-fast sweep rollouts.parquet --epsilons 3e-4,4e-4 --importance-sampling-level sequence
+"""
+_EXAMPLE_WORST = """\
+examples:
+  grpo-fast worst run --rank ratio -n 5
+  grpo-fast worst run --rank mismatch --show step,reward --json
+"""
+_EXAMPLE_IDENTIFY = """
+The exit code is 0 if it is what it says, 1 where it differs from all of grpo_loss' options.
+
+for example:  grpo-fast identify mypackage.losses:dapo_loss
 """
 _EXAMPLE_COMPILE = """\
 What is compiled is kept for you, a version and this kind of CPU, in NUMBA_CACHE_DIR if that is set. What only several
@@ -188,7 +203,9 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace | None:
     )
     _add_evaluate(subparsers)
     _add_sweep(subparsers)
+    _add_worst(subparsers)
     _add_compile(subparsers)
+    _add_identify(subparsers)
     _add_demo(subparsers)
     if argv and argv[0].startswith("-") and argv[0] not in parser._option_string_actions:
         option = argv[0].partition("=")[0]
@@ -223,6 +240,25 @@ def _add_evaluate(subparsers: Any) -> None:
     _add_aggregation(parser)
     _add_rollout_correction(parser)
     _add_reading(parser)
+    _add_by(parser)
+    _add_plot(parser, "draw diagnostics over the column of --by, and the distributions of log-ratios")
+
+
+def _add_worst(subparsers: Any) -> None:
+    about = "the sequences that stand out most over rollouts in files"
+    parser = _subparser(subparsers, "worst", about, "FILE… [OPTION…]", _COLUMNS + _EXAMPLE_WORST)
+    _add_files(parser)
+    parser.add_argument(
+        "--rank",
+        choices=RANKS,
+        default=RANKS[0],
+        help="by a token's log-ratio, the mean KL term, or a token's mismatch with the sampler (ratio)",
+    )
+    parser.add_argument("-n", type=_count, default=20, metavar="N", help="how many (20)")
+    parser.add_argument(
+        "--show", type=_names, metavar="COLUMN,…", help=f"columns to show beside ({', '.join(SHOWN)}, if there)"
+    )
+    _add_reading(parser)
 
 
 def _add_sweep(subparsers: Any) -> None:
@@ -242,7 +278,8 @@ def _add_sweep(subparsers: Any) -> None:
     _add_kl_gradient(fixed)
     _add_aggregation(parser)
     _add_reading(parser)
-    parser.add_argument("--plot", metavar="PICTURE", help=f"draw it into a file: {', '.join(PICTURES)}")
+    _add_by(parser)
+    _add_plot(parser, "draw it")
 
 
 def _add_compile(subparsers: Any) -> None:
@@ -264,6 +301,19 @@ def _add_compile(subparsers: Any) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="(both)")
 
 
+def _add_identify(subparsers: Any) -> None:
+    about = "what a loss of your own computes, in the words of grpo_loss, and what it does wrong"
+    parser = _subparser(subparsers, "identify", about, "MODULE:FUNCTION [OPTION…]", _EXAMPLE_IDENTIFY)
+    parser.add_argument(
+        "loss",
+        metavar="MODULE:FUNCTION",
+        help="a function of logps, old_logps, advantages, ref_logps, mask, or some of them; or FILE.py:FUNCTION",
+    )
+    parser.add_argument("--framework", choices=("numpy", "torch", "jax"), help="what it is written in (found out)")
+    parser.add_argument("--device", metavar="DEVICE", help="where its tensors are to be, in torch (cpu)")
+    parser.add_argument("--strict", action="store_true", help="exit code 1 where it is fragile, too")
+
+
 def _add_demo(subparsers: Any) -> None:
     about = "the objective of synthetic samples, and how long it takes beside NumPy; needs no file"
     parser = _subparser(subparsers, "demo", about, "[OPTION…]")
@@ -276,7 +326,7 @@ def _add_demo(subparsers: Any) -> None:
 
 # --- groups of options ------------------------------------------------------------------------------------------------
 def _add_files(parser: Any) -> None:
-    parser.add_argument("files", nargs="+", metavar="FILE", help="a Parquet or Arrow IPC file, or a glob")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a file, folder, glob or URI (s3://…)")
     parser.add_argument(
         "--columns",
         action="append",
@@ -368,9 +418,21 @@ def _add_reading(parser: Any) -> None:
     group.add_argument("--batch-size", type=_count, metavar="ROWS", help="rows read at a time (about 16 MiB)")
     group.add_argument("--workers", type=_count_or_none, default=0, metavar="N", help="processes (this one)")
     group.add_argument("--no-progress", dest="progress", action="store_false", help="no bar on stderr")
-    group.add_argument(
+    form = group.add_mutually_exclusive_group()
+    form.add_argument(
         "--json", action="store_true", help="print JSON, in which infinity, and a mean over nothing, is null"
     )
+    form.add_argument("--csv", action="store_true", help="print CSV, with a line of names first")
+
+
+def _add_by(parser: Any) -> None:
+    parser.add_argument(
+        "--by", metavar="COLUMN", help="a result for each value of a column of ints or strings, or of run/COLUMN=…/"
+    )
+
+
+def _add_plot(parser: Any, what: str) -> None:
+    parser.add_argument("--plot", metavar="PICTURE", help=f"{what}, into a file: {', '.join(PICTURES)}")
 
 
 # --- types of values --------------------------------------------------------------------------------------------------
@@ -379,6 +441,10 @@ def _floats(text: str) -> list[float]:
         return [float(number) for number in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be numbers with commas between, got {text!r}") from None
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
 
 
 def _trust_region(text: str) -> Any:

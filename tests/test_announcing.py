@@ -13,7 +13,7 @@ import pytest
 from interpreter import python
 
 import grpo_fast
-from grpo_fast import CISPO, K1, K3, SAPO, Clip, _command, _warm_up, evaluate, grpo_loss, reference, warm_up
+from grpo_fast import CISPO, K1, K3, Clip, _command, _warm_up, evaluate, grpo_loss, reference, warm_up
 from grpo_fast.__main__ import main
 from grpo_fast._kernels import compiling, notices
 from grpo_fast._kernels.threads import WORTH_SHARING
@@ -258,8 +258,8 @@ def test_the_calls_of_all_papers_are_compiled_beforehand():
     exec(re.search(r"^```python\n(.*?)^```", guide, re.M | re.S)[1], before)
     exec(block, before | {"grpo_loss": record})
     rows = re.findall(r"^\| .*arXiv:\S+ \| `(.*?)`", PAGES[0].read_text(encoding="utf-8"), re.M)
-    names = {"K3": K3, "Clip": Clip, "CISPO": CISPO, "SAPO": SAPO, "B": 2, "max_length": 3}
-    calls += [eval(f"dict({row})", names) for row in rows]
+    names = vars(grpo_fast) | {"B": 2, "max_length": 3, "prompt_mean_weights": lambda _: True}
+    calls += [eval(f"dict({row.replace('…', '...')})", names) for row in rows]
     assert len(calls) >= 18
     assert {kind(call) for call in calls} <= {kind(options) for options in _warm_up.PAPERS.values()}
 

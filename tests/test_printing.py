@@ -12,7 +12,7 @@ from samples import samples
 
 import grpo_fast
 from grpo_fast import CISPO, K1, K2, K3, SAPO, Clip, Unclipped, evaluate, grpo_loss, grpo_stats, grpo_sweep
-from grpo_fast._command import as_json
+from grpo_fast._tables import as_json
 from grpo_fast.stats import KEYS
 from grpo_fast.terms import Options
 

@@ -27,7 +27,7 @@ from grpo_fast import (
     rollout_correction,
     warm_up,
 )
-from grpo_fast.files import sweep
+from grpo_fast.files import Histogram, Outlier, histogram, sweep, worst
 
 logps: NDArray[np.float32] = np.zeros((2, 3), np.float32)
 advantages = group_advantages([[1, 0]])
@@ -61,10 +61,10 @@ grpo_loss(logps, None, [1.0], aggregation="mean")  # type: ignore[call-overload]
 grpo_loss(logps, None, [1.0], kl=0.04)  # type: ignore[call-overload]
 grpo_loss(logps, None, [1.0], epsilon=0.2)  # type: ignore[call-overload]
 grpo_objective([1.0], [1.0], [1.0], [1.0], epslon=0.2)  # type: ignore[arg-type]
-evaluate("rollouts.parquet", epsilom=0.2)  # type: ignore[arg-type]
-evaluate("rollouts.parquet", importance_sampling_level="tokens")  # type: ignore[arg-type]
-evaluate(3)  # type: ignore[arg-type]
-evaluate("rollouts.parquet", rollout_correction={"levle": "token"})  # type: ignore[typeddict-unknown-key]
+evaluate("rollouts.parquet", epsilom=0.2)  # type: ignore[call-overload]
+evaluate("rollouts.parquet", importance_sampling_level="tokens")  # type: ignore[call-overload]
+evaluate(3)  # type: ignore[call-overload]
+evaluate("rollouts.parquet", rollout_correction={"levle": "token"})  # type: ignore[call-overload]
 rollout_correction(logps, logps, level="seq_min")  # type: ignore[arg-type]
 rollout_correction(logps, logps, uper=2.0)  # type: ignore[arg-type]
 Reject("k1", "token")  # type: ignore[arg-type]
@@ -85,6 +85,11 @@ def others() -> None:
         sweep("a.parquet", epsilons=np.linspace(0.1, 0.3, 3), betas=0, kl=partial(K3, importance_weighted=False)), Sweep
     )
     assert_type(sweep("a.parquet", epsilons=0.1, betas=[0], kl=K3, epsilon_high=0.3, delta=4), Sweep)
+    assert_type(evaluate("run", by="step", kl=K3(0.04)), dict[int | str | None, Stats])
+    assert_type(sweep("run", by="step", epsilons=0.1, betas=0), dict[int | str | None, Sweep])
+    assert_type(histogram("run"), Histogram)
+    assert_type(histogram("run", by="step"), dict[int | str | None, Histogram])
+    assert_type(worst("run", rank="kl", n=3), list[Outlier])
     correction = rollout_correction(
         logps, logps, level="sequence", mode="mask", upper=3, reject=Reject("k2", "seq_max")
     )

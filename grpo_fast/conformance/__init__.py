@@ -1,0 +1,179 @@
+"""What does a loss compute? `identify` says it in the words of `grpo_loss`, `check` whether it is what it should be.
+
+The loss is called, not read: its policy term is measured along the ratio, its KL term along the distance from the
+reference, its weights over batches of many shapes, and then everything is compared with
+`grpo_fast.reference.grpo_loss`. Which file does what, each importing only from those above it::
+
+    frameworks  calling                a loss of NumPy, PyTorch or JAX → its value and gradient
+    numbers  report                    numbers as they were meant; findings
+    curves                             one token along log ρ, value and gradient apart →
+    surrogates  regions  slopes        which surrogate, which trust region, what is wrong with the gradient
+    policy  kl  remainder              what is read: s(ρ, A), β·k, and what is there beside them;
+    weights  level                     c_i, whose ratio;
+    masking  advantages                what counts, what leaks, how advantages are taken
+    cases  comparing  shrinking        the battery beside the reference
+    naming  identifying                findings; what the readings add up to
+    progress  command                  the line on a terminal; ``grpo-fast identify``
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from .._checks import flag
+from ..terms import Options
+from . import advantages, identifying, naming
+from .calling import CallFailed, Loss
+from .cases import cases
+from .comparing import misses
+from .frameworks import Framework
+from .progress import Progress, progress
+from .report import Finding, Report
+from .weights import Normalizer
+
+__all__ = ["Finding", "Normalizer", "Report", "check", "identify"]
+
+
+def identify(
+    loss: Callable[..., Any],
+    *,
+    framework: Framework | None = None,
+    device: Any = None,
+    show_progress: bool | None = None,
+) -> Report:
+    """Return what a loss computes, as options of `grpo_loss`, and what it does wrong; a terminal sees the progress.
+
+    The loss is called some thousand times with small batches. Nothing is assumed of its code: the bounds of the clip
+    are where the measured curve bends, β is the factor of the measured KL.
+
+    Parameters
+    ----------
+    loss : callable
+        It takes any of ``logps``, ``old_logps``, ``advantages``, ``ref_logps``, ``mask`` by name, as arrays of its
+        framework: (B, T), float64, ``advantages`` (B,) or (B, T), ``mask`` floats, or bools if it fails with floats.
+        It returns the loss, a scalar, or a tuple that begins with it. In NumPy it may return ``(loss, grad)``; of one
+        that returns the loss alone the gradient is measured by central differences, which is that of the value, and
+        only the values are compared.
+    framework : "numpy", "torch" or "jax", optional
+        What it is written in; found out unless given. The gradient is that of the framework's autograd.
+    device : optional
+        Where the tensors are to be, in torch.
+    show_progress : bool, optional
+        Whether a line on stderr says how far it is; unless given, if that is a terminal.
+
+    Returns
+    -------
+    Report
+        Its ``options`` are what the loss computes, ``findings`` what it does otherwise, ``ok`` whether nothing differs;
+        it prints as a page.
+
+    Raises
+    ------
+    TypeError
+        ``loss`` is not callable, takes other arguments, or fails with all forms of these.
+    ValueError
+        ``framework`` is none of the three.
+    """
+    called = Loss(loss, framework, device)
+    with progress(f"identify {called.name}", show_progress) as line:
+        return _identified(called, line)
+
+
+def check(
+    loss: Callable[..., Any],
+    *,
+    strict: bool = False,
+    framework: Framework | None = None,
+    device: Any = None,
+    show_progress: bool | None = None,
+    **options: Any,
+) -> Report:
+    """Return whether a loss is `grpo_loss` with these options, on a battery of inputs; a terminal sees the progress.
+
+    Loss and gradient are compared with `grpo_fast.reference.grpo_loss` in float64: ragged masks, padding left, right
+    and between, an empty sequence, one token, advantages per token, ties at every bound, A = 0, log-ratios from 1e-7 to
+    80, KL from 1e-7, NaN and infinity where masked, micro-batches, permuted and padded copies. They agree if they are
+    no further apart than 32·eps·Σ c_i(|s| + β(e^(−l) + |l| + 1)), eps that of the dtype of the loss: what the formula
+    in a textbook can give. If anything differs, the loss is identified, so that the report can say what it is instead.
+
+    Parameters
+    ----------
+    loss, framework, device, show_progress
+        As in `identify`.
+    strict : bool
+        Whether ``ok`` wants nothing fragile, either.
+    **options
+        Keyword arguments of `grpo_loss`; ``normalizer`` may be a function of the mask.
+
+    Returns
+    -------
+    Report
+        ``assert report.ok, report`` is a test.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `identify`; and an option is none of `grpo_loss`.
+    """
+    strict = flag("strict", strict)
+    asked = _checked(options)
+    called = Loss(loss, framework, device)
+    with progress(f"check {called.name}", show_progress) as line:
+        return _checked_report(called, asked, strict, line)
+
+
+def _checked(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a call, after `Options` has seen them."""
+    unknown = [name for name in options if name not in Options._fields]
+    if unknown:
+        names = ", ".join(Options._fields)
+        raise TypeError(f"check takes the options {names} of grpo_loss, and strict, got {unknown[0]!r}")
+    normalizer = options.get("normalizer")
+    Options(**options | {"normalizer": None if callable(normalizer) else normalizer})
+    return options
+
+
+def _identified(loss: Loss, line: Progress) -> Report:
+    try:
+        read = identifying.read(loss, line)
+    except CallFailed as error:
+        finding = Finding("differs", f"raises {error}", "ordinary numbers", "", error.at)
+        return _report(loss, None, [finding], [])
+    if read.options is None:
+        return _report(loss, None, list(read.findings), list(read.notes))
+    line.stage("comparing with the reference")
+    missed, compared = misses(loss, read.options, cases(read.options, loss, read.per_token), line.tick)
+    findings = [*read.findings, *naming.of_misses(loss, read.options, missed, read.findings)]
+    report = _report(loss, read.options, findings, list(read.notes))
+    return report._replace(compared=compared, disagreed=len(missed))
+
+
+def _checked_report(loss: Loss, asked: dict[str, Any], strict: bool, line: Progress) -> Report:
+    line.stage("comparing with the reference")
+    per_token = advantages.read(loss).per_token
+    missed, compared = misses(loss, asked, cases(asked, loss, per_token), line.tick)
+    findings: list[Finding] = []
+    notes: list[str] = []
+    if missed:
+        try:
+            read = identifying.read(loss, line)
+        except CallFailed as error:
+            findings.append(Finding("differs", f"raises {error}", "ordinary numbers", "", error.at))
+        else:
+            findings += read.findings
+            notes += read.notes
+            serious = [m for m in missed if m.case.severity == "differs" and m.how in ("differs", "is not finite")]
+            if read.options is not None and serious:
+                findings += naming.of_options(asked, read.options, loss.takes, cases(asked, loss, per_token))
+            if not serious:  # what was read differs from the usual, not from what was asked for
+                findings = [x for x in findings if x.severity == "fragile"]
+        findings += naming.of_misses(loss, asked, missed, findings)
+    report = _report(loss, asked, findings, notes)
+    return report._replace(compared=compared, disagreed=len(missed), strict=strict, asked=True)
+
+
+def _report(loss: Loss, options: dict[str, Any] | None, findings: list[Finding], notes: list[str]) -> Report:
+    unique = list({finding.what: finding for finding in reversed(findings)}.values())[::-1]
+    unique.sort(key=lambda finding: finding.severity != "differs")
+    if not loss.gives_gradient:
+        notes = [*notes, "it returns no gradient: only the values are compared, and what it holds constant is unknown"]
+    return Report(loss.name, loss.framework, loss.dtype, options, tuple(unique), tuple(notes))

@@ -1,0 +1,196 @@
+"""From readings to what a loss computes: the order in which it is probed, and the options they add up to."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..terms import DEFAULT_SURROGATE, Options
+from . import advantages, kl, level, masking, policy, remainder, weights
+from .calling import Batch, CallFailed, Loss, batch
+from .progress import Progress
+from .report import Finding
+
+#: What `grpo_loss` does when it is told nothing.
+_DEFAULTS: dict[str, Any] = {
+    "trust_region": None,
+    "kl": None,
+    "importance_sampling_level": "token",
+    "normalizer": None,
+}
+
+
+class Reading(NamedTuple):
+    """What was read of a loss: its options, as far as there are any, and what was noticed on the way."""
+
+    options: dict[str, Any] | None
+    findings: tuple[Finding, ...]
+    notes: tuple[str, ...]
+    per_token: bool
+
+
+def read(loss: Loss, progress: Progress) -> Reading:
+    """Probe the loss.
+
+    Raises
+    ------
+    CallFailed
+        It raised an error on a batch of ordinary numbers.
+    """
+    findings: list[Finding] = []
+    notes: list[str] = []
+    progress.stage("policy term")
+    random = _deterministic(loss)
+    if random:
+        return Reading(None, tuple(random), (), False)
+    found = policy.read(loss)
+    progress.tick(loss.calls)
+    findings += found.findings
+    notes += found.notes
+    together = advantages.together(loss)
+    if together or (found.kind == "none" and found.surrogate is None):
+        return Reading(None, tuple(together or findings), tuple(notes), False)
+    taken = advantages.read(loss)
+    findings += taken.findings
+    notes += taken.notes
+    progress.stage("KL term")
+    term = kl.read(loss, found.scale, found.width)
+    findings += term.findings
+    findings += remainder.read(loss, found.scale, found.width, term.findings, term.there)
+
+    progress.stage("mask")
+    unit = _unit(loss, batch(np.full((1, found.width), weights.LOGP)), found.scale)
+    of_kl = kl.token(0.0, 0.5, 0.0, found.width)
+    unit_of_kl = _unit(loss, weights.of_kl(np.ones((1, found.width), bool)), found.scale) if term.there else 0.0
+    applied, more = masking.effective(loss, weights.of_policy, "policy term")
+    findings += more
+    if term.there and of_kl is not None:
+        kl_applied, more = masking.effective(loss, weights.of_kl, "KL term")
+        findings += more if applied or not _same_text(findings, more) else []
+        applied = applied and kl_applied
+    if applied:
+        findings += masking.leaks(loss, taken.per_token)
+        findings += masking.rows_mixed(loss)
+
+    progress.stage("aggregation")
+    found_weights = weights.Weights(None, None, None, 1.0)
+    if unit and np.isfinite(unit) and applied:
+        found_weights = weights.read(loss, weights.of_policy, unit)
+        if unit_of_kl and np.isfinite(unit_of_kl) and term.there:
+            findings += _kl_aggregation(loss, found_weights, unit_of_kl)
+    elif not unit:
+        notes.append("its policy term has no gradient, so that the weights of tokens could not be read")
+    elif not applied:
+        guessed = _aggregation_without_mask(loss, unit)
+        found_weights = guessed._replace(findings=(), notes=()) if guessed is not None else found_weights
+
+    progress.stage("level")
+    one = weights.measured(loss, weights.of_policy(np.ones((1, 3), bool)), unit) if unit else None
+    surrogate, of_level = found.surrogate, "token"
+    if one is not None and np.isfinite(one).all() and one.sum() > 0:
+        levels = level.read(loss, found, one[0], taken.per_token)
+        findings += levels.findings
+        found_weights = weights.for_values(loss, found_weights, weights.of_policy, levels.divisor)
+        surrogate, of_level = levels.surrogate, levels.level or ""
+        option, more = kl_ratio(loss, term.option, of_level, float(one[0].mean()))
+        term = term._replace(option=option)
+        findings += more
+    findings += [x for x in found_weights.findings if not _follows(x, findings, surrogate)]
+    notes += found_weights.notes
+    options = _options(surrogate, found.trust_region, term, of_level, found_weights)
+    return Reading(options, tuple(findings), tuple(notes), taken.per_token)
+
+
+def _follows(finding: Finding, others: list[Finding], surrogate: Any) -> bool:
+    """Whether a finding about the weights is only what another one looks like there."""
+    if surrogate is None and ("besides (such as" in finding.what or "times as large" in finding.what):
+        return True
+    return "in no simple way" in finding.what and any("rows are mixed" in other.what for other in others)
+
+
+def _deterministic(loss: Loss) -> list[Finding]:
+    at = masking.base()
+    try:
+        first, second = loss(at), loss(at)
+    except CallFailed:
+        return []
+    if first.loss == second.loss or np.isnan(first.loss):
+        return []
+    amount = f"{first.loss!r} and {second.loss!r}"
+    return [Finding("differs", "is another number every time: it is random", "the same input twice", amount, at)]
+
+
+def _unit(loss: Loss, at: Batch, scale: float) -> float:
+    """The gradient of a token of weight 1 in batches like this one."""
+    grad = loss(at).grad
+    assert grad is not None
+    return float(grad.sum()) / scale
+
+
+def _same_text(findings: list[Finding], more: list[Finding]) -> bool:
+    texts = {finding.what.partition(" (")[0] for finding in findings}
+    return all(finding.what.partition(" (")[0] in texts for finding in more)
+
+
+def _aggregation_without_mask(loss: Loss, unit: float) -> weights.Weights | None:
+    """What it divides by where nothing is masked, for a loss whose mask is wrong."""
+    kept, loss.takes = loss.takes, tuple(name for name in loss.takes if name != "mask")
+    try:
+        return weights.read(loss, lambda mask: weights.of_policy(np.ones_like(mask)), unit)
+    except CallFailed:
+        return None
+    finally:
+        loss.takes = kept
+
+
+def _kl_aggregation(loss: Loss, policy_weights: weights.Weights, unit: float) -> list[Finding]:
+    found = weights.read(loss, weights.of_kl, unit, " in the KL term")
+    if found.powers == policy_weights.powers:
+        return []
+    if found.powers is None and policy_weights.powers is None:
+        return []
+    how, other = (x.aggregation or "in another way" for x in (found, policy_weights))
+    text = f"the KL term is averaged otherwise than the policy term: {how}, the policy term {other}"
+    return [Finding("differs", text, "sequences of unequal length", "", weights.of_kl(weights.ragged([1, 2])))]
+
+
+def kl_ratio(loss: Loss, option: Any, of_level: str, weight: float) -> tuple[Any, list[Finding]]:
+    """The KL term with whose ratio weighs it: each token's own, or the sequence's."""
+    if option is None or option.importance_weighted is False or of_level != "sequence":
+        return option, []
+    x, l = np.array([-0.2, 0.1, 0.3]), np.array([0.4, -0.7, 1.1])
+    at = level.sequence_of(x, 0.0, l)
+    answer = loss(at)
+    assert answer.grad is not None
+    tol = max(1e-7, loss.exactness * 100)
+    k = {"K1": l, "K2": l * l / 2}.get(type(option).__name__, np.expm1(-l) + l)
+    for weighted, ratio in ((True, np.exp(x)), ("sequence", np.exp(x.mean()) + 0 * x)):
+        value = weight * option.beta * float(np.sum(ratio * k))
+        if abs(answer.loss - value) <= tol * weight * option.beta * float(np.sum(np.abs(ratio * k))):
+            return option._replace(importance_weighted=weighted), []
+    text = "the ratio that weighs the KL term is neither the token's own nor the sequence's"
+    return option, [Finding("differs", text, "a sequence whose tokens have different ratios", "", at)]
+
+
+def _options(surrogate: Any, region: Any, term: kl.KLTerm, of_level: str, found: weights.Weights) -> Any:
+    """The keyword arguments of `grpo_loss`, without what is as it is when left out; None if something is missing."""
+    if surrogate is None or not of_level or found.aggregation is None or (term.there and term.option is None):
+        return None
+    options = {
+        "surrogate": surrogate,
+        "trust_region": region,
+        "kl": term.option,
+        "importance_sampling_level": of_level,
+        "aggregation": found.aggregation,
+        "normalizer": found.normalizer,
+    }
+    number = found.normalizer
+    try:
+        Options(**options | {"normalizer": None if callable(number) else number})
+    except (TypeError, ValueError):
+        return None
+    return {name: x for name, x in options.items() if name not in _DEFAULTS or x != _DEFAULTS[name]}
+
+
+def surrogate_of(options: dict[str, Any]) -> Any:
+    """The surrogate, or the one where none is given."""
+    return options.get("surrogate", DEFAULT_SURROGATE)

@@ -1,0 +1,263 @@
+"""The KL term of one token, read where A = 0: β·k over l = log π_θ − log π_ref and log ρ, value and gradient apart.
+
+With A = 0 nothing is left but c·β·k. The estimator is the function of l that is proportional to the value, the weight
+the one of ρ, and the gradient is compared with those that a KL term has been given.
+"""
+
+import math
+import re
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..terms import K1, K2, K3
+from .calling import Batch, CallFailed, Loss, batch
+from .numbers import bisect, is_round, tidy
+from .report import Finding, number
+
+Floats = NDArray[np.float64]
+_NEAR = np.array([-2.0, -1.0, -0.5, -0.1, 0.1, 0.5, 1.0, 2.0])
+_FAR = np.array([2.5, 3, 3.5, 4, 4.5, 5, 6, 8, 9, 11, 14, 16, 19, 21, 24, 30])
+#: log ρ, near 0 so that no clip is met, and where one would be.
+_RATIOS = np.array([-0.04, 0.0, 0.03])
+_FAR_RATIOS = (-1.0, 1.0)
+
+
+class KLTerm(NamedTuple):
+    """What was read of the KL term; ``option`` is None where there is none, or none that `grpo_loss` has."""
+
+    option: Any
+    there: bool
+    beta: float
+    findings: tuple[Finding, ...] = ()
+
+
+#: k(l), dk/dl, and what it is called where it is none of `grpo_loss`.
+_ESTIMATORS: dict[str, tuple[Any, Any, Any, str]] = {
+    "k1": (K1, lambda l: l, np.ones_like, ""),
+    "k2": (K2, lambda l: l * l / 2, lambda l: l, ""),
+    "k3": (K3, lambda l: np.expm1(-l) + l, lambda l: -np.expm1(-l), ""),
+    "k3 of −l": (
+        K3,
+        lambda l: np.expm1(l) - l,
+        np.expm1,
+        "KL of the other direction: k3 of log π_θ − log π_ref, that is e^l − l − 1, where π_θ is sampled from",
+    ),
+    "|l|": (K1, np.abs, np.sign, "the KL term is |log π_θ − log π_ref|, which estimates no KL divergence"),
+    "l²": (K2, lambda l: l * l, lambda l: 2 * l, ""),
+    "e^(−l) − 1": (K3, lambda l: np.expm1(-l), lambda l: -np.exp(-l), "the KL term lacks its + l: it is e^(−l) − 1"),
+    "e^(−l) + l": (
+        K3,
+        lambda l: np.exp(-l) + l,
+        lambda l: -np.expm1(-l),
+        "the KL term lacks its − 1: it is e^(−l) + l, β more than k3",
+    ),
+}
+
+
+def token(x: float, l: float, A: float, width: int) -> Batch:
+    """A batch of equal tokens with these log ρ and log π_θ − log π_ref."""
+    logp = -0.01 - max(0.0, -x) - max(0.0, -l)
+    shape = (1, width)
+    return batch(np.full(shape, logp), np.full(shape, logp - x), [A], np.full(shape, logp - l))
+
+
+def read(loss: Loss, scale: float, width: int) -> KLTerm:
+    """Read the KL term of a loss whose policy term has this scale, as that of so many equal tokens."""
+
+    def of(x: float, l: float) -> tuple[float, float]:
+        try:
+            found = loss(token(x, l, 0.0, width))
+        except CallFailed:
+            return math.nan, math.nan
+        assert found.grad is not None
+        return found.loss / scale, float(np.sum(found.grad)) / scale
+
+    if "ref_logps" not in loss.takes:
+        return KLTerm(None, False, 0.0)
+    ratios = _RATIOS if "old_logps" in loss.takes else np.zeros(1)
+    table = np.array([[of(x, l) for l in _NEAR] for x in ratios])
+    value, slope = table[..., 0], table[..., 1]
+    tol = loss.exactness * 100
+    if np.abs(table).max() <= tol * 1e-6 or not np.isfinite(table).all():
+        if np.isfinite(table).all():
+            return KLTerm(None, False, 0.0)
+        finding = Finding("differs", "is not finite at A = 0 beside a reference", "", "", token(0.0, 0.5, 0.0, width))
+        return KLTerm(None, True, 0.0, (finding,))
+    if max(np.ptp(x, axis=1).max() for x in (value, slope)) <= tol * np.abs(table).max():
+        return KLTerm(None, False, 0.0)  # nothing of the reference: `remainder` tells what it is
+    term = _named(loss, of, ratios, value, slope, tol, width)
+    if tol < 1e-4 and any(
+        re.search("none that grpo_loss|other than ρ|not that of its value", x.what) for x in term.findings
+    ):
+        rough = _named(loss, of, ratios, value, slope, 1e-4, width)
+        if len(rough.findings) < len(term.findings) or (rough.option and not term.option):
+            text = "the KL term is computed in a lower precision than the rest (float32): it agrees to some digits"
+            return rough._replace(
+                findings=(*rough.findings, Finding("fragile", text, "A = 0", "", term.findings[0].example))
+            )
+    return term
+
+
+def _named(loss: Loss, of: Any, ratios: Floats, value: Floats, slope: Floats, tol: float, width: int) -> KLTerm:
+    here = value[len(ratios) // 2]  # at ρ = 1
+    x = ratios[:, None]
+    found: tuple[str, float] | None = None
+    for name, (_, k, _, _) in _ESTIMATORS.items():
+        beta = float(np.dot(here, k(_NEAR)) / np.dot(k(_NEAR), k(_NEAR)))
+        if beta and np.all(np.abs(here - beta * k(_NEAR)) <= tol * abs(beta) * np.maximum(np.abs(k(_NEAR)), 1e-3)):
+            found = name, beta
+            break
+    if found is None:
+        return KLTerm(None, True, 0.0, (_unknown(here, slope[len(ratios) // 2], width),))
+    name, beta = found
+    option, k, dk, wrong = _ESTIMATORS[name]
+    findings = []
+    if wrong:
+        findings.append(Finding("differs", wrong, "", _rows(here), token(0.0, 1.0, 0.0, width)))
+    if name == "l²":
+        beta, k, dk = 2 * beta, _ESTIMATORS["k2"][1], _ESTIMATORS["k2"][2]
+    if beta < 0:
+        what = "the sign of the KL term is reversed: it rewards distance from the reference"
+        findings.append(Finding("differs", what, "A = 0", f"β = {number(beta)}", token(0.0, 1.0, 0.0, width)))
+        beta, value, slope = -beta, -value, -slope
+    weighted = _weighting(value / here / math.copysign(1.0, float((value / here)[len(ratios) // 2, 0])), x, tol)
+    if weighted is None:
+        findings.append(_otherwise_weighted(value / beta, ratios, k, tol, width))
+    rho = np.exp(x) if weighted else np.ones_like(x)
+    beta = tidy(beta, tol)
+    gradient: Literal["own", "score", "k2"] = "own"
+    if loss.gives_gradient and weighted is not None:
+        gradient, more = _gradient(beta, name, k(_NEAR), dk(_NEAR), rho, np.exp(x), slope, bool(weighted), tol, width)
+        findings += more
+    if weighted is not None and len(ratios) > 1 and not any("as in a reward" in x.what for x in findings):
+        findings += _weight_far_away(of, beta * float(k(np.float64(1.0))), weighted, tol, width)
+    findings += _clamps(of, beta, name, k, tol, width)
+    return KLTerm(_option(option, beta, bool(weighted), gradient), True, beta, tuple(findings))
+
+
+def _weighting(relative: Floats, x: Floats, tol: float) -> bool | None:
+    """Whether ρ multiplies the estimate; None if something else does."""
+    if np.allclose(relative, 1, rtol=tol, atol=0):
+        return False
+    if np.allclose(relative, np.exp(x), rtol=tol, atol=0):
+        return True
+    return None
+
+
+def _otherwise_weighted(k_found: Floats, ratios: Floats, k: Any, tol: float, width: int) -> Finding:
+    """What weighs the KL term, near ρ = 1, if it is not ρ."""
+    x = ratios[:, None]
+    i = 6  # l = 1
+    what = "the KL term is weighted by something other than ρ"
+    if np.allclose(k_found, np.exp(-x) * k(_NEAR), rtol=tol, atol=tol):
+        what = "the KL term is weighted by 1/ρ, not by ρ"
+    elif np.allclose(k_found, k(_NEAR - x), rtol=tol, atol=tol):
+        what = "the KL term is of π_old, not of π_θ: it holds log π_old − log π_ref, and has no gradient"
+    amount = (
+        f"{number(k_found[0, i] / k_found[len(ratios) // 2, i])} times as large at ρ = {number(math.exp(ratios[0]))}"
+    )
+    return Finding("differs", what, "A = 0, l = 1", amount, token(float(ratios[0]), 1.0, 0.0, width))
+
+
+def _weight_far_away(of: Any, at_one: float, weighted: bool, tol: float, width: int) -> list[Finding]:
+    """Whether the weight is, far from ρ = 1, what it is near it."""
+    found = {x: abs(of(x, 1.0)[0] / at_one) for x in _FAR_RATIOS}
+    wrong = {x: v for x, v in found.items() if not abs(v - math.exp(x * weighted)) <= 10 * tol * math.exp(x)}
+    if not wrong:
+        return []
+    bounds = " and ".join(f"{number(tidy(v, 10 * tol))}" for v in wrong.values())
+    what = f"the KL term is weighted by the clipped ratio: by {bounds} and no ρ beyond"
+    amount = "; ".join(f"{number(v)} at ρ = {number(math.exp(x))}" for x, v in wrong.items())
+    return [Finding("differs", what, "far from ρ = 1", amount, token(next(iter(wrong)), 1.0, 0.0, width))]
+
+
+def _option(kind: Any, beta: float, weighted: bool, gradient: str) -> Any:
+    if gradient == "own":
+        return kind(beta, weighted)
+    return kind(beta, weighted, gradient)
+
+
+def _gradient(
+    beta: float,
+    name: str,
+    k: Floats,
+    dk: Floats,
+    rho: Floats,
+    ratio: Floats,
+    slope: Floats,
+    weighted: bool,
+    tol: float,
+    width: int,
+) -> tuple[Any, list[Finding]]:
+    """Which gradient it has, and what is wrong with it."""
+    size = beta * ratio * (np.abs(k) + np.abs(dk) + 1e-3)
+
+    def is_(expected: Floats) -> bool:
+        return bool(np.all(np.abs(slope - beta * expected) <= tol * size))
+
+    if is_(rho * (dk + (k if weighted else 0))):
+        return "own", []
+    known = {"gradient"} <= set(getattr(K3, "_fields", ()))
+    if not weighted and known and not np.allclose(ratio, 1) and is_(ratio * (k + dk)):
+        return "score", []
+    if not weighted and known and is_(_NEAR + 0 * ratio):
+        return "k2", []
+    i = (len(slope) // 2, 6)
+    amount = f"∂(βk)/∂logp = {number(slope[i])} instead of {number(float((beta * (rho * (dk + weighted * k)))[i]))}"
+    example = token(0.0, float(_NEAR[6]), 0.0, width)
+    if not slope.any():
+        what = "the KL term has no gradient: it is detached (a stop-gradient too many)"
+    elif weighted and is_(ratio * dk):
+        what = "KL gradient without the sampling term: its ratio is held constant"
+    elif is_(ratio * k) or is_(k + 0 * ratio):
+        what = "KL gradient is the sampling term alone: the KL is held constant within the advantage, as in a reward"
+    elif is_(-(rho * (dk + weighted * k))):
+        what = "the KL term's gradient has the wrong sign"
+    elif is_(np.broadcast_to(ratio * (k + dk), slope.shape)):
+        what = "KL gradient with the sampling term, where the value has no ratio"
+    else:
+        what = f"the gradient of the KL term is not that of its value, {name}"
+    return "own", [Finding("differs", what, "A = 0, l = 1, ρ = 1", amount, example)]
+
+
+def _clamps(of: Any, beta: float, name: str, k: Any, tol: float, width: int) -> list[Finding]:
+    """Where the estimate or its log-ratio is clamped."""
+    findings: list[Finding] = []
+    bounds = []
+    for sign in (1, -1):
+
+        def off(l: float, sign: int = sign) -> bool:
+            expected = beta * float(k(np.float64(sign * l)))
+            return not abs(abs(of(0.0, sign * l)[0]) - abs(expected)) <= 10 * tol * abs(expected)
+
+        first = next((i for i, l in enumerate(_FAR) if off(float(l))), None)
+        if first is not None:
+            edge = bisect(off, float(_FAR[first - 1]) if first else 2.0, float(_FAR[first]))
+            bounds.append((sign * edge, abs(of(0.0, sign * 1.2 * edge)[0] / beta)))
+    if not bounds:
+        return findings
+    edge, most = min(bounds, key=lambda pair: abs(pair[0]))
+    severity: Any = "fragile" if all(abs(b[0]) >= 19.99 for b in bounds) else "differs"
+    lone = f" (only where l is {'above' if edge > 0 else 'below'} 0)" if len(bounds) == 1 else ""
+    if is_round(edge, 1e-3) and (len(bounds) == 1 or abs(abs(bounds[0][0]) - abs(bounds[1][0])) < 1e-3):
+        at = f"±{abs(tidy(edge, 1e-3)):g}" if len(bounds) == 2 else f"{tidy(edge, 1e-3):g}"
+        what = f"log π_θ − log π_ref is clamped at {at} in the KL term: no gradient beyond{lone}"
+    else:
+        what = f"the KL estimate is clamped at {number(tidy(most, 1e-3))}: no gradient beyond{lone}"
+    where = ", ".join(f"l {'>' if b[0] > 0 else '<'} {number(b[0])}" for b in bounds)
+    amount = f"{number(most)} where {name} is {number(abs(float(k(np.float64(1.2 * edge)))))}"
+    findings.append(Finding(severity, what, where, amount, token(0.0, round(1.2 * edge, 1), 0.0, width)))
+    return findings
+
+
+def _rows(value: Floats) -> str:
+    return "β·k = " + ", ".join(
+        f"{number(v)} at l = {number(l)}" for l, v in zip(_NEAR[[0, 2, 5, 7]], value[[0, 2, 5, 7]], strict=True)
+    )
+
+
+def _unknown(value: Floats, slope: Floats, width: int) -> Finding:
+    what = "the KL term is none that grpo_loss has"
+    return Finding("differs", what, "A = 0, ρ = 1", _rows(value), token(0.0, 1.0, 0.0, width))

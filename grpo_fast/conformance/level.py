@@ -1,0 +1,186 @@
+"""Whose ratio it is: each token's, or one for a sequence; read from one sequence whose tokens have different ratios."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import reference, terms
+from ..terms import CISPO, Clip
+from .calling import Batch, Loss, batch
+from .numbers import tidy
+from .policy import Policy
+from .report import Finding, number
+
+Floats = NDArray[np.float64]
+#: log of the ratio that each token of a sequence has, of the log-ratios of its tokens.
+_RATIOS: dict[str, Callable[[Floats], Floats]] = {
+    "token": lambda x: x,
+    "sequence": lambda x: np.full_like(x, x.mean()),
+    "product": lambda x: np.full_like(x, x.sum()),
+    "arithmetic": lambda x: np.full_like(x, np.log(np.exp(x).mean())),
+}
+
+
+class LevelFound(NamedTuple):
+    """What was read of the level; the surrogate is another one where that of a token was only its shadow."""
+
+    level: str | None
+    surrogate: Any
+    findings: tuple[Finding, ...] = ()
+    divisor: str = "n_i"  # of the sum of a sequence's log-ratios: its tokens, the width of the padding, or 1
+
+
+def sequence_of(x: Floats, A: Any = 1.0, l: Any = 0.0, mask: Any = None) -> Batch:
+    """A batch of one sequence with these log-ratios."""
+    logp = -9.0 - np.maximum(0, -x) - np.maximum(0, -np.asarray(l))
+    return batch([logp], [logp - x], [A], [logp - l], None if mask is None else [mask])
+
+
+def read(loss: Loss, policy: Policy, weights: Floats, per_token: bool) -> LevelFound:
+    """Read the level; ``weights`` are those of the tokens in a sequence of three, up to a factor.
+
+    Only the value is looked at, but for the last question, since one may be right without the other.
+    """
+    surrogate = policy.surrogate
+    is_vespo = type(surrogate).__name__ == "VESPO"
+    if "old_logps" not in loss.takes or policy.kind == "constant" or surrogate is None:
+        return LevelFound("sequence" if is_vespo else "token", surrogate)
+    low = policy.inside[0] if policy.inside[0] < -1e-6 else -1e-3
+    x = low * np.array([0.9, 0.1, 0.4])
+    if isinstance(surrogate, CISPO) and surrogate.ratio_max <= 1:  # elsewhere all weights are at that bound
+        x = math.log(surrogate.ratio_max) - np.array([0.9, 0.1, 0.4])
+    elif isinstance(surrogate, CISPO) and surrogate.ratio_min >= 1:
+        most = min(1.0, math.log(surrogate.ratio_max / surrogate.ratio_min))
+        x = math.log(surrogate.ratio_min) + most * np.array([0.9, 0.1, 0.4])
+    weight = policy.sign * weights / weights.sum() * _total(loss, surrogate, x)
+    fits = _fitting(loss, surrogate, weight, x)
+    if is_vespo:
+        if "product" in fits:
+            return LevelFound("sequence", surrogate)
+        text = f"VESPO's weight is of {_whose(fits)} ratio, not of the product over the sequence"
+        return LevelFound("sequence", surrogate, (Finding("differs", text, "", "", sequence_of(x)),))
+    if not fits:
+        text = "the ratio of a sequence's tokens is neither each one's own nor a mean of the sequence"
+        value = _value(loss, x) / weight.mean()
+        amount = f"Σ s = {number(value)} for ρ = {[float(number(r)) for r in np.exp(x)]}"
+        return LevelFound(None, surrogate, (Finding("differs", text, "", amount, sequence_of(x)),))
+    bounded = _bounded(surrogate)
+    findings: list[Finding] = []
+    if bounded is not None:
+        y = bounded * np.array([1.5, -1.6, 0.4])
+        again = _fitting(loss, surrogate, weight, y)
+        gmpo = _gmpo(loss, surrogate, weight, y)
+        if "sequence" in fits and gmpo is not None:
+            return LevelFound("sequence", gmpo)
+        if "sequence" in fits and "token" not in fits and "sequence" not in again:
+            text = "the ratio is the sequence's where nothing is clipped, and another where a token is"
+            findings.append(Finding("differs", text, "", "", sequence_of(y)))
+        fits = [name for name in fits if name in again] or fits
+    if fits[0] == "product":
+        text = "the sequence's ratio is the product of its tokens' (exp of the sum), not their geometric mean"
+        findings.append(Finding("differs", text, "sequences of two tokens or more", "", sequence_of(x[:2])))
+    if fits[0] == "arithmetic":
+        text = "the sequence's ratio is the mean of its tokens' (a mean of exps), not the exp of the mean log-ratio"
+        findings.append(Finding("differs", text, "tokens with different ratios", "", sequence_of(x[:2])))
+    if fits[0] == "token":
+        return LevelFound("token", surrogate, tuple(findings))
+    level = "sequence"
+    if per_token and loss.gives_gradient and not isinstance(surrogate, CISPO):
+        level = _whose_advantage(loss, x)
+    of_width = _divisor(loss, surrogate, fits[0], low)
+    divisor = "1" if fits[0] == "product" else "T" if of_width else "n_i"
+    return LevelFound(level, surrogate, (*findings, *of_width), divisor)
+
+
+def _whose(fits: list[str]) -> str:
+    return "each token's" if "token" in fits else "the geometric mean's" if "sequence" in fits else "another"
+
+
+def _value(loss: Loss, x: Floats, mask: Any = None) -> float:
+    return loss(sequence_of(x, 0.0, mask=mask)).loss - loss(sequence_of(x, mask=mask)).loss
+
+
+def _total(loss: Loss, surrogate: Any, x: Floats) -> float:
+    """The sum of the weights, by the value where all ratios are 1, so that the gradient may be wrong."""
+    at = sequence_of(0 * x)
+    return abs(_value(loss, 0 * x) / float(_s(surrogate, 0 * x, at)[0]))
+
+
+def _s(surrogate: Any, log_ratio: Floats, at: Batch) -> Floats:
+    if type(surrogate).__name__ == "VESPO":
+        k, lam = surrogate.k_pos, surrogate.lambda_pos
+        value: Floats = np.exp(lam + k * log_ratio - lam * np.exp(log_ratio)) * at.logps[0]
+        return value
+    s = reference.surrogate_term(surrogate, np.exp(log_ratio), np.ones_like(log_ratio), at.logps[0])[0]
+    return s.astype(np.float64)
+
+
+def _fitting(loss: Loss, surrogate: Any, weight: Floats, x: Floats) -> list[str]:
+    at = sequence_of(x)
+    value = _value(loss, x)
+    tol = max(1e-7, loss.exactness * 100)
+    found = []
+    for name, log_ratio in _RATIOS.items():
+        expected = float(np.sum(weight * _s(surrogate, log_ratio(x), at)))
+        spread = float(np.sum(np.abs(weight * _s(surrogate, log_ratio(x), at))))
+        if abs(value - expected) <= max(min(tol, 1e-2 * np.ptp(x) ** 2), 72 * loss.eps) * spread:
+            found.append(name)
+    return found
+
+
+def _bounded(surrogate: Any) -> float | None:
+    """A log-ratio at which the surrogate is bent where A > 0."""
+    if isinstance(surrogate, Clip) and 0 < surrogate.epsilon_high < math.inf:
+        return math.log1p(surrogate.epsilon_high)
+    if isinstance(surrogate, CISPO) and 1 < surrogate.ratio_max < math.inf:
+        return math.log(surrogate.ratio_max)
+    return 0.5 if type(surrogate).__name__ == "SAPO" else None
+
+
+def _gmpo(loss: Loss, surrogate: Any, weight: Floats, x: Floats) -> Any:
+    """GMPO, if what clips each token within a geometric mean is what was found: its ε are of log ρ."""
+    kind = getattr(terms, "GMPO", None)
+    if kind is None or not isinstance(surrogate, Clip) or not surrogate.epsilon_high > 0:
+        return None
+    high = math.log1p(surrogate.epsilon_high)
+    expected = float(weight.sum()) * math.exp(float(np.minimum(x, high).mean()))
+    if abs(_value(loss, x) - expected) > max(1e-7, min(loss.exactness * 100, 0.02 * high)) * abs(expected):
+        return None
+    error = 100 * loss.exactness
+    low = -math.log1p(-surrogate.epsilon) if surrogate.epsilon < 1 else math.inf
+    return kind(tidy(low, error), tidy(high, error))
+
+
+def _whose_advantage(loss: Loss, x: Floats) -> str:
+    A = np.array([1.0, 2.0, 4.0])
+    grad, zero = loss(sequence_of(x, A)).grad, loss(sequence_of(x, 0 * A)).grad
+    assert grad is not None
+    assert zero is not None
+    grad = (grad - zero)[0]
+    return "sequence_token" if np.allclose(grad / grad[0], A, rtol=1e-4) else "sequence"
+
+
+def _divisor(loss: Loss, surrogate: Any, ratio: str, low: float) -> list[Finding]:
+    """Whether the mean log-ratio of a sequence is divided by its tokens, or by the width of the padding."""
+    if "mask" not in loss.takes or ratio != "sequence":
+        return []
+    mask = np.array([True, True, False, False])
+    x = low * np.array([0.9, 0.5, 0.0, 0.0])
+    one = loss(sequence_of(0 * x, 0.0, mask=mask)).loss - loss(sequence_of(0 * x, mask=mask)).loss
+    value = _value(loss, x, mask)
+    at = sequence_of(x)
+    scale = _s(surrogate, 0 * x, at)[:2].sum()
+    of_tokens, of_width = (
+        one * _s(surrogate, np.full(4, x.sum() / by), at)[:2].sum() / scale for by in (x[mask].size, x.size)
+    )
+    error = max(1e-7, loss.exactness * 100)
+    if abs(value - of_tokens) <= error * abs(of_tokens) or abs(value - of_width) > error * abs(of_width):
+        return []
+    text = "the sequence's log-ratio is divided by the padded width, not by the number of its tokens"
+    amount = (
+        f"Σ s = {number(value / one * 2)} for ρ = {[float(number(r)) for r in np.exp(x[:2])]} and two masked tokens"
+    )
+    return [Finding("differs", text, "every sequence with padding", amount, sequence_of(x, mask=mask))]

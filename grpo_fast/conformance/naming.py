@@ -1,0 +1,242 @@
+"""Findings of what the battery shows, beside those that were read: each kind told once, with its smallest input."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..terms import Options
+from . import shrinking
+from .calling import Batch, Loss, batch
+from .cases import Case
+from .comparing import Miss, compare, expected
+from .report import Finding, Severity, number
+
+
+def of_misses(
+    loss: Loss, options: Mapping[str, Any], misses: Sequence[Miss], named: Iterable[Finding]
+) -> list[Finding]:
+    """What is to be told of these misses, beside what is ``named``."""
+    named = list(named)
+    findings: list[Finding] = []
+    rest = list(misses)
+
+    def take(wanted: Any) -> list[Miss]:
+        nonlocal rest
+        taken = [miss for miss in rest if wanted(miss)]
+        rest = [miss for miss in rest if not wanted(miss)]
+        return taken
+
+    masked = take(lambda m: m.case.kind == "masked")
+    # What finite padding does is told already where it does something, and an ordinary miss is no matter of NaN.
+    explained = {id(miss) for miss in masked if miss.how in ("differs", "differs slightly")}
+    findings += _of_masked(loss, options, [miss for miss in masked if id(miss) not in explained])
+    empty = take(lambda m: m.case.kind in ("empty", "empty sequence") and m.how in ("raises", "is not finite"))
+    findings += _of_empty(empty)
+    small = take(lambda m: m.how == "differs slightly")
+    if not any(m.how == "differs" and m.case.severity == "differs" for m in rest):
+        findings += _of_small(loss, options, small)
+    if any(finding.severity == "differs" for finding in named):
+        raised = [m for m in rest if m.how == "raises"]
+        return findings + _raising(raised)
+    findings += _raising(take(lambda m: m.how == "raises"))
+    clamped = any("clamped" in finding.what for finding in named)
+    far = take(lambda m: m.case.kind == "far")
+    if far and not clamped and not any(m.case.severity == "differs" for m in rest):
+        findings.append(_one(loss, options, far, "fragile", "is another formula, or overflows, at log-ratios above 20"))
+    tiny = take(lambda m: m.case.kind == "tiny")
+    if tiny and not rest:
+        findings.append(_one(loss, options, tiny, "fragile", "loses its digits where the KL is tiny"))
+    ties = take(lambda m: m.case.kind == "tie")
+    if ties and not rest:
+        only = "has another gradient exactly" if all(m.where == "gradient" for m in ties) else "differs exactly"
+        findings.append(_one(loss, options, ties, "differs", f"{only} at a bound, and nowhere else"))
+    nothing = take(lambda m: m.case.kind == "empty")
+    if nothing and not rest:
+        findings.append(_one(loss, options, nothing, "fragile", "is not 0 where no token counts"))
+    if rest:
+        findings.append(_one(loss, options, rest, "differs", _text(rest)))
+    return findings
+
+
+def _text(misses: Sequence[Miss]) -> str:
+    if all(m.how == "is not finite" for m in misses):
+        return "is not finite on finite inputs"
+    if all(m.where == "gradient" for m in misses):
+        return "the loss agrees, its gradient does not"
+    if all("per token" in m.case.name for m in misses):
+        return "differs where advantages are one per token"
+    if all(m.case.kind == "empty sequence" for m in misses):
+        return "a sequence without a token changes the result: it counts otherwise"
+    if all("far apart" in m.case.name or m.case.name.startswith("log ρ") for m in misses):
+        return "differs where ratios are far from 1, in a way that has no name here"
+    return "differs in a way that has no name here"
+
+
+def _of_masked(loss: Loss, options: Mapping[str, Any], misses: Sequence[Miss]) -> list[Finding]:
+    if not misses:
+        return []
+    names = sorted({m.case.name.split(" ")[0] for m in misses if not m.case.name.startswith("−inf")}, key=_order)
+    values = {m.case.name.split(" ")[2] for m in misses if not m.case.name.startswith("−inf")} or {"-inf"}
+    which = "NaN" if values == {"nan"} else "NaN or infinity" if "nan" in values else "infinity"
+    of = "loss" if any(m.where == "loss" for m in misses) else "gradient"
+    text = f"{which} at a masked position makes the {of} NaN"
+    where = f"where the mask is 0, in {', '.join(names)}" if names else "where the mask is 0"
+    finding = _one(loss, options, misses, "fragile", text)
+    return [finding._replace(where=where)]
+
+
+def _order(name: str) -> int:
+    return ("logps", "old_logps", "ref_logps").index(name)
+
+
+def _of_empty(misses: Sequence[Miss]) -> list[Finding]:
+    findings = []
+    for kind, what in (("empty sequence", "a sequence without a token"), ("empty", "a batch without a token")):
+        some = [m for m in misses if m.case.kind == kind]
+        if not some:
+            continue
+        miss = some[0]
+        if miss.how == "raises":
+            text = f"{what} raises an error: {miss.message}"
+        elif math.isnan(miss.found):
+            text = f"{what} makes the {miss.where} NaN (0/0)"
+        else:
+            text = f"{what} makes the {miss.where} {number(miss.found)}"
+        mask = np.array([[False], [True]] if kind == "empty sequence" else [[False]])
+        findings.append(Finding("fragile", text, "", "", batch(np.full(mask.shape, -0.5), mask=mask)))
+    if len(findings) == 2:  # the second follows from the first
+        findings.pop()
+    return findings
+
+
+def _of_small(loss: Loss, options: Mapping[str, Any], misses: Sequence[Miss]) -> list[Finding]:
+    if not misses:
+        return []
+    worst = max(misses, key=lambda m: abs(m.found - m.expected) / max(abs(m.expected), 1e-12))
+    relative = abs(worst.found - worst.expected) / max(abs(worst.expected), 1e-12)
+    text = "agrees to some digits only: a small constant in a denominator or a log, or a part computed in float32"
+    amount = f"{number(worst.found)} off by {number(worst.found - worst.expected)}, {number(relative)} of it"
+    finding = _one(loss, options, [worst], "fragile", text)
+    return [finding._replace(amount=f"at most {amount}, {worst.where}")]
+
+
+def _raising(misses: Sequence[Miss]) -> list[Finding]:
+    if not misses:
+        return []
+    miss = misses[0]
+    severity: Severity = "differs" if any(m.case.severity == "differs" for m in misses) else "fragile"
+    return [Finding(severity, f"raises {miss.message}", miss.case.name, "", miss.case.at)]
+
+
+def _one(loss: Loss, options: Mapping[str, Any], misses: Sequence[Miss], severity: Severity, text: str) -> Finding:
+    """A finding of these misses, with the smallest input that shows what the smallest of them does."""
+    miss = min(misses, key=lambda m: m.case.at.logps.size)
+
+    def again(at: Batch) -> Miss | None:
+        if miss.case.kind == "masked" and not at.mask.any():
+            return None  # that is a matter of empty batches
+        if not np.isfinite(expected(options, at, loss.takes)[0]):
+            return None  # what is not finite would have come out from under the mask
+        found = compare(loss, options, miss.case._replace(at=at))
+        return found if found is not None and (found.how, found.where) == (miss.how, miss.where) else None
+
+    at = shrinking.smallest(miss.case.at, lambda at: again(at) is not None)
+    found = again(at) or miss
+    amount = f"{found.where} {number(found.found)} instead of {number(found.expected)}"
+    return Finding(severity, text, miss.case.name, amount, at)
+
+
+# --- what was asked for, beside what was found ------------------------------------------------------------------------
+def of_options(
+    asked: Mapping[str, Any], found: Mapping[str, Any], takes: Iterable[str], cases: Iterable[Case]
+) -> list[Finding]:
+    """What differs between the options that a loss was to have and those that it has; each with an input that shows it.
+
+    The input is one on which the reference itself differs if only that option is another.
+    """
+    findings: list[Finding] = []
+    cases = sorted(cases, key=lambda case: case.at.logps.size)
+    for names in (("surrogate",), ("trust_region",), ("kl",), ("importance_sampling_level",), _MEAN):
+        texts = _of_mean(asked, found) if names == _MEAN else []
+        if names != _MEAN and asked.get(names[0]) != found.get(names[0]):
+            texts = list(_texts(names[0], asked.get(names[0]), found.get(names[0])))
+        if texts:
+            other = {name: x for name, x in asked.items() if name not in names}
+            other |= {name: found[name] for name in names if name in found}
+            example, amount = _example(asked, other, found, takes, cases)
+            findings += [Finding("differs", text, "", amount, example) for text in texts]
+    return findings
+
+
+_MEAN = ("aggregation", "normalizer")
+
+
+def _example(
+    asked: Mapping[str, Any], other: Mapping[str, Any], found: Mapping[str, Any], takes: Iterable[str], cases: Any
+) -> tuple[Batch | None, str]:
+    """The smallest input on which these options differ, and by how much."""
+    try:
+        Options(**{**other, "normalizer": None})
+    except (TypeError, ValueError):  # such as VESPO at another level
+        other = found
+
+    def values(at: Batch) -> tuple[float, float]:
+        return expected(asked, at, takes)[0], expected(other, at, takes)[0]
+
+    def differ(at: Batch) -> bool:
+        one, two = values(at)
+        return bool(np.isfinite([one, two]).all() and abs(one - two) > 1e-3 * max(abs(one), abs(two)))
+
+    for case in cases:
+        if case.severity == "differs" and differ(case.at):
+            at = shrinking.smallest(case.at, differ)
+            one, two = values(at)
+            return at, f"loss {number(two)} instead of {number(one)}, by this alone"
+    return None, ""
+
+
+def _of_mean(asked: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """What differs in the mean over tokens and sequences."""
+    texts: list[str] = []
+    wanted, has = (options.get("aggregation", "seq-mean-token-mean") for options in (asked, found))
+    norms = asked.get("normalizer"), found.get("normalizer")
+    if norms[0] is not None and not callable(norms[0]) and (norms[1] is None or callable(norms[1])):
+        counted = "tokens" if has == "token-mean" else "sequences" if norms[1] is None else repr(norms[1])
+        texts.append(
+            f"micro-batches do not add: divides by the {counted} of each call, not by normalizer={norms[0]:g} (a mean "
+            "of means)"
+        )
+    elif wanted != has:
+        means = " (a mean of means)" if has == "seq-mean-token-mean" else ""
+        texts.append(f"aggregates as {has!r}{means}, not as {wanted!r}{_by(norms[1])}")
+    elif norms[0] != norms[1] and not (callable(norms[0]) and callable(norms[1])):
+        texts.append(f"the normalizer is {_shown(norms[1])}, not {_shown(norms[0])}")
+    return texts
+
+
+def _by(normalizer: Any) -> str:
+    return "" if normalizer is None else f", with normalizer={_shown(normalizer)}"
+
+
+def _shown(x: Any) -> str:
+    return f"{x:g}" if isinstance(x, float) else "what is counted" if x is None else repr(x)
+
+
+def _texts(name: str, wanted: Any, has: Any) -> Iterable[str]:
+    if type(wanted) is type(has) and hasattr(has, "_fields"):
+        for field in has._fields:
+            a, b = getattr(wanted, field), getattr(has, field)
+            if a != b:
+                forgotten = ": it is forgotten" if field == "beta" and b == 1 else ""
+                yield f"{field} of the {_WORDS.get(name, name)} is {b!r}, not {a!r}{forgotten}"
+    elif has is None:
+        yield f"has no {_WORDS.get(name, name)}, where {wanted!r} was asked for"
+    elif wanted is None:
+        yield f"has a {_WORDS.get(name, name)} that was not asked for: {has!r}"
+    else:
+        yield f"{_WORDS.get(name, name)} is {has!r}, not {wanted!r}"
+
+
+_WORDS = {"kl": "KL term", "trust_region": "trust region", "surrogate": "policy term"}

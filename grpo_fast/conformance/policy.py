@@ -1,0 +1,276 @@
+"""The policy term of one token: whether there is one, its sign, what it makes of A, and then along log ρ.
+
+Value and gradient are read each for itself: that tells a weight which is held constant from one that is not.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..terms import CISPO, Unclipped
+from . import curves, regions, slopes, surrogates
+from .calling import Loss
+from .curves import FAR, NEAR, Curve, Kind, Tokens
+from .numbers import tidy
+from .report import Finding, Severity, number
+
+
+class Policy(NamedTuple):
+    """What was read of the policy term."""
+
+    scale: float  # of the loss: the slope of s/A at ρ = 1, not negative
+    sign: float  # −1 where the loss is maximised
+    surrogate: Any  # an option of `grpo_loss`, or None
+    trust_region: Any
+    kind: Kind
+    width: int  # of the batch of equal tokens that stood for one
+    inside: tuple[float, float]  # an interval of log ρ in which nothing is bounded for A > 0
+    findings: tuple[Finding, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def read(loss: Loss) -> Policy:
+    """Read the policy term of a loss."""
+    tokens = Tokens(loss)
+    nothing = Policy(1.0, 1.0, None, None, "none", 1, (-0.1, 0.1))
+    for tokens.width in (1, 3, 6):
+        first = tokens.of(0.0, 1.0)
+        if all(map(math.isfinite, first)) and any(first):
+            break
+    else:
+        return nothing._replace(findings=(_no_reaction(loss, tokens),))
+    tokens.kind = _kind(tokens)
+    scale = first[0] / FAR if tokens.kind == "weight" else first[1] or first[0]
+    found = nothing._replace(scale=abs(scale), kind=tokens.kind, width=tokens.width)
+    if tokens.kind == "ratio" and first[0] * first[1] < 0:
+        upside_down = _upside_down(tokens, first)
+        return found._replace(sign=math.copysign(1.0, first[0]), findings=(upside_down,))
+    findings = [*_sign(tokens, scale), *_linearity(tokens)]
+    factor, more = _other_sign(tokens)
+    findings += more
+    found = found._replace(sign=math.copysign(1.0, scale), findings=tuple(findings))
+    if factor <= 0:
+        return found
+    tokens.scale = {1: scale, -1: scale * factor}
+    if "old_logps" not in loss.takes:
+        note = "it takes no old_logps: on-policy, ρ = 1, which is old_logps=None"
+        surrogate = CISPO(math.inf) if tokens.kind == "weight" else Unclipped()
+        if not first[1]:
+            findings.append(slopes.none(tokens))
+        return found._replace(surrogate=surrogate, findings=tuple(findings), notes=(note,))
+    read = {sign: tokens.curve(sign) for sign in (1, -1)}
+    findings += _raised(tokens)
+    bound = _weight_at_1(read[1]) if tokens.kind == "weight" else 1.0
+    if bound != 1:  # one that is below 1, so that ρ = 1 is beyond it
+        tokens.scale = {sign: x / bound for sign, x in tokens.scale.items()}
+        found = found._replace(scale=found.scale / bound)
+        read = {
+            sign: curve._replace(value=curve.value * bound, slope=curve.slope * bound) for sign, curve in read.items()
+        }
+    factor = _too_steep(tokens)
+    if factor != 1:
+        what = f"the gradient of the policy term is {number(factor)} times that of its value"
+        findings.append(Finding("differs", what, "at ρ = 1", "", tokens.at(0.0, 1.0)))
+        tokens.scale = {sign: x / factor for sign, x in tokens.scale.items()}
+        tokens.slope_scale = 1 / factor
+        found = found._replace(scale=found.scale / factor)
+        read = {sign: curve._replace(value=curve.value * factor) for sign, curve in read.items()}
+    named = _named(tokens, read, found)
+    return named._replace(findings=(*findings, *named.findings))
+
+
+# --- before the curves ------------------------------------------------------------------------------------------------
+def _no_reaction(loss: Loss, tokens: Tokens) -> Finding:
+    tokens.width = 3
+    where = "one sequence, A = 1 beside A = 0, at ρ = 1"
+    example = tokens.at(0.0, 1.0)
+    if not math.isfinite(loss(example).loss):
+        return Finding("differs", "is NaN or infinite for one sequence with an advantage of 1", where, "", example)
+    if "mask" in loss.takes:
+        masked = [loss(tokens.at(0.0, A)._replace(mask=np.zeros((1, 3), bool))) for A in (1.0, 0.0)]
+        if all(math.isfinite(x.loss) for x in masked) and masked[0].loss != masked[1].loss:
+            what = "the mask is inverted: what is masked counts, and nothing else"
+            at = example._replace(mask=np.zeros((1, 3), bool))
+            return Finding("differs", what, "A = 1 beside A = 0", "only where the mask is 0 does it matter", at)
+    return Finding("differs", "does not depend on the advantages", where, "neither loss nor gradient changes", example)
+
+
+def _kind(tokens: Tokens) -> Kind:
+    """Whether s is proportional to log π_θ, as those with a weight that is held constant."""
+    near, far = tokens.of(0.0, 1.0, NEAR)[0], tokens.of(0.0, 1.0, 100 * NEAR)[0]
+    return "weight" if near and abs(far / near - 100) < 0.01 else "ratio"
+
+
+def _upside_down(tokens: Tokens, first: tuple[float, float]) -> Finding:
+    """Of a policy term that has the sign of A, and a gradient that has not."""
+    what = "the ratio is upside down, π_old/π_θ: its gradient lowers the probability of what is rewarded"
+    if abs(first[1] / first[0] * FAR - 1) < 1e-3:
+        what = "the ratio is of log-probabilities, log π_θ/log π_old, not of probabilities: the exp is missing"
+    amount = f"s/A = {number(first[0])} and its gradient {number(first[1])}, instead of the same number"
+    return Finding("differs", what, "A = 1, ρ = 1", amount, tokens.at(0.0, 1.0))
+
+
+def _sign(tokens: Tokens, scale: float) -> Iterable[Finding]:
+    if scale < 0:
+        what = "the sign of the policy term is reversed: minimising this lowers the probability of what is rewarded"
+        amount = f"∂loss/∂logp = {number(abs(scale))} where it should be {number(-abs(scale))}"
+        yield Finding("differs", what, "A = 1, ρ = 1", amount, tokens.at(0.0, 1.0))
+
+
+def _other_sign(tokens: Tokens) -> tuple[float, list[Finding]]:
+    """How much A = −1 counts beside A = 1, which should be as much."""
+    positive, negative = (tokens.of(0.0, A) for A in (1.0, -1.0))
+    which = 1 if positive[1] else 0
+    factor = -negative[which] / positive[which] + 0.0
+    if abs(factor - 1) <= 1e-4:
+        return 1.0, []
+    what = f"tokens with A < 0 count {number(factor)} times as much as those with A > 0"
+    if factor == 0:
+        what = "tokens with A < 0 are left out"
+    elif abs(factor + 1) <= 1e-4:
+        what = "the sign of A does not matter"
+    amount = f"{number(negative[which])} at A = −1, {number(positive[which])} at A = 1"
+    return factor, [Finding("differs", what, "at ρ = 1", amount, tokens.at(0.0, -1.0))]
+
+
+def _linearity(tokens: Tokens) -> Iterable[Finding]:
+    """Whether twice the advantage counts twice."""
+
+    def factor(A: float) -> float:
+        one, many = tokens.of(0.0, math.copysign(1.0, A)), tokens.of(0.0, A)
+        return many[1] / one[1] if one[1] else many[0] / one[0] if one[0] else abs(A)
+
+    limits: dict[int, float] = {}
+    for sign in (1, -1):
+        wrong = next((A for A in (0.3, 2.0, 5.0, 10.0, 30.0, 100.0) if abs(factor(sign * A) / A - 1) > 1e-4), None)
+        if wrong is None:
+            continue
+        most = factor(sign * 1e4)
+        amount = f"A = {sign * wrong:g} counts {number(factor(sign * wrong))} times as much as A = {sign}"
+        if abs(factor(sign * 2e4) / most - 1) < 1e-6 and most > 1:
+            limits[sign] = tidy(sign * most, 1e-5)
+            continue
+        yield Finding("differs", "is not linear in the advantage", "at ρ = 1", amount, tokens.at(0.0, sign * wrong))
+        return
+    if limits:
+        both = len(limits) == 2 and limits[1] == -limits[-1]
+        bounds = f"±{number(limits[1])}" if both else " and ".join(map(number, limits.values()))
+        A = 2 * next(iter(limits.values()))
+        amount = f"A = {number(A)} counts as {number(A / 2)}"
+        yield Finding("differs", f"advantages are clamped at {bounds}", "at ρ = 1", amount, tokens.at(0.0, A))
+
+
+def _raised(tokens: Tokens) -> Iterable[Finding]:
+    """The error that is raised nearest to ρ = 1."""
+    if tokens.failed:
+        x = min(tokens.failed, key=abs)
+        severity: Severity = "fragile" if abs(x) > 20 else "differs"
+        yield Finding(severity, f"raises {tokens.failed[x]}", f"log ρ = {number(x)}", "", tokens.failed[x].at)
+
+
+def _weight_at_1(curve: Curve) -> float:
+    """The weight at ρ = 1 in units of ρ, by where it is in proportion to ρ: less than 1 where a bound is."""
+    with np.errstate(all="ignore"):
+        units = curve.value / np.exp(curve.x)
+    same = np.abs(np.diff(units)) <= 1e-7 * np.abs(units[1:])
+    long = np.flatnonzero(same[:-2] & same[1:-1] & same[2:])
+    if not long.size or np.isclose(units[long], 1, rtol=1e-6).any():
+        return 1.0
+    unit = float(np.median(units[long]))
+    return 1 / unit if np.allclose(units[long], unit, rtol=1e-6) and unit > 1 else 1.0
+
+
+def _too_steep(tokens: Tokens) -> float:
+    """By what the gradient is too large for a value that grows as ρ does, where ρ = 1."""
+    if tokens.kind != "ratio" or not tokens.loss.gives_gradient or tokens.loss.eps > 1e-10:
+        return 1.0
+    (low, _), (value, slope), (high, _) = (tokens.relative(x, 1) for x in (-1e-5, 0.0, 1e-5))
+    if not value or not slope or abs((high - low) / (2e-5 * value) - 1) > 1e-3 or abs(slope / value - 1) < 1e-6:
+        return 1.0
+    return tidy(slope / value, 1e-6)
+
+
+# --- along the ratio --------------------------------------------------------------------------------------------------
+def _named(tokens: Tokens, read: dict[int, Curve], policy: Policy) -> Policy:
+    tol = tokens.loss.exactness * 10
+    policy = policy._replace(findings=())
+    both = np.concatenate([read[1].value, read[-1].value])
+    if tokens.kind == "ratio" and np.allclose(both, both[0], rtol=1e-6, atol=0):
+        return _constant(tokens, read, policy)
+    edges = {sign: curves.dropped(tokens, curve, sign) for sign, curve in read.items()}
+    kept = {
+        sign: (edges[sign][0] < c.x) & (c.x < edges[sign][1]) & ~np.isin(c.x, list(tokens.failed))
+        for sign, c in read.items()
+    }
+    near = {sign: curves.dropped(tokens, tokens.curve(sign, NEAR), sign, NEAR) for sign in read}
+    region, findings = regions.read(tokens, edges, near)
+    smooth = surrogates.smooth(tokens, read, kept, tol)
+    if smooth is not None:
+        findings += slopes.wrong(tokens, read, kept, {}, smooth)
+        inside = (max(-1.0, edges[1][0] / 2), min(1.0, edges[1][1] / 2))
+        return policy._replace(surrogate=smooth, trust_region=region, inside=inside, findings=tuple(findings))
+    clamp, bounds = curves.clamps({sign: curves.flat(tokens, read[sign], sign, tol, edges[sign]) for sign in read})
+    for sign, curve in read.items():
+        expected = np.clip(np.exp(np.clip(curve.x, *clamp)), bounds[sign].low, bounds[sign].high)
+        room = tol * expected * (1 + np.abs(curve.x)) + curve.noise
+        off = kept[sign] & ~(np.abs(curve.value - expected) <= room)
+        if off.any():
+            return policy._replace(findings=(*findings, surrogates.unknown(tokens, curve, sign, expected, off)))
+    surrogate, more = surrogates.bounded(tokens, bounds)
+    findings += more
+    findings += slopes.wrong(tokens, read, kept, bounds, None, clamp)
+    if any(map(math.isfinite, clamp)):
+        findings.append(_clamped(tokens, clamp))
+    notes = [*surrogates.notes(bounds, tokens.loss.exactness)]
+    if surrogate == CISPO(1.0, 1.0):
+        notes.append("its weight is 1 whatever old_logps are: the plain policy gradient, REINFORCE")
+    return policy._replace(
+        surrogate=surrogate,
+        trust_region=region,
+        inside=(
+            max(-1.0, _log(bounds[1].low) / 2, edges[1][0] / 2),
+            min(1.0, _log(bounds[1].high) / 2, edges[1][1] / 2),
+        ),
+        findings=tuple(findings),
+        notes=tuple(notes),
+    )
+
+
+def _log(x: float) -> float:
+    return math.log(x) if x > 0 else -math.inf
+
+
+def _constant(tokens: Tokens, read: dict[int, Curve], policy: Policy) -> Policy:
+    """Of a value that is the same for every π_old."""
+    if not any(curve.slope.any() for curve in read.values()):
+        return policy._replace(surrogate=Unclipped(), kind="constant", findings=(slopes.none(tokens),))
+    if "ref_logps" in tokens.loss.takes:
+        at = tokens.at(0.0, 1.0)
+        moved = at._replace(ref_logps=at.logps - 0.05)
+        without = tokens.loss(moved._replace(advantages=np.zeros(1))).loss
+        value = (without - tokens.loss(moved).loss) / tokens.scale[1]
+        if abs(value - math.exp(0.05)) < 1e-4:
+            what = "the ratio is to the reference: π_θ/π_ref in place of π_θ/π_old, and old_logps is not used"
+            example = at._replace(ref_logps=at.logps - 0.05)
+            finding = Finding("differs", what, "π_ref is not π_old", f"s/A = {number(value)} = π_θ/π_ref", example)
+            return policy._replace(kind="constant", findings=(finding,))
+    what = "the ratio is against its own detached self: it is 1 always, and never clips; old_logps is not used"
+    amount = f"s/A = {number(read[1].value[0])} at ρ = {number(math.exp(3))} as at ρ = 1"
+    finding = Finding("differs", what, "every ρ but 1", amount, tokens.at(1.0, 1.0))
+    return policy._replace(surrogate=Unclipped(), kind="constant", findings=(finding,))
+
+
+def _clamped(tokens: Tokens, clamp: tuple[float, float]) -> Finding:
+    low, high = clamp
+    bounds = f"±{high:g}" if -low == high else f"{high:g}" if low == -math.inf else f"−{-low:g}"
+    where = f"log ρ > {high:g}" if low == -math.inf else f"log ρ < {low:g}" if high == math.inf else ""
+    beyond, A = (high + 1, -1.0) if high < math.inf else (low - 1, 1.0)
+    return Finding(
+        "fragile" if min(abs(low), abs(high)) >= 20 else "differs",
+        f"the log-ratio is clamped at {bounds}: no gradient beyond",
+        where or f"|log ρ| > {min(abs(low), abs(high)):g}",
+        "",
+        tokens.at(beyond, A),
+    )

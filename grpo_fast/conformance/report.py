@@ -1,0 +1,161 @@
+"""What is told of a loss: findings, and the report that holds them."""
+
+import textwrap
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+
+from .calling import Batch
+
+Severity: TypeAlias = Literal["differs", "fragile"]
+_WIDTH = 100
+
+
+class Finding(NamedTuple):
+    """One thing that a loss does otherwise.
+
+    Parameters
+    ----------
+    severity : "differs" or "fragile"
+        Another formula on finite inputs with finite padding; or something that breaks where they are not, where
+        |log ρ| is above 20, where a KL term is tiny, or where there is no token.
+    what : str
+        What it does, in the words of the field.
+    where : str
+        On which inputs.
+    amount : str
+        How much: numbers, found and expected.
+    example : Batch or None
+        The smallest input found that shows it: float64 arrays by the names of the arguments, the mask of bools.
+    """
+
+    severity: Severity
+    what: str
+    where: str = ""
+    amount: str = ""
+    example: Batch | None = None
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"where: {self.where}")
+        if self.amount:
+            lines.append(f"how much: {self.amount}")
+        if self.example is not None:
+            lines.append(f"smallest input: {shown(self.example)}")
+        return "\n".join(lines)
+
+
+class Report(NamedTuple):
+    """What a loss computes, and what it does wrong; printed, it is a page for people.
+
+    Parameters
+    ----------
+    name, framework, dtype : str
+        What the loss is called, what it is written in, and the dtype of its answer.
+    options : dict or None
+        Keyword arguments of `grpo_loss`: those that it computes, or, of `check`, those that it was compared with; None
+        where what it computes is none of them. Where the denominator is a function of the batch for which there is no
+        word, ``normalizer`` is a `Normalizer`: call it with the mask.
+    findings : tuple of Finding
+        What differs first.
+    notes : tuple of str
+        What is no fault, and good to know.
+    compared : int
+        How many inputs were compared with the reference.
+    disagreed : int
+        On how many of them it differs, beyond rounding.
+    strict : bool
+        Whether what is fragile counts, too.
+    """
+
+    name: str
+    framework: str
+    dtype: str
+    options: dict[str, Any] | None
+    findings: tuple[Finding, ...]
+    notes: tuple[str, ...] = ()
+    compared: int = 0
+    disagreed: int = 0
+    strict: bool = False
+    asked: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing differs; with ``strict`` whether nothing is fragile either."""
+        return self.options is not None and not (self.findings if self.strict else self.differs)
+
+    @property
+    def differs(self) -> tuple[Finding, ...]:
+        """The findings that make it another loss."""
+        return tuple(x for x in self.findings if x.severity == "differs")
+
+    @property
+    def fragile(self) -> tuple[Finding, ...]:
+        """The findings on inputs that are no ordinary ones."""
+        return tuple(x for x in self.findings if x.severity == "fragile")
+
+    def __bool__(self) -> bool:
+        raise TypeError("a Report is neither true nor false: ask for its .ok")
+
+    def __str__(self) -> str:
+        lines = [f"{self.name} ({self.framework}, answers in {self.dtype})", ""]
+        if self.options is None:
+            lines += ["What it computes is none of grpo_loss' options.", ""]
+        else:
+            word = "compared with" if self.asked else "nearest to" if self.differs else "computes"
+            lines += [f"{word}  grpo_loss(…, {_call(self.options)})", ""]
+        for title, found in (("differs", self.differs), ("fragile", self.fragile)):
+            for number, finding in enumerate(found, 1):
+                text = str(finding).splitlines()
+                head = f"{title} {number}.  "
+                lines += _wrapped(text[0], head)
+                for line in text[1:]:
+                    lines += _wrapped(line, " " * len(head))
+                lines.append("")
+        for note in self.notes:
+            lines += _wrapped(note, "note  ")
+        lines += [*([""] if self.notes else []), self._verdict()]
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _verdict(self) -> str:
+        compared = f"{self.compared} inputs compared with the reference"
+        compared += f", {self.disagreed} disagree" if self.disagreed else ", all agree to rounding"
+        if not self.compared:
+            compared = "nothing to compare with"
+        return f"{'ok' if self.ok else 'NOT OK'}: {len(self.differs)} differ, {len(self.fragile)} fragile; {compared}"
+
+
+def _wrapped(text: str, head: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_long_words=False)
+
+
+def _call(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+
+def shown(at: Batch) -> str:
+    """A batch as it is written in Python, without what is as it is when left out."""
+    parts = [f"logps={_array(at.logps)}"]
+    parts.append("old_logps=logps" if np.array_equal(at.old_logps, at.logps) else f"old_logps={_array(at.old_logps)}")
+    parts.append(f"advantages={_array(at.advantages)}")
+    if not np.array_equal(at.ref_logps, at.logps, equal_nan=True):
+        parts.append(f"ref_logps={_array(at.ref_logps)}")
+    if not at.mask.all():
+        parts.append(f"mask={_array(at.mask.astype(int))}")
+    return ", ".join(parts)
+
+
+def _array(x: Any) -> str:
+    if x.size > 40:
+        return f"<{' × '.join(map(str, x.shape))}>"
+    return str(np.round(x, 12).tolist() if x.dtype.kind == "f" else x.tolist())
+
+
+def number(x: float) -> str:
+    """A number for people."""
+    return f"{x:.6g}"

@@ -1,0 +1,368 @@
+"""How much each token weighs: c_i, read from the gradient at ρ = 1, where every policy term has the slope A.
+
+The weights of tokens in batches of many shapes are fitted by a product of powers of the counts they may depend on:
+log c = log K − a·log n_i − b·log N − …. Exponents that are whole numbers, with a residual of nothing, are the formula;
+anything else is looked into: whose tokens a row's weight depends on, and whether it differs within a row.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .calling import Batch, CallFailed, Loss, batch
+from .numbers import tidy
+from .report import Finding, number
+
+Floats = NDArray[np.float64]
+LOGP = -0.5
+#: What a weight may depend on.
+COUNTS = ("n_i", "N", "B", "T", "B′", "max n")
+_LENGTHS = (
+    [3, 5],
+    [2, 7, 4],
+    [6],
+    [1, 2, 5, 8],
+    [4, 4, 9],
+    [7, 3],
+    [0, 3, 5],
+    [2, 0, 6, 0, 5],
+    [0, 4],
+    [1, 6, 2],
+    [2, 3, 1, 4, 2, 6, 3, 5, 2],
+)
+_PADDING = (0, 2, 1, 0, 4, 3, 1, 0, 2, 5, 1)
+
+
+class Normalizer(NamedTuple):
+    """A denominator that is a function of the batch: call it with the mask to have the number for `grpo_loss`.
+
+    It is ``constant``·(B if ``rows``)·(T if ``width``)·(sequences with a token if ``begun``)·….
+    """
+
+    constant: float
+    factors: tuple[tuple[str, float], ...]
+
+    def __call__(self, mask: Any) -> float:
+        """The denominator for a batch with this mask (B, T)."""
+        keep = np.asarray(mask) != 0
+        counts = keep.sum(axis=1)
+        sizes = {"B": len(keep), "T": keep.shape[1], "N": counts.sum(), "B′": (counts > 0).sum()}
+        sizes["max n"] = counts.max(initial=0)
+        return float(self.constant * math.prod(max(float(sizes[name]), 1.0) ** power for name, power in self.factors))
+
+    def __repr__(self) -> str:
+        parts = [_power(name, power) for name, power in self.factors]
+        constant = [] if self.constant == 1 and parts else [f"{self.constant:g}"]
+        return f"<{' · '.join(constant + parts)}, of each batch>"
+
+
+class Weights(NamedTuple):
+    """What was read of the weights."""
+
+    aggregation: str | None
+    normalizer: Any
+    powers: dict[str, float] | None
+    constant: float
+    findings: tuple[Finding, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def ragged(lengths: Iterable[int], padding: int = 0) -> NDArray[np.bool_]:
+    """The mask of sequences of these lengths, padded on the right by so much more."""
+    lengths = np.array(list(lengths))
+    return np.arange(lengths.max(initial=0) + padding) < lengths[:, None]
+
+
+def of_policy(mask: NDArray[np.bool_]) -> Batch:
+    """A batch whose gradient is −c_i·A, A = 1, ρ = 1, l = 0."""
+    return batch(np.full(mask.shape, LOGP), advantages=np.ones(len(mask)), mask=mask)
+
+
+def of_kl(mask: NDArray[np.bool_]) -> Batch:
+    """A batch whose gradient is that of the KL term alone, the same for all tokens but for c_i."""
+    logps = np.full(mask.shape, LOGP)
+    return batch(logps, advantages=np.zeros(len(mask)), ref_logps=logps - 0.5, mask=mask)
+
+
+def read(loss: Loss, made: Callable[[NDArray[np.bool_]], Batch], unit: float, what: str = "") -> Weights:
+    """Read c_i; ``unit`` is the gradient of a token with weight 1 in what is ``made`` of a mask."""
+    rows, finite = [], True
+    for lengths, padding in zip(_LENGTHS, _PADDING, strict=True):
+        mask = ragged(lengths, padding)
+        if "mask" not in loss.takes:
+            mask = np.ones_like(mask)
+        weights = measured(loss, made(mask), unit)
+        if weights is None or not np.isfinite(weights).all():
+            finite = finite and not mask.any(axis=1).all()
+            continue
+        rows.append((mask, weights))
+    if not rows or not finite:
+        return Weights(None, None, None, 1.0, (Finding("differs", f"the weights of tokens{what} are not finite"),))
+    full = [(m, w) for m, w in rows if m.any(axis=1).all()]
+    names = ("n_i", "N", "B", "T", "max n") if "mask" in loss.takes else ("B", "T")  # without a mask n_i is T
+    fitted = _fit(full, loss.exactness, names)
+    if fitted is None:
+        return _unfitted(loss, made, unit, full, what)
+    powers, constant = fitted
+    whole = _fit_of_empties(rows, powers, loss.exactness)
+    findings: list[Finding] = []
+    if whole is None and len(rows) > len(full):
+        example = made(ragged([0, 2]))
+        finding = f"a sequence without a token changes the weights of the others{what} in no simple way"
+        findings.append(Finding("differs", finding, "beside an empty sequence", "", example))
+    elif whole is not None:
+        powers = whole
+    return _named(loss, made, powers, constant, findings, what)
+
+
+def for_values(loss: Loss, found: Weights, made: Any, divisor: str) -> Weights:
+    """The weights of values, where those that were read are of a gradient that goes through a sequence's ratio.
+
+    That ratio is exp of a sum of log-ratios over ``divisor``, so that the gradient has n_i over it as a factor.
+    """
+    if divisor == "n_i" or found.powers is None:
+        return found
+    powers = dict(found.powers)
+    powers["n_i"] = powers.get("n_i", 0) - 1
+    if divisor == "T":
+        powers["T"] = powers.get("T", 0) + 1
+    kept = {name: p for name, p in powers.items() if p}
+    return _named(loss, made, kept, found.constant, [], "")
+
+
+def measured(loss: Loss, at: Batch, unit: float) -> Floats | None:
+    """The weight of every position, or None if the loss raises an error there."""
+    try:
+        grad = loss(at).grad
+    except CallFailed:
+        return None
+    assert grad is not None
+    return np.asarray(grad / unit, np.float64)
+
+
+def _sizes(mask: NDArray[np.bool_]) -> dict[str, Any]:
+    counts = mask.sum(axis=1)
+    return {
+        "n_i": counts[:, None] * np.ones(mask.shape),
+        "N": counts.sum(),
+        "B": len(mask),
+        "T": mask.shape[1],
+        "B′": (counts > 0).sum(),
+        "max n": counts.max(),
+    }
+
+
+def _fit(rows: list[tuple[NDArray[np.bool_], Floats]], error: float, names: tuple[str, ...]) -> Any:
+    """Whole powers of the counts, and the constant, of which all weights are made; None if they are of no such."""
+    system, target = [], []
+    for mask, weights in rows:
+        if (weights[mask] <= 0).any():
+            return None
+        sizes = _sizes(mask)
+        columns = [np.broadcast_to(np.log(sizes[name]), mask.shape)[mask] for name in names]
+        system.append(np.stack([*columns, np.ones(int(mask.sum()))], axis=1))
+        target.append(np.log(weights[mask]))
+    A, b = np.concatenate(system), np.concatenate(target)
+    found, *_ = np.linalg.lstsq(A, b, rcond=None)
+    powers = np.round(2 * found[:-1]) / 2
+    rest = b - A[:, :-1] @ powers
+    if np.abs(rest - rest.mean()).max() > max(1e-5, 100 * error):
+        return None
+    kept = {name: int(p) if p == int(p) else float(p) for name, p in zip(names, powers, strict=True) if p}
+    return kept, float(np.exp(np.median(rest)))
+
+
+def _fit_of_empties(rows: Any, powers: dict[str, float], error: float) -> dict[str, float] | None:
+    """The powers with B in place of B′, or B′ in place of B, as batches with empty sequences have it."""
+    choices = [powers]
+    if "B" in powers:
+        choices.append({("B′" if name == "B" else name): p for name, p in powers.items()})
+    for choice in choices:
+        rest = []
+        for mask, weights in rows:
+            sizes = _sizes(mask)
+            total = sum((p * np.log(sizes[name]) for name, p in choice.items() if name != "n_i"), 0.0)
+            with np.errstate(all="ignore"):
+                total = total + choice.get("n_i", 0) * np.log(sizes["n_i"])
+                rest.append((np.log(weights) - total)[mask])
+        flat = np.concatenate(rest)
+        if np.abs(flat - flat.mean()).max() <= max(1e-5, 100 * error):
+            return choice
+    return None
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+def _named(
+    loss: Loss, made: Any, powers: dict[str, float], constant: float, findings: list[Finding], what: str
+) -> Weights:
+    error = max(1e-7, 10 * loss.exactness)
+    within = powers.get("n_i", 0)
+    rest = {name: -p for name, p in powers.items() if name != "n_i"}
+    scale = 1 / constant
+    scale = tidy(scale, error)
+    formula = _formula(powers, scale)
+    example = made(np.array([[True, True, False]]))
+    notes: list[str] = []
+    if within not in (0, -1):
+        power = "" if within == 1 else f" to the power {within:g}".replace("-", "−")
+        text = f"weighs each token of a sequence{what} by the number of its tokens{power}: neither a sum nor a mean"
+        finding = Finding("differs", text, "sequences of unequal length", f"c_i = {formula}", example)
+        return Weights(None, None, powers, constant, (*findings, finding))
+    mean = within == -1
+    if rest == {"B": 1} and scale == 1:
+        aggregation, normalizer = ("seq-mean-token-mean" if mean else "seq-mean-token-sum"), None
+    elif rest == {"N": 1} and scale == 1 and not mean:
+        aggregation, normalizer = "token-mean", None
+    else:
+        aggregation = "seq-mean-token-mean" if mean else "token-sum"
+        normalizer = scale if not rest else Normalizer(scale, tuple(rest.items()))
+        if not mean and not rest and scale == 1:
+            normalizer = None
+    findings += _wrong(made, rest, mean, scale, formula, what)
+    if rest.get("N") or rest.get("B′") or (rest.get("B") and mean):
+        counted = "tokens" if rest.get("N") else "sequences"
+        notes.append(
+            f"it divides by the {counted} of its own call{what}: micro-batches do not add, their mean is a mean of "
+            "means; a normalizer for all of them would add"
+        )
+    if "mask" not in loss.takes:
+        notes.append("it takes no mask: whether it divides by tokens or by the width of the padding is the same to it")
+        if rest == {"B": 1, "T": 1} or rest == {"N": 1}:
+            aggregation, normalizer, findings = "token-mean", None, []
+    if isinstance(normalizer, Normalizer):
+        notes.append(f"the weight of a token is {formula}: options['normalizer'] is a function of the mask")
+    return Weights(aggregation, normalizer, powers, constant, tuple(findings), tuple(notes))
+
+
+def _wrong(made: Any, rest: dict[str, float], mean: bool, scale: float, formula: str, what: str) -> list[Finding]:
+    findings = []
+    amount = f"a token's weight is {formula}"
+    if rest.get("T"):
+        text = f"divides{what} by the padded width, not by the number of tokens: masked tokens count"
+        example = made(np.array([[True, False]]))
+        findings.append(Finding("differs", text, "every batch with padding", amount, example))
+    if rest.get("max n"):
+        text = f"divides{what} by the length of the longest sequence, not by the number of tokens"
+        findings.append(Finding("differs", text, "sequences of unequal length", amount, made(ragged([1, 2]))))
+    if rest.get("B′"):
+        text = f"sequences without a token are not counted{what}: divides by the number of the others"
+        findings.append(Finding("differs", text, "beside an empty sequence", amount, made(ragged([0, 1]))))
+    usual = rest in ({"B": 1}, {"N": 1}, {}, {"B": 1, "T": 1}, {"B": 1, "max n": 1}, {"B′": 1}, {"T": 1})
+    if not usual or (mean and rest.get("N")):
+        text = f"the denominator{what} is none of the usual ones"
+        if mean and rest.get("N") == 1 and len(rest) == 1:
+            text = f"divides{what} by the tokens of the sequence and by those of the batch"
+        elif not rest and mean:
+            text = ""
+        if text:
+            findings.append(Finding("differs", text, "", amount, made(ragged([1, 2]))))
+    elif scale != 1 and (rest == {"N": 1} or (rest == {"B": 1} and mean) or rest == {"B′": 1}):
+        text = (
+            f"the loss is {number(1 / scale)} times as large{what} as the mean it is"
+            if scale < 1
+            else (f"divides{what} by {number(scale)} besides (such as gradient accumulation steps)")
+        )
+        findings.append(Finding("differs", text, "every batch", amount, made(np.ones((1, 1), bool))))
+    return findings
+
+
+def _formula(powers: dict[str, float], scale: float) -> str:
+    above = [_power(name, p) for name, p in powers.items() if p > 0]
+    below = [_power(name, -p) for name, p in powers.items() if p < 0]
+    if scale != 1 or not below:
+        below.insert(0, number(scale))
+    return f"{' · '.join(above) or '1'}/({' · '.join(below)})" if below != ["1"] else (" · ".join(above) or "1")
+
+
+def _power(name: str, p: float) -> str:
+    return name if p == 1 else f"{name}^{p:g}"
+
+
+# --- what is no product -----------------------------------------------------------------------------------------------
+def _unfitted(loss: Loss, made: Any, unit: float, rows: Any, what: str) -> Weights:
+    """Look into weights that are no product of powers."""
+    none = Weights(None, None, None, 1.0)
+    idle = next(((m, w, i) for m, w in rows for i in range(len(m)) if m[i].any() and not w[i].any()), None)
+    if idle is not None:
+        mask, weights, i = idle
+        text = f"some rows do not count{what}: their tokens have no gradient"
+        amount = f"row {i} of {len(mask)}" + (", and all behind it" if not weights[i:].any() else "")
+        return none._replace(findings=(Finding("differs", text, f"{len(mask)} rows", amount, made(mask)),))
+    uneven = next(
+        ((m, w) for m, w in rows if any(np.ptp(w[i][m[i]]) > 1e-4 * abs(w[i][m[i]]).max() for i in range(len(m)))), None
+    )
+    if uneven is not None:
+        mask, weights = uneven
+        columns = mask.sum(axis=0)
+        product = (weights * columns)[mask]
+        text = f"tokens of one sequence weigh differently{what}"
+        if np.ptp(product) <= 1e-4 * product.max():
+            text = f"averages over the rows of each position first{what}, then over positions: a mean of means"
+        i = next(i for i in range(len(mask)) if np.ptp(weights[i][mask[i]]) > 1e-4 * abs(weights[i][mask[i]]).max())
+        amount = "c = " + ", ".join(map(number, weights[i][mask[i]][:6]))
+        return none._replace(findings=(Finding("differs", text, f"row {i}", amount, made(mask)),))
+    chunk = _chunks(loss, made, unit)
+    if chunk:
+        text = f"micro-batches do not add{what}: mean of means over {chunk} rows at a time"
+        return none._replace(
+            findings=(Finding("differs", text, f"more than {chunk} rows", "", made(ragged([1, 2, 4, 3]))),)
+        )
+    offset = _offset(loss, made, unit)
+    if offset is not None:
+        return offset._replace(findings=tuple(x._replace(what=x.what + what) for x in offset.findings))
+    rest = _table(rows)
+    return none._replace(
+        findings=(Finding("differs", f"the weights of tokens{what} are none of the usual ones", "", rest),)
+    )
+
+
+def _table(rows: Any) -> str:
+    parts = []
+    for mask, weights in rows[:3]:
+        c = [float(number(w[m][0])) for m, w in zip(mask, weights, strict=True)]
+        parts.append(f"lengths {mask.sum(axis=1).tolist()}, width {mask.shape[1]}: c = {c}")
+    return "; ".join(parts)
+
+
+def _chunks(loss: Loss, made: Any, unit: float) -> int | None:
+    """How many rows are averaged together, where the weights of a row depend on those of its neighbours alone."""
+    lengths = [3, 5, 4, 6, 2, 7, 5, 3]
+    mask = ragged(lengths)
+    base = measured(loss, made(mask), unit)
+    if base is None:
+        return None
+    depends = np.zeros((8, 8), bool)
+    for j in range(8):
+        fewer = mask.copy()
+        fewer[j, lengths[j] - 1] = False
+        moved = measured(loss, made(fewer), unit)
+        if moved is None:
+            return None
+        depends[:, j] = np.abs(moved[:, 0] - base[:, 0]) > 1e-6 * np.abs(base[:, 0])
+    for size in (1, 2, 3, 4):
+        block = np.arange(8)[:, None] // size == np.arange(8) // size
+        if np.array_equal(depends, block):
+            return size
+    return None
+
+
+def _offset(loss: Loss, made: Any, unit: float) -> Weights | None:
+    """A constant added to a denominator that is a number of tokens: 1/(n + ε)."""
+    sizes = np.array([1, 2, 3, 5, 8])
+    inverse = []
+    for n in sizes:
+        weights = measured(loss, made(ragged([n, 3])), unit)
+        if weights is None:
+            return None
+        inverse.append(1 / weights[0, 0])
+    for name, aggregation, more, rows in (("n_i", "seq-mean-token-mean", 0, 2), ("N", "token-mean", 3, 1)):
+        constants = np.array(inverse) / rows - sizes - more
+        constant = float(np.median(constants))
+        if np.ptp(constants) < 1e-6 and constant > 1e-6:
+            text = f"adds {number(tidy(constant, 1e-5))} to the number of tokens it divides by"
+            finding = Finding("differs", text, "", f"1/({name} + {number(constant)})", made(ragged([1])))
+            return Weights(aggregation, None, None, 1.0, (finding,))
+    return None

@@ -1,0 +1,279 @@
+"""`identify` names what a loss computes, and what is wrong with it; `check` holds it to what it should compute."""
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from interpreter import python
+
+from grpo_fast import CISPO, GMPO, K1, K2, K3, SAPO, TV, VESPO, Band, BinaryKL, Clip, Unclipped, reference
+from grpo_fast.__main__ import main
+from grpo_fast.conformance import check, identify
+from grpo_fast.terms import Options
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+from planted import FRAGILE, PLANTED, RIGHT, dapo, gspo, padded_width  # noqa: E402 - they need torch
+
+DEFAULTS = {"trust_region": None, "kl": None, "importance_sampling_level": "token", "normalizer": None}
+#: Those that are tried every time; all others take two minutes and are slow.
+FAST = {
+    "padded width",
+    "mean of means",
+    "detached self",
+    "KL of the other direction",
+    "KL without sampling term",
+    "log-ratio ±10",
+    "mean of masked advantages",
+    "GSPO over the width",
+    "max for min",
+    "KL in the reward",
+}
+
+
+def params(table):
+    return [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in table]
+
+
+def as_called(options):
+    return DEFAULTS | options
+
+
+# --- what is right ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=() if x in ("grpo", "gspo") else pytest.mark.slow) for x in RIGHT]
+)
+def test_a_loss_without_a_defect_is_identified(name):
+    loss, options = RIGHT[name]
+    report = identify(loss)
+    assert report.ok, report
+    assert as_called(report.options) == as_called(options)
+
+
+def numbers(low, high, digits=3):
+    return st.integers(int(low * 10**digits), int(high * 10**digits)).map(lambda n: n / 10**digits)
+
+
+@st.composite
+def options(draw):
+    """Random options of `grpo_loss`, with numbers as people choose them."""
+    level = draw(st.sampled_from(["token", "sequence", "sequence_token"]))
+    surrogates = [
+        st.builds(Clip, numbers(0.001, 0.9), numbers(0.001, 0.8)),
+        st.builds(Clip, numbers(0.05, 0.4), numbers(0.05, 0.4), numbers(1.5, 6, 2)),
+        st.builds(CISPO, numbers(1.1, 8), numbers(0, 0.9)),
+        st.builds(CISPO, numbers(1.1, 8)),
+        st.builds(SAPO, numbers(0.3, 3), numbers(0.3, 3)),
+        st.just(Unclipped()),
+    ]
+    if level == "sequence":
+        surrogates += [
+            st.builds(VESPO, *[numbers(0.5, 4)] * 4),
+            st.builds(GMPO, numbers(0.1, 0.6), numbers(0.1, 0.6)),
+        ]
+    weightings = [(True, "own"), (False, "own"), (False, "score")] + [("sequence", "own")] * (level == "sequence")
+    terms = [
+        st.builds(kind, numbers(0.001, 0.2), st.just(w), st.just(g)) for kind in (K1, K2, K3) for w, g in weightings
+    ]
+    terms += [st.builds(kind, numbers(0.001, 0.2), st.just(False), st.just("k2")) for kind in (K1, K3)]
+    regions = [st.none(), st.builds(Band, numbers(0.2, 0.8), numbers(1.3, 4))]
+    if level == "token":
+        regions += [st.builds(kind, numbers(0.05, 0.6), numbers(0.05, 0.6)) for kind in (TV, BinaryKL)]
+    aggregation, normalizer = draw(
+        st.sampled_from(
+            [
+                ("token-mean", None),
+                ("token-sum", None),
+                ("token-sum", 1536.0),
+                ("seq-mean-token-mean", None),
+                ("seq-mean-token-mean", 64.0),
+                ("seq-mean-token-sum", None),
+            ]
+        )
+    )
+    return {
+        "surrogate": draw(st.one_of(surrogates)),
+        "kl": draw(st.one_of(st.none(), *terms)),
+        "trust_region": draw(st.one_of(regions)),
+        "importance_sampling_level": level,
+        "aggregation": aggregation,
+        "normalizer": normalizer,
+    }
+
+
+@pytest.mark.slow
+@settings(max_examples=60)
+@given(options=options())
+def test_any_options_are_identified(options):
+    """The numbers are those that were chosen, but where a trust region hides one."""
+
+    def loss(logps, old_logps, advantages, ref_logps, mask):
+        result = reference.grpo_loss(logps, old_logps, advantages, ref_logps, mask=mask, grad=True, **options)
+        return result.loss, result.grad
+
+    report = identify(loss)
+    assert report.ok, report
+    assert not report.findings
+    assert report.disagreed == 0
+    if options["trust_region"] is None:
+        assert as_called(report.options) == options
+
+
+# --- what is not ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", params(PLANTED))
+def test_a_planted_defect_is_named_and_nothing_else(name):
+    loss, words, options = PLANTED[name]
+    report = identify(loss)
+    assert not report.ok
+    assert [finding.what for finding in report.differs if not re.search(words, finding.what)] == []
+    assert report.differs, report
+    if options is not None:
+        assert as_called(report.options) == as_called(options)
+
+
+@pytest.mark.parametrize("name", FRAGILE)
+def test_what_is_fragile_is_named_and_counts_if_strict(name):
+    loss, words = FRAGILE[name]
+    report = identify(loss)
+    assert report.ok
+    assert any(re.search(words, finding.what) for finding in report.fragile), report
+    assert not check(loss, strict=True, **report.options).ok
+
+
+def test_what_has_no_name_is_reported_with_numbers():
+    def odd(logps, old_logps, advantages, mask):
+        ratio = (logps - old_logps).exp()
+        return -((torch.tanh(ratio) * advantages[:, None]) * mask).sum() / mask.sum().clamp(min=1)
+
+    (finding,) = identify(odd).differs
+    assert "none that grpo_loss has" in finding.what
+    assert "1: 1, " in finding.amount or "0.904837" in finding.amount
+    assert finding.example is not None
+
+
+# --- check ------------------------------------------------------------------------------------------------------------
+def test_check_passes_what_it_is_asked_for_and_says_what_differs():
+    asked = {"surrogate": Clip(0.2, 0.28), "aggregation": "token-mean"}
+    assert check(dapo, **asked).ok
+    report = check(dapo, **asked | {"surrogate": Clip(0.2, 0.27), "kl": K3(0.04)})
+    whats = [finding.what for finding in report.differs]
+    assert whats[0] == "epsilon_high of the policy term is 0.28, not 0.27"
+    assert whats[1].startswith("has no KL term")
+    assert all(finding.example is not None and finding.amount for finding in report.differs)
+
+
+def test_the_smallest_input_shows_it():
+    example = check(dapo, surrogate=Clip(0.1, 0.28), aggregation="token-mean").differs[0].example
+    assert example.logps.shape == (1, 1)
+    wanted = reference.grpo_loss(*example[:4], mask=example.mask, surrogate=Clip(0.1, 0.28), aggregation="token-mean")
+    assert abs(dapo(*map(torch.tensor, (*example[:3], example.mask))).item() - wanted.loss) > 1e-3
+
+
+def test_a_normalizer_for_all_micro_batches():
+    (finding,) = check(dapo, surrogate=Clip(0.2, 0.28), aggregation="token-mean", normalizer=32.0).differs
+    assert "micro-batches do not add" in finding.what
+
+
+@pytest.mark.parametrize("defect", ["value", "gradient"])
+def test_a_difference_beyond_rounding_is_seen_in_value_and_gradient(defect):
+    def loss(logps, old_logps, advantages, mask):
+        result = reference.grpo_loss(logps, old_logps, advantages, mask=mask, grad=True)
+        off = 1 + 1e-3
+        return result.loss * (off if defect == "value" else 1), result.grad * (off if defect == "gradient" else 1)
+
+    assert not check(loss).ok
+
+
+def test_bad_arguments():
+    with pytest.raises(TypeError, match=r"check takes the options .*got 'epsilon'"):
+        check(dapo, epsilon=0.2)
+    with pytest.raises(TypeError, match="got 'log_probs': did you mean 'logps'"):
+        identify(lambda log_probs, advantages: 0.0)
+    with pytest.raises(TypeError, match="must return a scalar, got shape"):
+        identify(lambda logps, advantages: torch.as_tensor(logps) * 1)
+    with pytest.raises(ValueError, match="framework must be one of"):
+        identify(dapo, framework="tensorflow")
+    with pytest.raises(TypeError, match="bfloat16"):
+        identify(lambda logps, advantages: (logps * advantages[:, None]).sum().bfloat16(), framework="torch")
+    with pytest.raises(TypeError, match=r"ask for its \.ok"):
+        bool(identify(gspo))
+
+
+# --- other frameworks -------------------------------------------------------------------------------------------------
+def np_dapo(logps, old_logps, advantages, mask):
+    ratio, A = np.exp(logps - old_logps), advantages[:, None]
+    return -(np.minimum(ratio * A, np.clip(ratio, 0.8, 1.28) * A) * mask).sum() / max(mask.sum(), 1)
+
+
+def test_numpy_without_a_gradient():
+    report = identify(np_dapo)
+    assert report.ok
+    assert report.options == {"surrogate": Clip(0.2, 0.28), "aggregation": "token-mean"}
+    assert any("no gradient" in note for note in report.notes)
+
+
+def test_an_answer_in_float32():
+    def single(logps, old_logps, advantages, mask):
+        return dapo(logps.float(), old_logps.float(), advantages.float(), mask.float())
+
+    report = identify(single)
+    assert report.ok, report
+    assert (report.dtype, report.options["surrogate"]) == ("float32", Clip(0.2, 0.28))
+
+
+def test_jax():
+    jax = pytest.importorskip("jax", reason="JAX is not installed")
+
+    def loss(logps, old_logps, advantages, mask):
+        ratio, A = jax.numpy.exp(logps - old_logps), advantages[:, None]
+        s = jax.numpy.minimum(ratio * A, jax.numpy.clip(ratio, 0.8, 1.28) * A)
+        return -(s * mask).sum() / jax.numpy.maximum(mask.sum(), 1)
+
+    report = identify(loss)
+    assert report.ok, report
+    assert report.options == {"surrogate": Clip(0.2, 0.28), "aggregation": "token-mean"}
+
+
+def test_nothing_but_numpy_is_imported_for_a_loss_of_numpy():
+    code = """if True:
+        import sys
+        import numpy as np
+        from grpo_fast.conformance import identify
+        def loss(logps, advantages): return -(logps * advantages[:, None]).mean()
+        identify(loss, framework="numpy")
+        print([name for name in ("torch", "jax") if name in sys.modules])
+    """
+    assert python(code).strip() == "[]"
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "def loss(logps, advantages, mask):\n    return -(logps * advantages[:, None] * mask).sum()\n"
+    )
+    assert main(["identify", "mine:loss"]) == 0
+    assert "aggregation='token-sum'" in capsys.readouterr().out
+    assert main(["identify", "mine.py:los"]) == 2
+    assert "did you mean 'loss'" in capsys.readouterr().err
+    assert main(["identify", "mine"]) == 2
+    assert "must be module:function" in capsys.readouterr().err
+
+
+def test_the_exit_code_says_that_it_differs(capsys):
+    import planted
+
+    assert main(["identify", f"{planted.__file__}:padded_width"]) == 1
+    assert "divides by the padded width" in capsys.readouterr().out
+
+
+def test_a_report_is_a_page():
+    text = str(identify(padded_width))
+    assert max(map(len, text.splitlines())) <= 160
+    assert "nearest to  grpo_loss(…, surrogate=Clip(epsilon=0.2)" in text
+    assert text.splitlines()[-1].startswith("NOT OK: 1 differ")
+
+
+def test_options_of_every_report_are_options():
+    for name in ("grpo", "gspo"):
+        Options(**identify(RIGHT[name][0]).options)
