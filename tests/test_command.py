@@ -41,6 +41,7 @@ from grpo_fast._columns import ARGUMENTS
 from grpo_fast.files import sweep, worst
 
 pa = pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[data]'")
+import rollouts as made_up  # noqa: E402
 from rollout_files import PROBABILITIES, table, tokens, write  # noqa: E402
 
 BY_SEQUENCE = {"importance_sampling_level": "sequence"}
@@ -173,6 +174,16 @@ def test_a_run_with_a_picture(run, tmp_path, capsys):
     assert printed(capsys, *line, "--plot", str(picture)) == printed(capsys, *line)
     assert "</svg>" in picture.read_text("utf-8")
     assert printed(capsys, "evaluate", run[0], "--plot", str(picture)) == printed(capsys, "evaluate", run[0])
+
+
+def test_a_corrected_run(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="pictures need pip install 'grpo_fast[plot]'")
+    made_up.write(tmp_path / "run", steps=2, rows=8, tokens=20)
+    line = ["evaluate", str(tmp_path / "run"), "--by", "step", "--rollout-correction", "level=token"]
+    plain = printed(capsys, *line)
+    assert "sampler ess" in plain
+    assert printed(capsys, *line, "--plot", str(tmp_path / "run.svg")) == plain
+    assert "log π_old − log π_rollout" in (tmp_path / "run.svg").read_text("utf-8")
 
 
 def test_worst(run, capsys):
