@@ -193,6 +193,7 @@ KILLERS = {
     "_kernels/sequence_level.py": (("loss",), LOSS),
     "_kernels/rollout.py": (("correction",), f"{CORRECTION} test_fuzz"),
     "_kernels/rollout_sums.py": (("correction",), CORRECTION),
+    "_shares.py": (("loss", "correction"), "test_integers test_loss_same_bits test_rollout_same_bits"),
     "rollout.py": (("correction",), f"{CORRECTION} test_fuzz test_torch_rollout"),
     "rollout_stats.py": (("correction",), f"{CORRECTION} test_files_rollout"),
     "rollout_terms.py": ((), f"{CORRECTION} test_files_rollout test_fuzz"),

@@ -73,6 +73,16 @@ def test_shards_and_executors(tmp_path):
         parts[0] + evaluate(paths[1], rollout_correction=CORRECTION | {"upper": 2.5})
 
 
+def test_by_a_column(tmp_path):
+    whole = table(rollouts())
+    steps = pa.array([i % 3 for i in range(len(whole))])
+    path = write(tmp_path / "rollouts.parquet", whole.append_column("step", steps))
+    found = evaluate(path, by="step", rollout_correction=CORRECTION)
+    assert list(found) == [0, 1, 2]
+    assert sum(found.values()) == evaluate(path, rollout_correction=CORRECTION)
+    assert sum(stats.rollout.tokens for stats in found.values()) == evaluate(path).tokens
+
+
 def test_flat_columns(tmp_path):
     rng = np.random.default_rng(0)
     n = 3 * BLOCK + 77
