@@ -23,6 +23,8 @@ _SHORT = {
     "approx_kl": "approx_kl",
     "ratio/min": "ratio min",
     "ratio/max": "ratio max",
+    "rollout_corr/k3_kl": "sampler k3",
+    "rollout/ess": "sampler ess",
     "tokens": "tokens",
 }
 

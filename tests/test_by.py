@@ -13,7 +13,7 @@ from grpo_fast.files import sweep
 pa = pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[data]'")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
-from rollout_files import FORMATS, GRID, OPTIONS, probabilities, refused, table, tokens, write  # noqa: E402
+from rollout_files import FORMATS, GRID, OPTIONS, lists, probabilities, refused, table, tokens, write  # noqa: E402
 
 formats = pytest.mark.parametrize("suffix", FORMATS)
 
@@ -73,6 +73,18 @@ def test_any_keys(tmp_path_factory, keys, cut):
     assert set(found) == set(keys)
     assert {value: stats.sequences for value, stats in found.items()} == {key: keys.count(key) for key in set(keys)}
     assert sum(found.values()) == evaluate(path, **OPTIONS)
+
+
+def test_what_is_between_trainer_and_sampler_sums_too(tmp_path):
+    arrays = tokens(30)
+    sampler = arrays["old_logps"] + np.random.default_rng(1).normal(0, 0.1, arrays["old_logps"].size)
+    whole = keyed(arrays, np.arange(30) % 4).append_column("rollout_logps", lists(sampler, arrays["cu_seqlens"]))
+    path = write(tmp_path / "a.parquet", whole)
+    found = evaluate(path, by="step", rollout_correction={}, **OPTIONS)
+    assert sum(found.values()) == evaluate(path, rollout_correction={}, **OPTIONS)
+    alone = write(tmp_path / "b.parquet", whole.filter(pa.compute.equal(whole["step"], 2)))
+    assert found[2] == evaluate(alone, rollout_correction={}, **OPTIONS)
+    assert found[2].rollout.sequences == 7
 
 
 def test_every_aggregation(tmp_path):

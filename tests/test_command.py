@@ -41,6 +41,7 @@ from grpo_fast._columns import ARGUMENTS
 from grpo_fast.files import sweep, worst
 
 pa = pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[data]'")
+import rollouts as made_up  # noqa: E402
 from rollout_files import PROBABILITIES, table, tokens, write  # noqa: E402
 
 BY_SEQUENCE = {"importance_sampling_level": "sequence"}
@@ -173,6 +174,16 @@ def test_a_run_with_a_picture(run, tmp_path, capsys):
     assert printed(capsys, *line, "--plot", str(picture)) == printed(capsys, *line)
     assert "</svg>" in picture.read_text("utf-8")
     assert printed(capsys, "evaluate", run[0], "--plot", str(picture)) == printed(capsys, "evaluate", run[0])
+
+
+def test_a_corrected_run(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="pictures need pip install 'grpo_fast[plot]'")
+    made_up.write(tmp_path / "run", steps=2, rows=8, tokens=20)
+    line = ["evaluate", str(tmp_path / "run"), "--by", "step", "--rollout-correction", "level=token"]
+    plain = printed(capsys, *line)
+    assert "sampler ess" in plain
+    assert printed(capsys, *line, "--plot", str(tmp_path / "run.svg")) == plain
+    assert "log π_old − log π_rollout" in (tmp_path / "run.svg").read_text("utf-8")
 
 
 def test_worst(run, capsys):
@@ -434,7 +445,7 @@ def test_bad_input_is_one_line_in_terms_of_the_shell(arguments, message, probabi
     ("line", "message"),
     [
         ("evaluate", "the following arguments are required: FILE (grpo-fast evaluate --help says more)"),
-        ("evalute x", "must be one of evaluate, sweep, worst, compile, demo, got 'evalute': did you mean 'evaluate'?"),
+        ("evalute x", "compile, identify, demo, got 'evalute': did you mean 'evaluate'?"),
         ("evaluate x --epsilon-hihg 1", "unknown option --epsilon-hihg: did you mean '--epsilon-high'?"),
         (
             "evaluate x --eps 1",
@@ -458,7 +469,7 @@ def test_bad_input_is_one_line_in_terms_of_the_shell(arguments, message, probabi
         ("--samples 9", "error: a subcommand comes first, as in grpo-fast demo --samples …"),
         ("--json evaluate f", "error: a subcommand comes first, as in grpo-fast evaluate --json …"),
         ("--betas=0 f", "error: a subcommand comes first, as in grpo-fast sweep --betas=0 …"),
-        ("--nothing f", "unknown option --nothing; a subcommand comes first: evaluate, sweep, worst, compile, demo"),
+        ("--nothing f", "--nothing; a subcommand comes first: evaluate, sweep, worst, compile, identify, demo"),
         ("compile x.parquet", "error: compile takes options alone, got x.parquet"),
         ("demo --seed 1 x.parquet", "error: demo takes options alone, got x.parquet"),
         ("evaluate --columns old_logps=a,b,c=d x", "got 'b'; a comma within a name is \\,"),

@@ -80,7 +80,7 @@ def test_examples_with_files(page, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("command", ["python -m grpo_fast", "python -m pytest"])
 def test_commands_need_only_python3(command):
-    lines = [line for line in README.splitlines() if line.startswith("python3 ") and line.endswith(command)]
+    lines = [line for line in README.splitlines() if line.startswith("python3 ") and f"&& {command}" in line]
     assert len(lines) == 1
     assert lines[0].startswith("python3 -m venv .venv && . .venv/bin/activate && pip install ")
 
