@@ -6,6 +6,7 @@ How the data flows, file by file; each imports only from lines below its own::
     _parser                       _measure); its arguments
     trl                           `FastGRPOTrainer`: TRL's, with the loss below
     torch                         `grpo_loss` for tensors
+    conformance                   `identify`, `check`: what does another loss compute?
     _warm_up                      `warm_up`: compiling beforehand
     files                         `evaluate`, `sweep`: files (_paths) → columns (_plan, _columns) → batches (_rollouts,
                                   _formats, _other_formats) → jobs (_jobs) → sums (_workers)
