@@ -6,7 +6,7 @@ from grpo_fast import CISPO, K3, SAPO, VESPO, Clip
 from grpo_fast.conformance import identify
 
 pytest.importorskip("torch", reason="PyTorch is not installed")
-from others import liger_loss, trl_loss  # noqa: E402 - it needs torch
+from others import liger_loss, trl_loss
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # theirs are not ours
 
