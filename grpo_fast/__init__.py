@@ -6,6 +6,7 @@ How the data flows, file by file; each imports only from lines below its own::
     _parser                       demonstration (_demonstration, _measure); its arguments
     trl                           `FastGRPOTrainer`: TRL's, with the loss below (_trl_metrics, _trl_options)
     torch                         `grpo_loss`, `rollout_correction` for tensors
+    conformance                   `identify`, `check`: what does another loss compute?
     _warm_up                      `warm_up`: compiling beforehand
     files                         `evaluate`, `sweep`, `histogram`, `worst`: files (_paths, _directories, _filesystems)
                                   and tables (_sources) → columns (_plan, _layouts, _columns, _keys) → batches

@@ -55,6 +55,8 @@ def read(loss: Loss, progress: Progress) -> Reading:
     progress.stage("KL term")
     term = kl.read(loss, found.scale, found.width)
     findings += term.findings
+    if not any("is to the reference" in finding.what for finding in found.findings):
+        findings += kl.of_advantages(loss, found.scale, found.width)
     findings += remainder.read(loss, found.scale, found.width, term.findings, term.there)
 
     progress.stage("mask")
@@ -102,7 +104,8 @@ def read(loss: Loss, progress: Progress) -> Reading:
 
 def _follows(finding: Finding, others: list[Finding], surrogate: Any) -> bool:
     """Whether a finding about the weights is only what another one looks like there."""
-    if surrogate is None and ("besides (such as" in finding.what or "times as large" in finding.what):
+    unclear = surrogate is None or any("not linear in the advantage" in other.what for other in others)
+    if unclear and ("besides (such as" in finding.what or "times as large" in finding.what):
         return True
     return "in no simple way" in finding.what and any("rows are mixed" in other.what for other in others)
 

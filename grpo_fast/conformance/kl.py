@@ -100,6 +100,30 @@ def read(loss: Loss, scale: float, width: int) -> KLTerm:
     return term
 
 
+def of_advantages(loss: Loss, scale: float, width: int) -> list[Finding]:
+    """Whether the KL term is another one for another advantage, at ρ = 1."""
+    if "ref_logps" not in loss.takes:
+        return []
+
+    def cost(A: float) -> float:
+        """What distance from the reference adds."""
+        return (loss(token(0.0, 1.0, A, width)).loss - loss(_same(token(0.0, 1.0, A, width))).loss) / scale
+
+    try:
+        costs = {A: cost(A) for A in (0.0, 1.0, -1.0)}
+    except CallFailed:
+        return []
+    if not np.isfinite(list(costs.values())).all() or np.ptp(list(costs.values())) <= 1e-5 + 16 * loss.eps:
+        return []
+    text = "the KL term depends on the advantage"
+    amount = "β·k = " + ", ".join(f"{number(cost)} at A = {A:g}" for A, cost in costs.items())
+    return [Finding("differs", text, "l = 1, ρ = 1", amount, token(0.0, 1.0, 1.0, width))]
+
+
+def _same(at: Batch) -> Batch:
+    return at._replace(ref_logps=at.logps.copy())
+
+
 def _named(loss: Loss, of: Any, ratios: Floats, value: Floats, slope: Floats, tol: float, width: int) -> KLTerm:
     here = value[len(ratios) // 2]  # at ρ = 1
     x = ratios[:, None]

@@ -149,7 +149,8 @@ def _linearity(tokens: Tokens) -> Iterable[Finding]:
             continue
         most = factor(sign * 1e4)
         amount = f"A = {sign * wrong:g} counts {number(factor(sign * wrong))} times as much as A = {sign}"
-        if abs(factor(sign * 2e4) / most - 1) < 1e-6 and most > 1:
+        linear = abs(factor(0.9 * sign * most) - 0.9 * most) < 1e-5 and abs(factor(0.3 * sign) - 0.3) < 1e-5
+        if linear and abs(factor(sign * 2e4) / most - 1) < 1e-6 and most > 1:
             limits[sign] = tidy(sign * most, 1e-5)
             continue
         yield Finding("differs", "is not linear in the advantage", "at ρ = 1", amount, tokens.at(0.0, sign * wrong))

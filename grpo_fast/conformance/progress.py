@@ -1,5 +1,6 @@
-"""What a terminal is told while a loss is probed: one line on stderr, which is gone in the end."""
+"""What a terminal is told while a loss is probed: one line on stderr, gone in the end; and a record of the log."""
 
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -48,10 +49,13 @@ class Progress:
 def progress(name: str, wanted: bool | None) -> Iterator[Progress]:
     """A context with the line, which is gone after it."""
     line = Progress(name, wanted)
+    begin = time.monotonic()
     try:
         yield line
     finally:
         line.clear()
+        with suppress(Exception):
+            logging.getLogger("grpo_fast").info("%s took %.2f s", name, time.monotonic() - begin)
 
 
 def _is_terminal() -> bool:

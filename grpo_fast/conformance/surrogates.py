@@ -77,7 +77,7 @@ def _cispo(tokens: Tokens, up: Bounds, down: Bounds, error: float) -> tuple[Any,
         return option, []
     what = "the weight of the policy gradient has other bounds where A < 0"
     amount = f"{number(down.low)} … {number(down.high)}, and {number(up.low)} … {number(up.high)} where A > 0"
-    return option, [Finding("differs", what, "A < 0", amount, tokens.at(2.0, -1.0))]
+    return None, [Finding("differs", what, "A < 0", amount, tokens.at(2.0, -1.0))]
 
 
 def notes(bounds: dict[int, Bounds], error: float) -> Iterable[str]:

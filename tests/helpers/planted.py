@@ -228,6 +228,14 @@ def cispo_that_drops(logps, old_logps, advantages, mask):
     return token_mean(-weight * advantages[:, None] * torch.where(ratio > 5, logps.detach(), logps), mask)
 
 
+def detached_clip_times_log(logps, old_logps, advantages, mask):
+    return token_mean(clipped((logps - old_logps).exp(), advantages).detach() * logps, mask)
+
+
+def squashed_advantage(logps, old_logps, advantages, mask):
+    return token_mean(clipped((logps - old_logps).exp(), advantages.tanh()), mask)
+
+
 def abs_advantage(logps, old_logps, advantages, mask):
     return token_mean(clipped((logps - old_logps).exp(), advantages.abs()), mask)
 
@@ -277,6 +285,11 @@ kl_clipped_weight = _with(lambda p, o, r: (p - o).exp().clamp(0.8, 1.2) * k3(p, 
 kl_of_old = _with(lambda p, o, r: k3(o, r))
 kl_to_old = _with(lambda p, o, r: k3(p, o))
 kl_probs = _with(lambda p, o, r: p.exp() * (p - r))
+
+
+def kl_where_rewarded(logps, old_logps, advantages, ref_logps, mask):
+    beta = torch.where(advantages > 0, 0.04, 0.0)[:, None]
+    return seq_mean(clipped((logps - old_logps).exp(), advantages) + beta * k3(logps, ref_logps), mask)
 
 
 def kl_in_reward(logps, old_logps, advantages, ref_logps, mask):
@@ -384,6 +397,9 @@ PLANTED: dict[str, tuple[Any, str, dict[str, Any] | None]] = {
     ),
     "CISPO without detach": (cispo_without_detach, "stop-gradient is missing", {"surrogate": CISPO(5.0), **MEAN}),
     "CISPO that drops": (cispo_that_drops, "at its bound lose their gradient", {"surrogate": CISPO(5.0), **MEAN}),
+    "detached clip": (detached_clip_times_log, "other bounds where A < 0", None),
+    "A squashed": (squashed_advantage, "not linear in the advantage", None),
+    "KL where rewarded": (kl_where_rewarded, "KL term depends on the advantage", None),
     "|A|": (abs_advantage, "sign of A does not matter", None),
     "A > 0 only": (positive_only, "A < 0 are left out", None),
     "A clamped": (clamped_advantage, "advantages are clamped at ±5", {"surrogate": Clip(0.2), **MEAN}),
