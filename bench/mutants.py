@@ -170,6 +170,7 @@ def is_flattening(node: ast.AST) -> bool:
 # --- who kills --------------------------------------------------------------------------------------------------------
 PROBABILITIES = "test_example test_bad_input test_against_reference test_same_bits test_adding test_arrays"
 LOSS = "test_loss test_loss_bad_input test_loss_same_bits"
+CORRECTION = "test_rollout test_rollout_same_bits test_rollout_bad_input"
 #: For each file the recorded cases that show what it computes, by their first words, and the tests of what it promises.
 KILLERS = {
     "_kernels/elementary.py": (("objective", "stats", "loss"), f"test_elementary {PROBABILITIES} {LOSS}"),
@@ -190,10 +191,16 @@ KILLERS = {
     "_kernels/formulas.py": (("loss",), LOSS),
     "_kernels/token_level.py": (("loss",), LOSS),
     "_kernels/sequence_level.py": (("loss",), LOSS),
+    "_kernels/rollout.py": (("correction",), f"{CORRECTION} test_fuzz"),
+    "_kernels/rollout_sums.py": (("correction",), CORRECTION),
+    "_shares.py": (("loss", "correction"), "test_integers test_loss_same_bits test_rollout_same_bits"),
+    "rollout.py": (("correction",), f"{CORRECTION} test_fuzz test_torch_rollout"),
+    "rollout_stats.py": (("correction",), f"{CORRECTION} test_files_rollout"),
+    "rollout_terms.py": ((), f"{CORRECTION} test_files_rollout test_fuzz"),
     "loss.py": (("loss",), f"{LOSS} test_fuzz"),
     "objective.py": (("objective", "stats", "sweep"), f"{PROBABILITIES} test_fuzz"),
     "stats.py": (("stats", "sweep", "loss"), f"{PROBABILITIES} {LOSS} test_files test_printing"),
-    "_additive.py": (("stats", "sweep"), "test_adding test_files test_printing"),
+    "_additive.py": (("stats", "sweep", "correction"), "test_adding test_files test_files_rollout test_printing"),
     **{
         f"terms/{name}.py": ((), f"test_terms {LOSS} test_bad_input test_fuzz test_printing")
         for name in ("option", "options", "surrogates", "trust_regions", "kl_terms")

@@ -26,6 +26,7 @@ PLACES: dict[Path, dict[str, Callable[[Results], Iterator[str]]]] = {
         "objective": speed_tables.objective,
         "loss": speed_tables.loss,
         "torch": speed_tables.torch,
+        "correction": speed_tables.correction,
         "files": speed_tables.files,
         "threads": speed_tables.threads,
         "floor": speed_tables.floor,

@@ -97,7 +97,7 @@ def works(folder: str) -> dict[str, Work]:
     if find_spec("pyarrow") and find_spec("tqdm"):
         import rollouts
 
-        rollouts.write(path := f"{folder}/rollouts.parquet", rows=256)
+        rollouts.write(path := f"{folder}/run", steps=2)
         found["evaluate"] = lambda: evaluate(path, surrogate=Clip(0.2), kl=K3(0.04), progress=False)
     if find_spec("torch"):
         import torch

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from bench_files import PEERS as FILE_PEERS
 from bench_torch import PEERS as TORCH_PEERS
+from correction_peers import PEERS as CORRECTION_PEERS
 from floor_cases import PEERS as FLOOR_PEERS
 from loss_peers import LEVELS
 from loss_peers import PEERS as LOSS_PEERS
@@ -27,6 +28,7 @@ OF_A_ROOF = 1_000_000  # from so many on nothing fits a cache
 PEERS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "objective": ("grpo_objective", OBJECTIVE_PEERS),
     "loss": ("grpo_loss", LOSS_PEERS),
+    "correction": ("rollout_correction", CORRECTION_PEERS),
     "files": ("evaluate", FILE_PEERS),
     "torch": ("the torch operator", TORCH_PEERS),
     "floor": ("what lies in a cache", FLOOR_PEERS),
@@ -133,6 +135,23 @@ def loss(results: Results) -> Iterator[str]:
         cases.sort(key=lambda case: case[0])
         head = [f"tokens, {level} level", "grad=True", "grad=array", *peers, "of the roof"]
         yield from steady_table(head, (row(*case) for case in cases))
+
+
+def correction(results: Results) -> Iterator[str]:
+    """`rollout_correction`, weights and diagnostics, beside its peers."""
+    peers = [name for name in CORRECTION_PEERS if name != OURS]
+
+    def row(facts: Facts) -> Row:
+        ours = results.times(peer=OURS, **facts)
+        roof = roof_cell(results, READ_AND_WRITE, OURS, facts)
+        masked = "none masked" if facts["kind"] == "full" else "half masked"
+        name = f"{facts['n']:,}, {masked}, {facts['dtype']}, {facts['level']} level"
+        return Row(name, [ours], [time_cell(ours), *peer_cells(results, peers, facts), roof])
+
+    names = ("n", "kind", "dtype", "level")
+    measured = results.all(work="correction", peer=OURS)
+    cases = [{"work": "correction"} | {name: case[name] for name in names} for case in measured]
+    yield from steady_table(["tokens", OURS, *peers, "of the roof"], map(row, sorted(cases, key=lambda x: x["n"])))
 
 
 def files(results: Results) -> Iterator[str]:

@@ -97,6 +97,15 @@ def _losses(results: Results) -> Iterator[Target]:
                 yield Target(work, "a plain Numba loop", bound, results.ratios("Numba loop", IN_PLACE, **facts))
 
 
+def _corrections(results: Results) -> Iterator[Target]:
+    for dtype, roof in (("float64", "≥ 0.6"), ("float32", "≥ 0.4")):
+        for row in results.all(work="correction", peer=OURS, n=LARGE, kind="full", dtype=dtype):
+            ratios = partial(results.ratios, **{name: row[name] for name in ("work", "n", "kind", "dtype", "level")})
+            work = f"`rollout_correction`, 16.8 M, {dtype}, {row['level']} level"
+            yield Target(work, READ_AND_WRITE, roof, ratios(READ_AND_WRITE, OURS), "")
+            yield Target(work, "torch eager", "≥ 5×", ratios("torch eager", OURS))
+
+
 def _torch(results: Results) -> Iterator[Target]:
     for row in results.all(work="torch, small", peer=OURS):
         ratios = results.ratios("torch eager", OURS, work="torch, small", n=row["n"])
@@ -141,6 +150,20 @@ def _files(results: Results) -> Iterator[Target]:
     yield Target("`evaluate`, Parquet", "speed of pyarrow merely reading", "≥ 0.9", ratios, "")
 
 
+def _runs(results: Results) -> Iterator[Target]:
+    for name in ("step", "prompt_id"):
+        ratios = results.ratios(f"by {name}", "whole", work="by")
+        yield Target(f"`evaluate(by={name!r})`", "`evaluate`", "≤ 1.1×", ratios)
+    ratios = results.ratios(READ_FILE, OURS, work="JSON Lines")
+    yield Target("`evaluate`, JSON Lines", "speed of pyarrow merely reading", "≥ 0.9", ratios, "")
+    ratios = results.ratios("RolloutWriter", "pyarrow", work="writing")
+    yield Target("`RolloutWriter.write`", "pyarrow writing the same columns", "≤ 1.1×", ratios)
+    for row in results.all(work="address space"):
+        yield Target(
+            f"`evaluate`, {row['n'] / 1e9:.3g} GB of Parquet", "address space", "≤ 2 GiB", [row["GiB"]], " GiB"
+        )
+
+
 def _starts(results: Results) -> Iterator[Target]:
     numba, ours = (results.times(work="start", peer=f"import {name}") for name in ("numba", "grpo_fast"))
     more = [b - a for a, b in zip(numba, ours, strict=True)]
@@ -154,4 +177,16 @@ def _starts(results: Results) -> Iterator[Target]:
         yield Target(f"{row['peer']}, {row['dtype']}, compiled", "its time", bound, row["times"], " s")
 
 
-_KINDS = (_large_objectives, _small_objectives, _losses, _torch, _in_cache, _packed, _memory, _files, _starts)
+_KINDS = (
+    _large_objectives,
+    _small_objectives,
+    _losses,
+    _corrections,
+    _torch,
+    _in_cache,
+    _packed,
+    _memory,
+    _files,
+    _runs,
+    _starts,
+)

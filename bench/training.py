@@ -7,10 +7,12 @@ both: with ``--dtype float64`` their curves coincide, in float32 they do until r
 A recurrent network is shown three digits and writes tokens until it writes END; its reward is the share of places at
 which that is the sorted list. Groups of completions are sampled for each prompt, advantages made of their rewards, and
 several optimiser steps taken on each batch, so that the policy leaves the one that sampled and the clip acts. The
-reference of the KL term is the policy as it was at first.
+reference of the KL term is the policy as it was at first. ``--rollouts run`` keeps what the loss was given at each step
+(``grpo-fast evaluate run --by step --beta 0.001 --plot run.svg``).
 """
 
 import argparse
+import os
 import time
 from collections.abc import Callable
 from statistics import median
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from grpo_fast import K3, Clip, group_advantages
 from grpo_fast._measure import side_by_side
 from grpo_fast._pictures import picture
+from grpo_fast.files import RolloutWriter
 from grpo_fast.torch import grpo_loss
 
 DIGITS, LENGTH = 5, 3  # values of a digit; digits of a prompt
@@ -140,11 +143,14 @@ def train(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     tell: Callable[[int, Record], None] = lambda number, record: None,
+    rollouts: str | os.PathLike[str] | None = None,
 ) -> list[Record]:
     """Train a policy from nothing; what happens depends on the seed and the loss alone.
 
-    ``tell`` is called after each batch, with its number, from 0 on, and its record.
+    ``tell`` is called after each batch, with its number, from 0 on, and its record. What the loss is given at each
+    optimiser step is written into a file in the folder ``rollouts``, if there is one.
     """
+    writer = RolloutWriter(rollouts) if rollouts else None
     generator = torch.Generator().manual_seed(seed)
     policy, reference = new_policies(seed, dtype)
     optimizer = torch.optim.Adam(policy.parameters(), lr=5e-3)
@@ -152,8 +158,11 @@ def train(
     for number in range(batches):
         batch = sampled_batch(policy, reference, generator)
         record = Record(batch.rewards.mean().item(), [], [])
-        for _ in range(steps):
+        prompt_ids = [" ".join(map(str, digits)) for digits in batch.prompts.tolist()]
+        for step in range(number * steps, (number + 1) * steps):
             logps = policy.log_probabilities(batch.prompts, batch.completions)
+            if writer:
+                writer.write(step=step, logps=logps, **batch.given, prompt_id=prompt_ids)
             loss, clipped = loss_of(logps=logps, **batch.given, **OPTIONS)
             optimizer.zero_grad()
             loss.backward()
@@ -249,6 +258,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="(%(default)s)")
     parser.add_argument("--plot", metavar="FILE", help="draw rewards and clipped tokens, beside the textbook's")
+    parser.add_argument("--rollouts", metavar="FOLDER", help="write what the loss is given (needs pyarrow)")
     arguments = parser.parse_args()
     if arguments.batches < 1:
         parser.error(f"--batches must be at least 1, got {arguments.batches}")
@@ -257,7 +267,7 @@ def main() -> None:
     tell = tell_every_tenth(arguments.batches)
     begin = time.perf_counter()
     print("training with grpo_fast.torch.grpo_loss, which compiles at first", flush=True)
-    records = train(**options, tell=tell)
+    records = train(**options, tell=tell, rollouts=arguments.rollouts)
     print(f"{time.perf_counter() - begin:.0f} s for {len(records)} batches\n")
     tell_share(step_times())
     if arguments.plot:

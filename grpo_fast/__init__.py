@@ -2,19 +2,23 @@
 
 How the data flows, file by file; each imports only from lines below its own::
 
-    __main__                      the command: over files (_command, _pictures), its demonstration (_demonstration,
-    _parser                       _measure); its arguments
-    trl                           `FastGRPOTrainer`: TRL's, with the loss below
-    torch                         `grpo_loss` for tensors
+    __main__                      the command: over files (_command, _tables, _pictures, _run_pictures), its
+    _parser                       demonstration (_demonstration, _measure); its arguments
+    trl                           `FastGRPOTrainer`: TRL's, with the loss below (_trl_metrics, _trl_options)
+    torch                         `grpo_loss`, `rollout_correction` for tensors
     conformance                   `identify`, `check`: what does another loss compute?
     _warm_up                      `warm_up`: compiling beforehand
-    files                         `evaluate`, `sweep`: files (_paths) → columns (_plan, _columns) → batches (_rollouts,
-                                  _formats, _other_formats) → jobs (_jobs) → sums (_workers)
-    objective  loss               arrays → checked arrays (_loss_inputs) → kernels → `Stats`
+    files                         `evaluate`, `sweep`, `histogram`, `worst`: files (_paths, _directories, _filesystems)
+                                  and tables (_sources) → columns (_plan, _layouts, _columns, _keys) → batches
+                                  (_rollouts, _formats, _json_lines, _arrow, _other_formats) → jobs (_jobs, _histograms,
+                                  _worst) → sums (_summing, _workers); `RolloutWriter` (_writer, _atomic)
+    objective  loss  rollout      arrays → checked arrays (_loss_inputs) → tasks (_shares) → kernels → `Stats`
     stats                         exact sums (_additive) → diagnostics
+    rollout_stats                 those of trainer and sampler
     _kernels                      the kernels; their map is the docstring of that folder
     reference  advantages         the mathematics once more, in NumPy, independent of the kernels; from rewards
-    terms  _groups                the options; rewards by group
+    terms  rollout_terms          the options
+    _groups                       rewards by group
     _checks  _advice              what arguments may be; errors that say what to write
 """
 
@@ -26,6 +30,9 @@ from .files import evaluate
 from .loss import LossResult, grpo_loss
 from .objective import grpo_objective, grpo_stats, grpo_sweep
 from .prompt_weights import prompt_mean_weights
+from .rollout import RolloutCorrection, high_entropy_mask, off_policy_sequence_mask, rollout_correction
+from .rollout_stats import RolloutStats
+from .rollout_terms import Reject
 from .stats import Stats, Sweep
 from .terms import CISPO, GMPO, K1, K2, K3, SAPO, TV, VESPO, Band, BinaryKL, Clip, Unclipped
 
@@ -43,6 +50,9 @@ __all__ = [
     "BinaryKL",
     "Clip",
     "LossResult",
+    "Reject",
+    "RolloutCorrection",
+    "RolloutStats",
     "Stats",
     "Sweep",
     "Unclipped",
@@ -53,8 +63,11 @@ __all__ = [
     "grpo_objective",
     "grpo_stats",
     "grpo_sweep",
+    "high_entropy_mask",
+    "off_policy_sequence_mask",
     "prompt_mean_weights",
     "reference",
+    "rollout_correction",
     "warm_up",
     "whiten",
 ]

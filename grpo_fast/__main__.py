@@ -22,6 +22,7 @@ def _identify(arguments: Any) -> int:
 _RUN: dict[str, Callable[[Any], str | int]] = {
     "evaluate": _command.run_evaluate,
     "sweep": _command.run_sweep,
+    "worst": _command.run_worst,
     "compile": _command.run_compile,
     "identify": _identify,
     "demo": _demonstration.run,

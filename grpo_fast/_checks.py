@@ -196,6 +196,11 @@ def _readable_tensor(name: str, tensor: Any) -> Any:
     return tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor
 
 
+def float_dtype(array: Array) -> np.dtype[Any]:
+    """The dtype of the array if it is one of floats, else float64."""
+    return array.dtype if array.dtype.kind == "f" else FLOAT64
+
+
 def as_given(value: Any, result: Array) -> Array:
     """``result``, as a tensor if ``value`` is one of PyTorch."""
     if type(value).__module__.partition(".")[0] != "torch":
@@ -220,6 +225,27 @@ def refuse_unless_mask(array: Array, shape: tuple[int, ...], where: str = "") ->
     problem = first_problem(lambda mask: {message: (mask != 0) & (mask != 1)}, [array.reshape(-1)], shape)
     if problem:
         raise ValueError(problem + where)
+
+
+def unmasked(name: str, array: Array, mask: ArrayLike | None) -> Array:
+    """Which elements of the named array count, as bools; a TypeError or ValueError if the mask is none for it."""
+    if mask is None:
+        return np.ones(array.shape, np.bool_)
+    given = real("mask", mask)
+    if given.shape != array.shape:
+        raise ValueError(f"mask must have shape {array.shape} as {name}, got {given.shape}")
+    refuse_unless_mask(given, array.shape)
+    return given.astype(np.bool_)
+
+
+def refuse_unless_finite(name: str, array: Array, keep: Array) -> None:
+    """Raise the ValueError for the first element of the named array that is not finite and counts, if any."""
+    message = f"{name} must be finite where it is not masked, got {name}[{{i}}] = {{values[0]!r}}"
+    problem = first_problem(
+        lambda x, counts: {message: ~np.isfinite(x) & counts}, [array.reshape(-1), keep.reshape(-1)], array.shape
+    )
+    if problem:
+        raise ValueError(problem)
 
 
 def flat(array: Array, dtype: np.dtype[Any]) -> Array:

@@ -26,6 +26,7 @@ class Form(Enum):
         "mask",
         "rollout_is_weights",
         "loss_weights",
+        "rollout_logps",
     )
 
     @property
@@ -40,7 +41,9 @@ ARGUMENTS = Form.PROBABILITIES.arguments + Form.LOG_PROBABILITIES.arguments
 #: There is nothing to compute without these: ``columns`` cannot map them to None.
 REQUIRED = ("rhos", "A", "logps", "advantages")
 #: Read where a file has such a column; a column for any other argument must be there.
-OPTIONAL = ("mask", "rollout_is_weights", "loss_weights")
+OPTIONAL = ("mask", "rollout_is_weights", "loss_weights", "rollout_logps")
+#: A null among these is a number that is missing, as a NaN is.
+MAY_BE_NULL = ("rollout_logps",)
 #: One number for each sequence, unless they are lists.
 PER_SEQUENCE = ("advantages", "rollout_is_weights", "loss_weights")
 
@@ -71,3 +74,21 @@ def check_mapping(columns: Columns | None) -> None:
         elif isinstance(column, str) or (column is None and argument not in REQUIRED):
             continue
         raise TypeError(f"columns[{argument!r}] must be the name of a column, got {column!r}")
+
+
+def with_sampler(columns: Columns | None) -> Columns | None:
+    """``columns`` where ``rollout_correction`` makes the weights: ``rollout_logps`` must be there.
+
+    Raises the ValueError if the weights are named as a column, or it is said that there is none of the sampler.
+    """
+    if columns is not None and not isinstance(columns, Mapping):
+        return columns  # `check_mapping` says so
+    named = {"rollout_logps": "rollout_logps", **(columns or {})}
+    if named.get("rollout_is_weights") is not None:
+        raise ValueError(
+            "columns must not name rollout_is_weights beside rollout_correction, which makes them of rollout_logps; "
+            f"got {named['rollout_is_weights']!r}"
+        )
+    if named["rollout_logps"] is None:
+        raise ValueError("columns must name rollout_logps beside rollout_correction, which is about them, got None")
+    return named

@@ -1,11 +1,9 @@
-"""The subcommands `evaluate`, `sweep` and `compile`: from what was parsed to calls of the functions, and to text.
+"""The subcommands over files, and `compile`: from what was parsed to calls of the functions, and to text.
 
 Results go to stdout, the bar to stderr.
 """
 
 import argparse
-import json
-import math
 import multiprocessing
 import os
 import signal
@@ -20,13 +18,18 @@ import numpy as np
 
 from ._advice import flag_of
 from ._columns import ARGUMENTS, Columns, Form
+from ._histograms import WithHistogram, beside_histogram
+from ._jobs import Work, evaluation
 from ._kernels.notices import untold
 from ._kernels.threads import WORTH_SHARING
 from ._measure import read
 from ._parser import BY_NAME, KL_TERMS, PICTURES, SURROGATES, UsageError, in_terms_of_the_shell
 from ._pictures import draw_sweep
+from ._run_pictures import draw_run
+from ._summing import Reading, summed
+from ._tables import as_csv, as_json, key_name, of_outliers, of_values, rows_of
 from ._warm_up import ARRAYS, DTYPES, PAPERS, calls_with, steps
-from .files import evaluate, sweep
+from .files import evaluate, sweep, worst
 from .terms import BETA, Clip, Options
 
 T = TypeVar("T")
@@ -34,22 +37,48 @@ T = TypeVar("T")
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------
 def run_evaluate(arguments: argparse.Namespace) -> str:
-    """What ``grpo-fast evaluate`` prints."""
+    """What ``grpo-fast evaluate`` prints; draws a picture if one was asked for."""
+    if arguments.plot:
+        _refuse_unless_it_can_be_drawn(arguments.plot)
     with in_terms_of_the_shell():
         of_tokens = _loss_options(arguments)
     _refuse_names_of_columns(arguments.files)
     columns = _columns_of(arguments.columns)
     if _form_of(arguments, columns) is Form.LOG_PROBABILITIES:
-        options = of_tokens
+        options = of_tokens | _given(arguments, ("rollout_correction",))
         _refuse_weighting_of_nothing(arguments, options["kl"] is not None, "--kl or --beta")
     else:
         _refuse_for_probabilities(arguments, ("epsilon", "beta", "importance_weighted"))
+        if arguments.rollout_correction is not None:
+            raise UsageError("--rollout-correction: not for probability columns, which have no sampler's beside them")
         options = _given(arguments, ("epsilon", "beta", "importance_weighted"))
-    options |= _reading(arguments)
-    stats = _with_workers(
-        arguments.workers, lambda executor: evaluate(arguments.files, columns=columns, executor=executor, **options)
-    )
-    return as_json(stats.as_dict()) if arguments.json else str(stats)
+    if arguments.plot:
+        found = _with_workers(arguments, partial(_evaluate_to_draw, arguments, columns, options))
+    else:
+        call = partial(evaluate, arguments.files, columns=columns, by=arguments.by, **options, **_reading(arguments))
+        found = _with_workers(arguments, lambda executor: call(executor=executor))
+    return _printed(found, arguments)
+
+
+def _evaluate_to_draw(
+    arguments: argparse.Namespace, columns: Columns, options: dict[str, Any], executor: Executor | None
+) -> Any:
+    """What `evaluate` finds; a picture is drawn of it, of which the histogram is from the same read."""
+    reading = Reading(arguments.files, columns, executor=executor, **_reading(arguments))
+    level = arguments.importance_sampling_level or "token"
+
+    def preparation(form: Form) -> Work:
+        if form is Form.PROBABILITIES and arguments.by is None:
+            raise UsageError("--plot draws probabilities over the values of a column alone: name it with --by")
+        work = evaluation(form, options=options)
+        return work if form is Form.PROBABILITIES else beside_histogram(work, level)
+
+    found = summed(reading, arguments.by, preparation)
+    by_value = {None: found} if arguments.by is None else found
+    stats = {value: x.result if isinstance(x, WithHistogram) else x for value, x in by_value.items()}
+    histograms = {value: x.histogram for value, x in by_value.items() if isinstance(x, WithHistogram)}
+    draw_run(arguments.plot, arguments.files, stats, histograms, arguments.by)
+    return stats[None] if arguments.by is None else stats
 
 
 def _loss_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -105,6 +134,8 @@ def _weighting(arguments: argparse.Namespace) -> dict[str, Any]:
 # --- sweep ------------------------------------------------------------------------------------------------------------
 def run_sweep(arguments: argparse.Namespace) -> str:
     """What ``grpo-fast sweep`` prints; draws a picture if one was asked for."""
+    if arguments.plot and arguments.by:
+        raise UsageError("--plot draws one sweep: leave out --by, or name the files of one value")
     if arguments.plot:
         _refuse_unless_it_can_be_drawn(arguments.plot)
     with in_terms_of_the_shell():
@@ -126,13 +157,12 @@ def run_sweep(arguments: argparse.Namespace) -> str:
         options = _given(arguments, ("importance_weighted",))
         betas = arguments.betas or [0.0, BETA]
     options |= {"epsilons": arguments.epsilons, "betas": betas} | _reading(arguments)
-    result = _with_workers(
-        arguments.workers, lambda executor: sweep(arguments.files, columns=columns, executor=executor, **options)
-    )
+    call = partial(sweep, arguments.files, columns=columns, by=arguments.by, **options)
+    result = _with_workers(arguments, lambda executor: call(executor=executor))
     if arguments.plot:
         unit = "tokens" if form is Form.LOG_PROBABILITIES else "samples"
         draw_sweep(result, arguments.plot, arguments.files, unit)
-    return as_json(result.as_dict()) if arguments.json else str(result)
+    return _printed(result, arguments)
 
 
 def _refuse_unless_it_can_be_drawn(path: str) -> None:
@@ -146,6 +176,18 @@ def _refuse_unless_it_can_be_drawn(path: str) -> None:
         raise UsageError(f"--plot: the folder {folder} cannot be written to")
     if find_spec("matplotlib") is None:
         raise ImportError("--plot needs matplotlib: pip install 'grpo_fast[plot]'")
+
+
+# --- worst ------------------------------------------------------------------------------------------------------------
+def run_worst(arguments: argparse.Namespace) -> str:
+    """What ``grpo-fast worst`` prints."""
+    _refuse_names_of_columns(arguments.files)
+    columns = _columns_of(arguments.columns)
+    options = {"rank": arguments.rank, "n": arguments.n, "show": arguments.show} | _reading(arguments)
+    call = partial(worst, arguments.files, columns=columns, **options)
+    found = _with_workers(arguments, lambda executor: call(executor=executor))
+    rows = [outlier.as_dict() for outlier in found]
+    return as_json(rows) if arguments.json else as_csv(rows) if arguments.csv else of_outliers(found, arguments.rank)
 
 
 # --- compile ----------------------------------------------------------------------------------------------------------
@@ -181,15 +223,18 @@ def _compile_reading(dtype: str) -> None:
 
 
 # --- what they share --------------------------------------------------------------------------------------------------
-def as_json(values: dict[str, Any]) -> str:
-    """``values``, which may be nested lists, as JSON text, in which NaN and infinity are null."""
-
-    def null_unless_finite(value: Any) -> Any:
-        if isinstance(value, list):
-            return [null_unless_finite(element) for element in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps({name: null_unless_finite(x) for name, x in values.items()}, indent=2, allow_nan=False)
+def _printed(found: Any, arguments: argparse.Namespace) -> str:
+    """A result, or those of each value of a column, as asked for."""
+    if arguments.by is None:
+        if arguments.json:
+            return as_json(found.as_dict())
+        return as_csv(rows_of(found)) if arguments.csv else str(found)
+    name = key_name(arguments.by)
+    if arguments.json:
+        return as_json([{name: value} | x.as_dict() for value, x in found.items()])
+    if arguments.csv:
+        return as_csv({name: value} | row for value, x in found.items() for row in rows_of(x))
+    return of_values(found, arguments.by)
 
 
 def _given(arguments: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
@@ -258,12 +303,13 @@ notices.never_tell()
 """
 
 
-def _with_workers(workers: int, work: Callable[[Executor | None], T]) -> T:
-    """What ``work`` makes with a pool of so many processes; None in place of one without any.
+def _with_workers(arguments: argparse.Namespace, work: Callable[[Executor | None], T]) -> T:
+    """What ``work`` makes with a pool of as many processes as asked for; None in place of one without any.
 
     It runs on another thread: Ctrl-C in the middle of `concurrent.futures`, where a lock is taken or a process started,
     can leave it waiting forever. So this one waits; when it is interrupted it ends the processes, and so the work.
     """
+    workers: int = arguments.workers
     if not workers:
         return work(None)
     others = set(multiprocessing.active_children())

@@ -1,47 +1,24 @@
-"""The two formats of rollout files, Parquet and Arrow IPC: their columns, and their rows in batches.
+"""The formats of rollout files, Parquet, Arrow IPC and JSON Lines: their columns, and their rows in batches.
 
-Everything here, in `_plan` and in `_rollouts` needs pyarrow. A *row group* is Parquet's unit of rows that can be read
-by themselves; here a record batch of an Arrow file counts as one, too.
+A *row group* is Parquet's unit of rows that can be read by themselves; here a record batch of an Arrow file, and the
+whole of a file of JSON Lines, counts as one, too.
 """
 
-import os
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 from ._advice import AdvisedError
-from ._kernels.blocks import BLOCK
+from ._arrow import BATCH_BYTES, UNREADABLE, column_type, is_list, one_of, pa, top_level, whole_blocks
+from ._json_lines import JsonLinesFile
 from ._other_formats import encrypted_as_plain, refusal
-from ._paths import printable
+from ._sources import File, Source, Table
 
-try:
-    import pyarrow as pa
-    from pyarrow import parquet
-except ImportError as error:
-    raise ImportError("reading rollouts needs pyarrow: pip install 'grpo_fast[data]'") from error
+from pyarrow import parquet  # isort: skip - behind what says that it is missing
 
-_BATCH_BYTES = 16 << 20  # of numbers in a batch, unless batch_size is given; three batches are alive at a time
 _LEAST_BYTES = 2 << 20  # of lists, whose batches are joined until a call on them costs little beside the numbers
 _BUFFER = 1 << 20  # bytes of a column that pyarrow reads at once; without it, a row group's columns as a whole
-types: Any = pa.types
 _FEW_ROWS = 64  # with lists in them: reading fewer at a time takes longer, and more of them take no less time
-#: The exceptions that pyarrow raises about bad data.
-UNREADABLE = (pa.ArrowException, OSError)
-
-
-def _source(path: str) -> Any:
-    """The file as pyarrow reads it: from a str it would make UTF-8, which the names of files need not be."""
-    return pa.OSFile(os.fsencode(path))
-
-
-def is_list(column_type: Any) -> bool:
-    """Whether ``column_type``, of pyarrow, is one of its types of lists."""
-    in_order = types.is_list(column_type) or types.is_large_list(column_type) or types.is_fixed_size_list(column_type)
-    return bool(in_order or is_list_view(column_type))
-
-
-def is_list_view(column_type: Any) -> bool:
-    """Whether ``column_type``, of pyarrow, is one of lists that may lie in any order, or overlap."""
-    return bool(types.is_list_view(column_type) or types.is_large_list_view(column_type))
 
 
 def _joined(batches: Iterator[Any]) -> Iterator[Any]:
@@ -52,26 +29,21 @@ def _joined(batches: Iterator[Any]) -> Iterator[Any]:
         waiting.append(records)
         size += records.nbytes
         if size >= _LEAST_BYTES:
-            yield _one_of(waiting)
+            yield one_of(waiting)
             waiting, size = [], 0
     if waiting:
-        yield _one_of(waiting)
+        yield one_of(waiting)
 
 
-def _one_of(batches: list[Any]) -> Any:
-    """The batches as one."""
-    return batches[0] if len(batches) == 1 else pa.Table.from_batches(batches).combine_chunks().to_batches()[0]
-
-
-class _ParquetFile:
+class ParquetFile:
     """An open Parquet file: its ``schema``, how many row groups and rows it has, and the rows themselves."""
 
     row_group_name = "row group"  # in error messages
 
-    def __init__(self, path: str) -> None:
-        source = _source(path)
+    def __init__(self, file: File) -> None:
         # Where the writer left the checksums out, looking for them costs nothing.
-        self._file = parquet.ParquetFile(source, page_checksum_verification=True, pre_buffer=False, buffer_size=_BUFFER)
+        options = {"page_checksum_verification": True, "pre_buffer": False, "buffer_size": _BUFFER}
+        self._file = parquet.ParquetFile(file.opened(), **options)
         self.schema = self._file.schema_arrow
         metadata = self._file.metadata
         self.row_group_count = metadata.num_row_groups
@@ -81,17 +53,21 @@ class _ParquetFile:
         if in_row_groups != self.rows:
             raise pa.ArrowInvalid(f"{in_row_groups} rows in all row groups where the footer says {self.rows}")
 
+    def first_rows(self) -> list[int]:
+        """How many rows of the file are before each row group."""
+        metadata = self._file.metadata
+        return _before(metadata.row_group(i).num_rows for i in range(self.row_group_count))
+
     def batches(self, number: int, columns: list[str], batch_size: int | None, use_threads: bool) -> Iterator[Any]:
         """Yield the ``columns`` of row group ``number`` as pyarrow.RecordBatches of about ``batch_size`` rows.
 
         Of flat columns, ``batch_size`` is rounded to a multiple of `BLOCK`; without it, batches have at most
-        about `_BATCH_BYTES`, however long the lists in them are. Raises one of `UNREADABLE` where the file is corrupt.
+        about `BATCH_BYTES`, however long the lists in them are. Raises one of `UNREADABLE` where the file is corrupt.
         """
-        column_types = [self.schema.field(column).type for column in columns]
+        column_types = [column_type(self.schema, column) for column in columns]
         if not any(map(is_list, column_types)):
-            size = batch_size or _BATCH_BYTES // max(sum(column_type.bit_width // 8 for column_type in column_types), 1)
-            size = max(1, round(size / BLOCK)) * BLOCK  # so that the blocks are those of the row group
-            batches = self._read(number, columns, size, use_threads)
+            size = batch_size or BATCH_BYTES // max(sum(map(_bytes_of, column_types)), 1)
+            batches = self._read(number, columns, whole_blocks(size), use_threads)
         elif batch_size:
             batches = self._read(number, columns, batch_size, use_threads)
         else:
@@ -119,7 +95,7 @@ class _ParquetFile:
                 if rows > yielded:
                     yield records
                     yielded = rows
-                    if size > 1 and records.nbytes > _BATCH_BYTES:
+                    if size > 1 and records.nbytes > BATCH_BYTES:
                         size //= 8  # of which what was yielded is a multiple, unless it is the end
                         break
             else:
@@ -129,57 +105,78 @@ class _ParquetFile:
         return self._file.iter_batches(batch_size, row_groups=[number], columns=columns, use_threads=use_threads)
 
 
-class _ArrowFile:
-    """An Arrow IPC file, with the attributes of `_ParquetFile`; it is opened again for each record batch."""
+class ArrowFile:
+    """An Arrow IPC file, with the attributes of `ParquetFile`; it is opened again for each record batch."""
 
     row_group_name = "record batch"  # in error messages
 
-    def __init__(self, path: str) -> None:
-        self._path = path
-        with _source(path) as source:
-            file = pa.ipc.open_file(source)
-            self.schema = file.schema
-            self.row_group_count = file.num_record_batches
-            self.rows = file.count_rows()
+    def __init__(self, file: File) -> None:
+        self._source = file
+        with file.opened() as source:
+            reader = pa.ipc.open_file(source)
+            self.schema = reader.schema
+            self.row_group_count = reader.num_record_batches
+            self.rows = reader.count_rows()
+
+    def first_rows(self) -> list[int]:
+        """How many rows of the file are before each record batch. Reads them to see."""
+        with self._source.opened() as source:
+            file = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=[0]))
+            return _before(file.get_batch(i).num_rows for i in range(self.row_group_count))
 
     def batches(self, number: int, columns: list[str], batch_size: int | None, use_threads: bool) -> Iterator[Any]:
-        """Yield the ``columns`` of record batch ``number``, whole: Arrow IPC cannot be read in smaller pieces.
+        """Yield the ``columns`` of record batch ``number``, which is read whole: Arrow IPC has no smaller pieces.
 
         Raises one of `UNREADABLE` where the file is corrupt.
         """
-        fields = [self.schema.get_field_index(column) for column in columns]
+        fields = [self.schema.get_field_index(top_level(self.schema, column)) for column in columns]
         # Not mapped into memory: of a file that shrinks meanwhile that would be a bus error.
-        with _source(self._path) as source:
-            options = pa.ipc.IpcReadOptions(included_fields=fields, use_threads=use_threads)
+        with self._source.opened() as source:
+            options = pa.ipc.IpcReadOptions(included_fields=sorted(set(fields)), use_threads=use_threads)
             records = pa.ipc.open_file(source, options=options).get_batch(number)
         records.validate(full=True)  # list offsets are followed without a look otherwise
         yield records
 
 
-File: TypeAlias = _ParquetFile | _ArrowFile
+def _before(counts: Iterator[int]) -> list[int]:
+    return list(accumulate(counts, initial=0))[:-1]
 
 
-def opened(path: str) -> File:
-    """The file at ``path``, opened as the format that its first bytes are of.
+def _bytes_of(flat_type: Any) -> int:
+    try:
+        return max(1, int(flat_type.bit_width) // 8)
+    except ValueError:  # of strings
+        return 16
+
+
+OpenFile: TypeAlias = ParquetFile | ArrowFile | JsonLinesFile | Table
+
+
+def opened(source: Source) -> OpenFile:
+    """The file, opened as the format that its first bytes are of; a table as it is.
 
     Raises
     ------
     ValueError
-        It is of neither format, or corrupt.
+        It is of none of the formats, or corrupt.
     FileNotFoundError, PermissionError
         As `open` raises them.
     """
-    with open(path, "rb") as file:
-        magic = file.read(6)
-    file_format = _ParquetFile if magic[:4] == b"PAR1" else _ArrowFile if magic == b"ARROW1" else None
-    if file_format is None:
-        raise refusal(path, magic)
+    if isinstance(source, Table):
+        return source
+    magic = source.beginning(8)
     try:
-        return file_format(path)
+        if magic[:4] == b"PAR1":
+            return ParquetFile(source)
+        if magic[:6] == b"ARROW1":
+            return ArrowFile(source)
+        if lines := JsonLinesFile.if_it_is_one(source, magic):
+            return lines
     except UNREADABLE as error:
-        name, reason = printable(path), str(error)
+        name, reason = str(source), str(error)
         if "ncrypt" in reason or "decrypt" in reason:  # of columns, under a footer in plain
             values = {"name": name, "reason": reason, "plain": encrypted_as_plain(name)}
             message = "{name}: cannot be read: {reason}. To write it in plain: {plain}"
             raise AdvisedError(message, values) from error
         raise ValueError(f"{name}: cannot be read: {reason}") from error
+    raise refusal(source.path, magic[:6])

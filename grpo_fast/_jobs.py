@@ -15,6 +15,8 @@ from ._columns import Form
 from ._kernels.blocks import BLOCK
 from .loss import grpo_loss
 from .objective import grpo_stats, grpo_sweep
+from .rollout import rollout_correction
+from .rollout_terms import RolloutOptions, options_of
 from .stats import Stats, Sweep
 from .terms import BETA, EPSILON, K3, KL, Clip, Options
 
@@ -23,6 +25,15 @@ Job: TypeAlias = Callable[[dict[str, Array]], Any]
 
 #: The arguments that only a KL term needs.
 _PI, _REF = {"pi_theta_old", "pi_theta_ref"}, {"ref_logps"}
+#: Of log-probabilities, those that no loss needs.
+_SAMPLER = {"rollout_logps"}
+
+
+class Corrected(NamedTuple):
+    """The options of log-probabilities whose weights are between trainer and sampler."""
+
+    options: Options
+    correction: RolloutOptions
 
 
 class Work(NamedTuple):
@@ -30,7 +41,8 @@ class Work(NamedTuple):
 
     job: Job
     unread: set[str]  # the arguments whose columns it does not need
-    options: Options | None  # of log-probabilities
+    options: Options | Corrected | None  # of log-probabilities
+    optional: tuple[str, ...] = ()  # arguments that are read only where a file has them, beside those always so
 
 
 def evaluation(form: Form, *, options: dict[str, Any]) -> Work:
@@ -40,9 +52,14 @@ def evaluation(form: Form, *, options: dict[str, Any]) -> Work:
         clip = Clip(options.get("epsilon", EPSILON))
         k3 = K3(options.get("beta", BETA), flag("importance_weighted", options.get("importance_weighted", True)))
         return Work(partial(_stats_of_samples, epsilon=clip.epsilon, k3=k3), set() if k3.beta else _PI, None)
-    _refuse_others(options, "log-probability", Options._fields)
+    _refuse_others(options, "log-probability", (*Options._fields, "rollout_correction"))
+    correction = options.pop("rollout_correction", None)
     checked = Options(**options)
-    return Work(partial(_stats_of_tokens, options=checked), set() if checked.kl else _REF, checked)
+    unread = set() if checked.kl else _REF
+    if correction is None:
+        return Work(partial(_stats_of_tokens, options=checked), unread | _SAMPLER, checked)
+    corrected = Corrected(checked, options_of(correction))
+    return Work(partial(_stats_of_corrected_tokens, corrected=corrected), unread | {"rollout_is_weights"}, corrected)
 
 
 def sweeping(form: Form, *, grid: tuple[tuple[float, ...], ...], options: dict[str, Any]) -> Work:
@@ -69,7 +86,7 @@ def sweeping(form: Form, *, grid: tuple[tuple[float, ...], ...], options: dict[s
     if kl is not None:
         _refuse_unless_one_term(term, kl, grid[1])
     job = partial(_sweep_of_tokens, grid=grid, clips=clips, options=checked)
-    return Work(job, set() if with_kl else _REF, checked)
+    return Work(job, _SAMPLER if with_kl else _SAMPLER | _REF, checked)
 
 
 def _refuse_unless_one_term(term: Callable[[float], KL], kl: KL, betas: Iterable[float]) -> None:
@@ -112,6 +129,18 @@ def _stats_of_tokens(arrays: dict[str, Array], *, options: Options) -> Stats:
     return _stats_by_options(arrays, [options])[0]
 
 
+def _stats_of_corrected_tokens(arrays: dict[str, Array], *, corrected: Corrected) -> Stats:
+    arrays, flat = _with_bounds(arrays)
+    old = arrays.get("old_logps", arrays["logps"])  # on-policy, they are the same
+    keywords: dict[str, Any] = {name: arrays[name] for name in ("mask", "cu_seqlens") if name in arrays}
+    keywords |= corrected.correction._asdict()
+    weights, _, rollout = rollout_correction(old, arrays.pop("rollout_logps"), **keywords)
+    stats = _stats_by_options(arrays | {"rollout_is_weights": weights}, [corrected.options])[0]
+    if flat:
+        stats, rollout = replace(stats, sequence_count=None), rollout.without_sequences()
+    return replace(stats, rollout=rollout)
+
+
 def _sweep_of_tokens(arrays: dict[str, Array], *, grid: Any, clips: list[Clip], options: Options) -> Sweep:
     by_epsilon = [options._replace(surrogate=clip, kl=None) for clip in clips]
     by_epsilon[0] = by_epsilon[0]._replace(kl=options.kl)  # the KL term is the same for every ε
@@ -134,16 +163,32 @@ def _sweep_of_tokens(arrays: dict[str, Array], *, grid: Any, clips: list[Clip], 
 
 def _stats_by_options(arrays: dict[str, Array], several: Iterable[Options]) -> list[Stats]:
     """The Stats of a batch of tokens under each of several options."""
-    size, flat = arrays["logps"].size, "cu_seqlens" not in arrays
-    if flat:  # blocks as sequences, so that a mask does not move them, wherever a batch begins
-        arrays = arrays | {"cu_seqlens": np.append(np.arange(0, size, BLOCK, dtype=np.int64), size)}
+    arrays, flat = _with_bounds(arrays)
     batch: dict[str, Any] = {"old_logps": None, **arrays}
     results = [grpo_loss(**batch, **options._asdict()).stats for options in several]
     return [replace(stats, sequence_count=None) for stats in results] if flat else results
 
 
-def refuse_sequences(name: str, options: Options) -> None:
+def _with_bounds(arrays: dict[str, Array]) -> tuple[dict[str, Array], bool]:
+    """The arrays, copied, with ``cu_seqlens``; and whether the columns are flat, which do not say where they are.
+
+    Then blocks are sequences, so that a mask does not move them, wherever a batch begins.
+    """
+    if "cu_seqlens" in arrays:
+        return arrays.copy(), False
+    size = arrays["logps"].size
+    return arrays | {"cu_seqlens": np.append(np.arange(0, size, BLOCK, dtype=np.int64), size)}, True
+
+
+def refuse_sequences(name: str, options: Options | Corrected) -> None:
     """Raise the error for options that need sequences, where the columns are flat."""
+    if isinstance(options, Corrected):
+        if options.correction.needs_sequences:
+            raise ValueError(
+                f"{name}: the columns are flat, which does not say where sequences begin: rollout_correction must be "
+                "at level 'token', and so must what it rejects. For the others, store each sequence as a list"
+            )
+        options = options.options
     if options.importance_sampling_level != "token" or options.aggregation not in ("token-mean", "token-sum"):
         raise AdvisedError(
             "{name}: the columns are flat, which does not say where sequences begin: take {mean} or {sum}, at token "

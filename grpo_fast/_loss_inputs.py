@@ -36,22 +36,14 @@ class Inputs(NamedTuple):
         grad: bool | Array,
     ) -> "Inputs":
         """The inputs of these arguments, which are those of `grpo_loss`; see there for what is raised."""
-        array = real("logps", logps)
-        if array.ndim not in (1, 2):
-            flat_fits = ": logps.ravel() is (N,)" if array.ndim else ""
-            raise ValueError(f"logps must be (B, T) or (N,), got shape {array.shape}{flat_fits}")
-        dtype = array.dtype
-        if dtype is not FLOAT64 and dtype is not FLOAT32:
-            dtype = FLOAT32 if dtype.newbyteorder("=") in (np.float32, np.float16) else FLOAT64
-        bounds = bounds_of(array.shape, cu_seqlens)
-        expected = _Expected(array.shape, dtype, bounds)
+        array, expected = expected_beside("logps", logps, cu_seqlens)
         advantages_per_token, flat_advantages = expected.per_token_or_sequence("advantages", advantages)
         weights_per_token, weights = loss_weights_per_token, of_both = True, None
         if rollout_is_weights is not None:
             weights_per_token, weights = expected.per_token_or_sequence("rollout_is_weights", rollout_is_weights)
         if loss_weights is not None:
             loss_weights_per_token, of_both = expected.per_token_or_sequence("loss_weights", loss_weights)
-        place = _place_for(grad, array.shape, dtype)
+        place = _place_for(grad, array.shape, expected.dtype)
         if place is not None and place is grad:
             _refuse_overlap(
                 place,
@@ -69,11 +61,11 @@ class Inputs(NamedTuple):
             old_logps=None if old_logps is None else expected.per_token("old_logps", old_logps),
             advantages=flat_advantages,
             ref_logps=None if ref_logps is None else expected.per_token("ref_logps", ref_logps),
-            mask=None if mask is None else _mask(array.shape, mask),
+            mask=None if mask is None else expected.mask(mask),
             weights=weights,
             loss_weights=of_both,
             grad=None if place is None else _flat_gradient(place),
-            bounds=bounds,
+            bounds=expected.bounds,
             advantages_per_token=advantages_per_token,
             weights_per_token=weights_per_token,
             loss_weights_per_token=loss_weights_per_token,
@@ -94,9 +86,22 @@ class Inputs(NamedTuple):
             self.place[...] = self.batch.grad.reshape(self.shape)
 
 
-class _Expected(NamedTuple):
-    """What arrays beside ``logps`` must be like."""
+def expected_beside(name: str, value: ArrayLike, cu_seqlens: ArrayLike | None) -> tuple[Array, "Expected"]:
+    """The named argument, which says how tokens are laid out and in which dtype to compute, and what follows of it."""
+    array = real(name, value)
+    if array.ndim not in (1, 2):
+        flat_fits = f": {name}.ravel() is (N,)" if array.ndim else ""
+        raise ValueError(f"{name} must be (B, T) or (N,), got shape {array.shape}{flat_fits}")
+    dtype = array.dtype
+    if dtype is not FLOAT64 and dtype is not FLOAT32:
+        dtype = FLOAT32 if dtype.newbyteorder("=") in (np.float32, np.float16) else FLOAT64
+    return array, Expected(name, array.shape, dtype, bounds_of(array.shape, cu_seqlens, beside=name))
 
+
+class Expected(NamedTuple):
+    """What other arrays must be like."""
+
+    beside: str  # the name of the argument that says it
     shape: tuple[int, ...]
     dtype: np.dtype[Any]  # that computes
     bounds: Array
@@ -109,7 +114,7 @@ class _Expected(NamedTuple):
         array = np.atleast_1d(real(name, value))
         if array.shape != self.shape:
             flat_fits = f": {name}.ravel() has it" if (array.size,) == self.shape else ""
-            raise ValueError(f"{name} must have shape {self.shape} as logps, got {array.shape}{flat_fits}")
+            raise ValueError(f"{name} must have shape {self.shape} as {self.beside}, got {array.shape}{flat_fits}")
         return flat(array, self.dtype)
 
     def per_token_or_sequence(self, name: str, value: Any) -> tuple[bool, Array]:
@@ -134,10 +139,25 @@ class _Expected(NamedTuple):
         if not per_token and not per_sequence:
             flat_fits = f": {name}.ravel() has one per sequence" if array.size == sequences else ""
             raise ValueError(
-                f"{name} must have shape {self.shape} as logps or {(sequences,)}, one per sequence, "
+                f"{name} must have shape {self.shape} as {self.beside} or {(sequences,)}, one per sequence, "
                 f"got {array.shape}{flat_fits}"
             )
         return per_token, flat(array, self.dtype)
+
+    def per_sequence(self, name: str, value: Any) -> Array:
+        """The flat array of an argument that has one number for each sequence."""
+        array, sequences = np.atleast_1d(real(name, value)), len(self.bounds) - 1
+        if array.shape not in ((sequences,), (sequences, 1)):
+            raise ValueError(f"{name} must have shape {(sequences,)}, one per sequence, got {array.shape}")
+        return flat(array, self.dtype)
+
+    def mask(self, mask: ArrayLike) -> Array:
+        """The mask as flat bytes; bools are used in place."""
+        array = real("mask", mask)
+        if array.shape != self.shape:
+            raise ValueError(f"mask must have shape {self.shape} as {self.beside}, got {array.shape}")
+        refuse_unless_mask(array, self.shape)
+        return flat(array, np.dtype(np.bool_)).view(np.uint8)
 
     def _is_as_needed(self, value: Any) -> bool:  # as nearly always: the rest would take three times as long
         return (
@@ -185,15 +205,6 @@ def _bounds_of_rows(rows: int, width: int) -> Array:
     """
     # NumPy's own choice of integers has 32 bits on Windows before NumPy 2.
     return np.arange(rows + 1, dtype=np.int64) * width
-
-
-def _mask(shape: tuple[int, ...], mask: ArrayLike) -> Array:
-    """The mask as flat bytes; bools are used in place."""
-    array = real("mask", mask)
-    if array.shape != shape:
-        raise ValueError(f"mask must have shape {shape} as logps, got {array.shape}")
-    refuse_unless_mask(array, shape)
-    return flat(array, np.dtype(np.bool_)).view(np.uint8)
 
 
 # --- the gradient -----------------------------------------------------------------------------------------------------

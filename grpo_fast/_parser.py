@@ -4,6 +4,7 @@ What they make of files is in `_command`; here is what may be written, and the h
 """
 
 import argparse
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,8 @@ from ._advice import flag_of
 from ._checks import did_you_mean
 from ._columns import ARGUMENTS, REQUIRED
 from ._warm_up import DTYPES
+from ._worst import RANKS, SHOWN
+from .rollout_terms import LOWER, UPPER, WEIGHT_LEVELS, WEIGHT_MODES, Reject, RolloutOptions
 from .terms import (
     AGGREGATIONS,
     BETA,
@@ -51,9 +54,11 @@ PICTURES = (".png", ".svg", ".pdf")
 EPSILONS = [0.1, 0.2, 0.3]
 
 _DESCRIPTION = """\
-The GRPO objective and its diagnostics over rollouts in files (Parquet or Arrow IPC), in one read, of any size.
+The GRPO objective and its diagnostics over rollouts in files (Parquet, Arrow IPC, JSON Lines) of any size, in one read.
 
-  grpo-fast evaluate rollouts.parquet                         every diagnostic
+  grpo-fast evaluate run                                      every diagnostic, of all files in a folder
+  grpo-fast evaluate run --by step --plot run.svg             a row, and a point, for each training step
+  grpo-fast worst run --rank mismatch                         the sequences that stand out
   grpo-fast evaluate rollouts.parquet --beta 0.04 --json      with a KL term, as JSON
   grpo-fast sweep rollouts.parquet --plot sweep.svg           the objective over epsilon and beta
   grpo-fast demo                                              no file at hand: synthetic samples, timed beside NumPy
@@ -69,6 +74,8 @@ columns of FILE:
     mask                   if there: 0 where a token does not count
     rollout_is_weights     if there: weights of the policy term, one number, or a list
     loss_weights           if there: weights of policy and KL term, one number, or a list
+    rollout_logps          for --rollout-correction, --plot and worst: under the engine that sampled; null or NaN where
+                           missing
   or a row is a token, with a number in each of these columns; or a sample, given as probabilities:
     rhos, A                ratio and advantage
     pi_theta_old, pi_theta_ref
@@ -79,15 +86,23 @@ columns of FILE:
 """
 _EXAMPLE_EVALUATE = """\
 examples:
+  grpo-fast evaluate run --by step --csv
   grpo-fast evaluate 'run/*.parquet' --epsilon 0.2 --epsilon-high 0.28 --aggregation token-mean
   grpo-fast evaluate rollouts.parquet --columns logps=policy_logps,mask=completion_mask --kl k3 --beta 0.04
   grpo-fast evaluate rollouts.parquet --surrogate cispo --ratio-max 5
   grpo-fast evaluate rollouts.parquet --surrogate unclipped --trust-region tv,0.2
+  grpo-fast evaluate rollouts.parquet --rollout-correction level=sequence,mode=mask,upper=3
+  grpo-fast evaluate rollouts.parquet --rollout-correction mode=raw,reject=ratio:geometric:0.99:1.01
 """
 _EXAMPLE_SWEEP = """\
 examples:
   grpo-fast sweep rollouts.parquet --epsilons 0.1,0.2,0.3 --betas 0,0.01,0.04 --plot sweep.svg
   grpo-fast sweep rollouts.parquet --epsilons 3e-4,4e-4 --importance-sampling-level sequence
+"""
+_EXAMPLE_WORST = """\
+examples:
+  grpo-fast worst run --rank ratio -n 5
+  grpo-fast worst run --rank mismatch --show step,reward --json
 """
 _EXAMPLE_IDENTIFY = """
 The exit code is 0 if it is what it says, 1 where it differs from all of grpo_loss' options.
@@ -188,6 +203,7 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace | None:
     )
     _add_evaluate(subparsers)
     _add_sweep(subparsers)
+    _add_worst(subparsers)
     _add_compile(subparsers)
     _add_identify(subparsers)
     _add_demo(subparsers)
@@ -222,6 +238,26 @@ def _add_evaluate(subparsers: Any) -> None:
     _add_policy_term(parser)
     _add_kl_term(parser)
     _add_aggregation(parser)
+    _add_rollout_correction(parser)
+    _add_reading(parser)
+    _add_by(parser)
+    _add_plot(parser, "draw diagnostics over the column of --by, and the distributions of log-ratios")
+
+
+def _add_worst(subparsers: Any) -> None:
+    about = "the sequences that stand out most over rollouts in files"
+    parser = _subparser(subparsers, "worst", about, "FILE… [OPTION…]", _COLUMNS + _EXAMPLE_WORST)
+    _add_files(parser)
+    parser.add_argument(
+        "--rank",
+        choices=RANKS,
+        default=RANKS[0],
+        help="by a token's log-ratio, the mean KL term, or a token's mismatch with the sampler (ratio)",
+    )
+    parser.add_argument("-n", type=_count, default=20, metavar="N", help="how many (20)")
+    parser.add_argument(
+        "--show", type=_names, metavar="COLUMN,…", help=f"columns to show beside ({', '.join(SHOWN)}, if there)"
+    )
     _add_reading(parser)
 
 
@@ -242,7 +278,8 @@ def _add_sweep(subparsers: Any) -> None:
     _add_kl_gradient(fixed)
     _add_aggregation(parser)
     _add_reading(parser)
-    parser.add_argument("--plot", metavar="PICTURE", help=f"draw it into a file: {', '.join(PICTURES)}")
+    _add_by(parser)
+    _add_plot(parser, "draw it")
 
 
 def _add_compile(subparsers: Any) -> None:
@@ -289,7 +326,7 @@ def _add_demo(subparsers: Any) -> None:
 
 # --- groups of options ------------------------------------------------------------------------------------------------
 def _add_files(parser: Any) -> None:
-    parser.add_argument("files", nargs="+", metavar="FILE", help="a Parquet or Arrow IPC file, or a glob")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a file, folder, glob or URI (s3://…)")
     parser.add_argument(
         "--columns",
         action="append",
@@ -362,14 +399,40 @@ def _add_aggregation(parser: Any) -> None:
         _add_trust_region(group)
 
 
+def _add_rollout_correction(parser: Any) -> None:
+    group = parser.add_argument_group("between trainer and sampler, of log-probabilities")
+    group.add_argument(
+        "--rollout-correction",
+        type=_rollout_correction,
+        metavar="NAME=X,…",
+        help="weigh the policy term by old_logps over rollout_logps: "
+        f"level={'|'.join(WEIGHT_LEVELS)}, mode={'|'.join(WEIGHT_MODES)}, lower=X, upper=X "
+        f"({WEIGHT_LEVELS[0]}, {WEIGHT_MODES[0]}, {LOWER:g}, {UPPER:g}); and by 0 what is outside of "
+        "reject=STATISTIC:LEVEL:LOWER:UPPER, as often as you like, where a bound may be empty: of ratio, k2 or k3, at "
+        "level token, or of a sequence (ratio: sequence, geometric, seq_min, seq_max; else seq_sum, seq_mean, seq_max)",
+    )
+
+
 def _add_reading(parser: Any) -> None:
     group = parser.add_argument_group("reading and printing")
     group.add_argument("--batch-size", type=_count, metavar="ROWS", help="rows read at a time (about 16 MiB)")
     group.add_argument("--workers", type=_count_or_none, default=0, metavar="N", help="processes (this one)")
     group.add_argument("--no-progress", dest="progress", action="store_false", help="no bar on stderr")
-    group.add_argument(
+    form = group.add_mutually_exclusive_group()
+    form.add_argument(
         "--json", action="store_true", help="print JSON, in which infinity, and a mean over nothing, is null"
     )
+    form.add_argument("--csv", action="store_true", help="print CSV, with a line of names first")
+
+
+def _add_by(parser: Any) -> None:
+    parser.add_argument(
+        "--by", metavar="COLUMN", help="a result for each value of a column of ints or strings, or of run/COLUMN=…/"
+    )
+
+
+def _add_plot(parser: Any, what: str) -> None:
+    parser.add_argument("--plot", metavar="PICTURE", help=f"{what}, into a file: {', '.join(PICTURES)}")
 
 
 # --- types of values --------------------------------------------------------------------------------------------------
@@ -378,6 +441,10 @@ def _floats(text: str) -> list[float]:
         return [float(number) for number in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be numbers with commas between, got {text!r}") from None
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
 
 
 def _trust_region(text: str) -> Any:
@@ -391,6 +458,47 @@ def _trust_region(text: str) -> Any:
         raise argparse.ArgumentTypeError(f"{name}: {error}") from None
     except TypeError:
         raise argparse.ArgumentTypeError(f"{name}: of other numbers than the help says, got {text!r}") from None
+
+
+def _rollout_correction(text: str) -> dict[str, Any]:
+    """The options in ``NAME=X,NAME=X``, checked."""
+    options: dict[str, Any] = {"reject": []}
+    allowed = RolloutOptions._fields
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if not value or name not in allowed:
+            several = ", ".join(f"{name}=…" for name in allowed)
+            meant = did_you_mean(name, allowed)
+            raise argparse.ArgumentTypeError(f"must be {several}, with commas between several, got {part!r}{meant}")
+        if name == "reject":
+            options["reject"].append(_reject(value))
+        elif name in options:
+            raise argparse.ArgumentTypeError(f"must name {name} once, got {text!r}")
+        else:
+            options[name] = value if name in ("level", "mode") else _floats(value)[0]
+    with _as_type_error():
+        RolloutOptions(**options)
+    return options
+
+
+def _reject(text: str) -> Reject:
+    statistic, _, rest = text.partition(":")
+    level, *bounds = rest.split(":")
+    if not 1 <= len(bounds) <= 2:
+        raise argparse.ArgumentTypeError(f"must have reject=STATISTIC:LEVEL:LOWER:UPPER, got {text!r}")
+    low, high = (_floats(bound)[0] if bound else None for bound in (*bounds, "")[:2])
+    which: Any = {"statistic": statistic, "level": level}
+    with _as_type_error():
+        return Reject(**which, lower=-math.inf if low is None else low, upper=math.inf if high is None else high)
+
+
+@contextmanager
+def _as_type_error() -> Iterator[None]:
+    """A context in which an option's ValueError becomes that of its text."""
+    try:
+        yield
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _whole(text: str, least: int) -> int:

@@ -1,55 +1,94 @@
-"""Which files are named, by paths and globs; and what to do with what is no path."""
+"""Which files are named, by paths, globs and directories; and what to do with what is neither a path nor a table."""
 
 import glob
 import io
 import itertools
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from ._checks import closest
+from ._directories import files_below
+from ._filesystems import is_uri, of_uri, remote_files
+from ._sources import File, Source, printable, table_of
+
+
+class ArrowStream(Protocol):
+    """A table of any library: of pandas, polars, pyarrow."""
+
+    def __arrow_c_stream__(self, requested_schema: Any = None) -> Any: ...
+
 
 Path: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
-Paths: TypeAlias = Path | Iterable[Path]
+Paths: TypeAlias = Path | ArrowStream | Iterable[Path | ArrowStream]
 
 
-def printable(path: str) -> str:
-    """The path as messages have it: bytes in it that are not UTF-8, which nobody could print, as backslashes."""
-    return os.fsencode(path).decode(errors="backslashreplace")
-
-
-def find(paths: Paths) -> list[str]:
-    """The files that ``paths``, which may be globs, name, in order.
+def find(paths: Paths, filesystem: Any = None) -> list[Source]:
+    """The files that ``paths``, which may be globs and directories, name, in order; and the tables among them.
 
     Raises
     ------
     TypeError
-        There is something else than paths.
+        There is something else than paths and tables.
     FileNotFoundError, ValueError
         A path or glob names no file, or two name the same one, which would count twice.
     """
-    files: dict[str, str] = {}  # by their real paths
+    sources: dict[object, Source] = {}  # by what tells them apart
+    several: Iterable[Any]
     if isinstance(paths, (str, bytes, os.PathLike)):
-        paths = [paths]
-    elif not _is_array_of_paths(paths) and ((instead := _instead_of_paths(paths)) or not isinstance(paths, Iterable)):
+        several = [paths]
+    elif _is_array_of_paths(paths):
+        several = paths  # type: ignore[assignment]
+    elif table := table_of(paths):
+        several = [table]
+    elif (instead := _instead_of_paths(paths)) or not isinstance(paths, Iterable):
         raise TypeError(f"paths must be a path or an iterable of them, got {instead or repr(paths)}")
-    for path in paths:
-        if not isinstance(path, (str, bytes, os.PathLike)):
+    else:
+        several = paths
+    for path in several:
+        for source in _found(path, filesystem):
+            same = _identity(source, sources)
+            if same in sources:
+                raise ValueError(f"{source} is named twice and would be counted twice")
+            sources[same] = source
+    if not sources:
+        raise ValueError("paths must name at least one file, got none")
+    return list(sources.values())
+
+
+def _identity(source: Source, others: Mapping[object, Source]) -> object:
+    """What is the same of two names of the same file, as which one of the others may be there."""
+    if not isinstance(source, File):
+        return id(source)
+    if source.filesystem is None:
+        return os.path.realpath(source.path)
+    for number in itertools.count():  # file systems can be compared, but not hashed
+        other = others.get((source.path, number))
+        if other is None or other == source:
+            return source.path, number
+    raise AssertionError("unreachable")
+
+
+def _found(path: Any, filesystem: Any) -> list[Source]:
+    """The files that one of the paths names, or the table that it is."""
+    if not isinstance(path, (str, bytes, os.PathLike)):
+        table = path if not isinstance(path, (str, bytes)) and hasattr(path, "row_group_count") else table_of(path)
+        if table is None:
             what = _instead_of_paths(path) or repr(path)
             raise TypeError(f"paths must be a path or an iterable of them, got {what} among them")
-        pattern = os.fsdecode(path)
-        matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-        if not matches:
-            raise FileNotFoundError(f"no such file: {printable(pattern)}{_like(pattern)}")
-        for name in matches:
-            if os.path.isdir(name):
-                raise ValueError(f"{printable(name)} is a directory; name its files, for example {_files_in(name)}")
-            if os.path.realpath(name) in files:
-                raise ValueError(f"{printable(name)} is named twice and would be counted twice")
-            files[os.path.realpath(name)] = name
-    if not files:
-        raise ValueError("paths must name at least one file, got none")
-    return list(files.values())
+        return [table]
+    pattern = os.fsdecode(path)
+    if filesystem is None and is_uri(pattern):
+        filesystem, pattern = of_uri(pattern)
+    if filesystem is not None:
+        return list(remote_files(filesystem, pattern))
+    matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    if not matches:
+        raise FileNotFoundError(f"no such file: {printable(pattern)}{_like(pattern)}")
+    names: list[str] = []
+    for name in matches:
+        names += files_below(name) if os.path.isdir(name) else [name]
+    return [File(name) for name in dict.fromkeys(names)]  # a glob may match a directory and what is in it
 
 
 def _like(path: str) -> str:
@@ -108,12 +147,3 @@ def _instead_of_paths(value: Any) -> str | None:
         name = getattr(value, "name", None)
         return f"{what}: name the file instead, {name!r}" if isinstance(name, str) else f"{what}: name a file instead"
     return None
-
-
-def _files_in(directory: str) -> str:
-    """A glob for the files of rollouts in a directory, or below it."""
-    for suffix in ("parquet", "arrow"):
-        for pattern in (f"*.{suffix}", f"**/*.{suffix}"):
-            if next(glob.iglob(os.path.join(glob.escape(directory), pattern), recursive=True), None):
-                return printable(os.path.join(directory, pattern))
-    return printable(os.path.join(directory, "*.parquet"))

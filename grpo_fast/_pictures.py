@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from .stats import Sweep
+from ._atomic import replaced_when_complete
+from .stats import Stats, Sweep
 
 TEXT = "#777e86"
 OTHERS = "#8b9098"  # what ours stands beside
@@ -53,23 +54,10 @@ def picture(path: str, width: float, height: float) -> Iterator[Any]:
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    with style.context(["default", STYLE]), _replaced_when_complete(path) as temporary:
+    with style.context(["default", STYLE]), replaced_when_complete(path) as temporary:
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
         figure.savefig(temporary, metadata={"Date": None} if path.endswith(".svg") else None)
-
-
-@contextmanager
-def _replaced_when_complete(path: str) -> Iterator[str]:
-    """The name of a file beside ``path`` to write to; afterwards it is moved there, or removed on an exception."""
-    stem, suffix = os.path.splitext(path)
-    temporary = f"{stem}.{os.getpid()}{suffix}"
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
 
 
 def draw_sweep(result: Sweep, path: str, files: Sequence[str], unit: str) -> None:
@@ -81,7 +69,7 @@ def draw_sweep(result: Sweep, path: str, files: Sequence[str], unit: str) -> Non
     from matplotlib.ticker import PercentFormatter
 
     with picture(path, 9, 3.9) as figure:
-        title = f"{_name_of(files)}: {_size_of(result, unit)}"
+        title = f"{name_of(files)}: {size_of(result, unit)}"
         figure.suptitle(title, x=0.01, ha="left", parse_math=False)  # a $ in the name of a file is one
         left, right = figure.subplots(1, 2)
         if len(result.epsilons) > 1:
@@ -89,7 +77,7 @@ def draw_sweep(result: Sweep, path: str, files: Sequence[str], unit: str) -> Non
         else:
             _draw_one_epsilon(result, left, right)
         clipped = np.append(result.clip_ratio_low, result.clip_ratio_high)
-        right.set(title=f"clipped {unit}", ylim=_from_zero(clipped))
+        right.set(title=f"clipped {unit}", ylim=ends_from_zero(clipped))
         right.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
@@ -107,9 +95,9 @@ def _draw_over_epsilon(result: Sweep, left: Any, right: Any) -> None:
         left.plot(result.epsilons, objective, marker="o", color=color, label=f"β = {beta:g}")
     for fractions, label in zip((result.clip_ratio_low, result.clip_ratio_high), _clipped(result), strict=True):
         right.plot(result.epsilons, fractions, marker="o", label=label)
-    left.set(title="objective", ylim=_limits(result.objective))
+    left.set(title="objective", ylim=limits(result.objective))
     for axes in (left, right):
-        axes.set(xlabel="ε", xlim=_from_zero(result.epsilons))
+        axes.set(xlabel="ε", xlim=ends_from_zero(result.epsilons))
         axes.locator_params("x", nbins=6)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3 if axes is right else 4)
 
@@ -118,8 +106,8 @@ def _draw_one_epsilon(result: Sweep, left: Any, right: Any) -> None:
     """The objective over β, and a bar for what is clipped on either side."""
     left.plot(result.betas, result.objective[0], marker="o")
     from_zero = np.append(result.objective, 0.0)  # what a single number is large or small beside
-    limits = _limits(from_zero if len(result.betas) == 1 else result.objective)
-    left.set(title=f"objective, ε = {result.epsilons[0]:g}", xlabel="β", xlim=_from_zero(result.betas), ylim=limits)
+    ends = limits(from_zero if len(result.betas) == 1 else result.objective)
+    left.set(title=f"objective, ε = {result.epsilons[0]:g}", xlabel="β", xlim=ends_from_zero(result.betas), ylim=ends)
     fractions = [float(result.clip_ratio_low[0]), float(result.clip_ratio_high[0])]
     bars = right.bar(_clipped(result), fractions, width=0.5, color=_ordered_colors(2))
     right.bar_label(bars, [f"{fraction:.3%}" for fraction in fractions], padding=2)
@@ -137,25 +125,25 @@ def _ordered_colors(count: int) -> list[Any]:
     return list(LinearSegmentedColormap.from_list("", cycle[:2])(np.linspace(0, 1, count)))
 
 
-def _name_of(files: Sequence[str]) -> str:
+def name_of(files: Sequence[str]) -> str:
     """What to call the files: the name of the first, and how many more there are."""
     name = "".join(c if c.isprintable() else "?" for c in os.path.basename(files[0]))  # as XML, and a font, can have it
     name = name if len(name) <= 60 else f"{name[:30]}…{name[-29:]}"
     return name if len(files) == 1 else f"{name} and {len(files) - 1} more"
 
 
-def _size_of(result: Sweep, unit: str) -> str:
+def size_of(result: Sweep | Stats, unit: str) -> str:
     """How many tokens or samples it is over, and of how many completions, if that is known."""
     completions = "" if result.sequence_count is None else f" in {result.sequence_count:,} completions"
     return f"{result.tokens:,} {unit}{completions}"
 
 
-def _from_zero(values: Any) -> tuple[float, float]:
+def ends_from_zero(values: Any) -> tuple[float, float]:
     """The ends of an axis from 0 that shows all values, none of them negative."""
     return 0.0, 1.08 * float(np.max(values, where=np.isfinite(values), initial=0.0)) or 1.0
 
 
-def _limits(values: Any) -> tuple[float, float]:
+def limits(values: Any) -> tuple[float, float]:
     """The ends of an axis that shows all values: never less than a twentieth of the largest from end to end.
 
     Fitted to its values alone, it would make a mountain of what differs in the fifth digit.

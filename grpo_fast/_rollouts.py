@@ -1,4 +1,4 @@
-"""Rollout files, Parquet or Arrow IPC, as batches of arrays; errors name file, row group and, if possible, column.
+"""Rollout files, and tables in memory, as batches of arrays; errors name file, row group and, if possible, column.
 
 What is read, `_plan` has found out: here are the row groups batch by batch, and then the arrays of a batch.
 """
@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ._arrow import UNREADABLE, column_of, is_list, is_list_view, types
 from ._checks import Array, refuse_unless_mask
-from ._columns import PER_SEQUENCE
-from ._formats import UNREADABLE, File, is_list, is_list_view, opened, types
-from ._paths import printable
-from ._plan import ColumnLayout, RowGroup, layout_of
+from ._columns import MAY_BE_NULL, PER_SEQUENCE
+from ._formats import OpenFile, opened
+from ._layouts import ColumnLayout, layout_of
+from ._plan import RowGroup
 
 
 # --- row groups, batch by batch ---------------------------------------------------------------------------------------
@@ -24,6 +25,19 @@ class RowBatch(NamedTuple):
     first_row: int  # within the row group
     records: Any  # the rows: a pyarrow.RecordBatch
 
+    def part(self, start: int, count: int) -> "RowBatch":
+        """So many of the rows from ``start`` on."""
+        return self._replace(first_row=self.first_row + start, records=self.records.slice(start, count))
+
+    def arrays(self) -> dict[str, Array]:
+        """The arguments that these rows hold."""
+        return arrays_of(self.records, self.row_group.layout)
+
+    def where(self, row: int) -> str:
+        """Where one of the rows is, for messages: within its row group, if its file has such."""
+        first = self.first_row if self.row_group.noun else self.row_group.first_row + self.first_row
+        return f"{self.row_group}, row {first + row}"
+
 
 def row_batches(row_groups: Iterable[RowGroup], batch_size: int | None, use_threads: bool) -> Generator[RowBatch]:
     """Read the row groups, and yield their rows in order, in batches of about ``batch_size``.
@@ -31,14 +45,14 @@ def row_batches(row_groups: Iterable[RowGroup], batch_size: int | None, use_thre
     With ``use_threads`` pyarrow may decode columns on several threads. Raises the ValueErrors of `plan`, and one that
     names row group and, if possible, column, where the file cannot be read.
     """
-    for (path, layout), of_one_file in groupby(row_groups, key=lambda row_group: (row_group.path, row_group.layout)):
+    for (source, layout), of_one_file in groupby(row_groups, key=lambda x: (x.source, x.layout)):
         columns = layout.names
         wanted: dict[str, tuple[str, ...]] = {argument: (column,) for argument, column in layout.columns.items()}
         if layout.more_masks:
             wanted["mask"] += layout.more_masks
-        file = opened(path)
+        file = opened(source)
         # It was checked by `plan`, but may have changed since, or be another one on a worker's machine.
-        layout_of(printable(path), file.schema, wanted, set(wanted))
+        layout_of(str(source), file.schema, wanted, set())
         for row_group in of_one_file:
             first_row = 0
             try:
@@ -51,7 +65,7 @@ def row_batches(row_groups: Iterable[RowGroup], batch_size: int | None, use_thre
                 raise ValueError(f"{where}: cannot be read: {error}") from error
 
 
-def _unreadable_column(file: File, number: int, columns: list[str]) -> str | None:
+def _unreadable_column(file: OpenFile, number: int, columns: list[str]) -> str | None:
     """The first column of row group ``number`` that cannot be read by itself; None if all can. Reads them to see."""
     for column in columns:
         try:
@@ -67,7 +81,7 @@ def arrays_of(records: Any, layout: ColumnLayout) -> dict[str, Array]:
     """The arguments by name: the numbers of each column as a flat array; of lists, ``cu_seqlens``, too.
 
     The arrays are on pyarrow's memory, but for list views, masks of bools and numbers of which some are null. A null
-    is NaN where it is masked, or of a sequence without tokens.
+    is NaN where it is masked, or of a sequence without tokens, or stands for a number that is missing.
 
     Raises
     ------
@@ -80,7 +94,7 @@ def arrays_of(records: Any, layout: ColumnLayout) -> dict[str, Array]:
     first, reference_column = next(iter(layout.columns.items()))  # which has one number for each token
     bounds = None
     for argument, column in [*layout.columns.items(), *(("mask", column) for column in layout.more_masks)]:
-        values = records.column(column)
+        values = column_of(records, column)
         in_lists[argument] = is_list(values.type)
         if in_lists[argument]:
             if values.null_count:
@@ -93,7 +107,8 @@ def arrays_of(records: Any, layout: ColumnLayout) -> dict[str, Array]:
         if values.null_count:
             if argument == "mask":
                 raise ValueError(f"column {column!r} has a null{' in a list' if in_lists[argument] else ''}")
-            nulls[argument] = values.is_null().to_numpy(zero_copy_only=False)
+            if argument not in MAY_BE_NULL:
+                nulls[argument] = values.is_null().to_numpy(zero_copy_only=False)
         copied = values.null_count or types.is_boolean(values.type) or types.is_null(values.type)
         array = values.to_numpy(zero_copy_only=not copied)
         if array.dtype == object:  # of pyarrow's type null: there are none, or all are masked
@@ -115,6 +130,19 @@ def arrays_of(records: Any, layout: ColumnLayout) -> dict[str, Array]:
         for argument in arguments.keys() & PER_SEQUENCE:  # in shapes of which grpo_loss knows what they are
             arguments[argument] = arguments[argument].reshape((1, -1) if in_lists[argument] else (-1, 1))
     return arguments
+
+
+def rows_of(arrays: dict[str, Array], start: int, stop: int) -> dict[str, Array]:
+    """Those of the rows from ``start`` to before ``stop``, of what `arrays_of` has made."""
+    bounds = arrays.get("cu_seqlens")
+    if bounds is None:
+        return {name: x[start:stop] for name, x in arrays.items()}
+    first, last = int(bounds[start]), int(bounds[stop])
+    part = {name: x[first:last] for name, x in arrays.items() if x.ndim == 1}
+    for name, x in arrays.items():
+        if x.ndim == 2:  # per token, (1, N), or per sequence, (S, 1)
+            part[name] = x[start:stop] if len(x) == len(bounds) - 1 and x.shape[1] == 1 else x[:, first:last]
+    return part | {"cu_seqlens": bounds[start : stop + 1] - first}
 
 
 def _unequal_lengths(column: str, bounds: Array, reference_column: str, reference_bounds: Array) -> ValueError:

@@ -13,6 +13,8 @@ from ._checks import flag, one_of
 from ._kernels.threads import WORTH_SHARING
 from .loss import grpo_loss
 from .objective import grpo_objective, grpo_stats, grpo_sweep
+from .rollout import rollout_correction
+from .rollout_terms import Reject, WeightLevel
 from .terms import (
     CISPO,
     DEFAULT_SURROGATE,
@@ -75,11 +77,11 @@ def warm_up(
     """Compile what `grpo_loss` with these options needs, for small and for large batches, so that no later call waits.
 
     Where all options but ``grad`` and ``dtype`` are as they are unless given: for every call of the guide's table of
-    papers, and for `grpo_objective`, `grpo_stats` and `grpo_sweep`, which takes minutes. What was compiled before is
-    only loaded. It is kept on disk for all processes of this user (in ``NUMBA_CACHE_DIR``, if that is set, as for an
-    image), on this kind of CPU. `evaluate`, `sweep` and `grpo_fast.torch.grpo_loss` need the same. What only several
-    threads need is compiled where there are several (`numba.get_num_threads`): on one, a process that has more of them
-    will still wait for it.
+    papers, for `grpo_objective`, `grpo_stats` and `grpo_sweep`, and for `rollout_correction`, which takes minutes. What
+    was compiled before is only loaded. It is kept on disk for all processes of this user (in ``NUMBA_CACHE_DIR``, if
+    that is set, as for an image), on this kind of CPU. `evaluate`, `sweep` and `grpo_fast.torch.grpo_loss` need the
+    same. What only several threads need is compiled where there are several (`numba.get_num_threads`): on one, a
+    process that has more of them will still wait for it.
 
     Parameters
     ----------
@@ -119,12 +121,13 @@ def calls_with(options: dict[str, Any], arrays: dict[str, bool]) -> dict[str, di
 def steps(
     calls: dict[str, dict[str, Any]], grads: Iterable[bool], dtypes: Iterable[DType]
 ) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Yield the name of each of the ``calls``, and what compiles it; of all `PAPERS`, those of probabilities, too."""
+    """Yield the name of each of the ``calls``, and what compiles it; of all `PAPERS`, the other functions, too."""
     for dtype, (name, options) in product(dtypes, calls.items()):
         yield f"{name}, {dtype}", partial(_compile_loss, tuple(grads), dtype, **options)
     if calls is PAPERS:
         for dtype in dtypes:
             yield f"from probabilities, {dtype}", partial(_compile_objective, dtype)
+            yield f"rollout_correction, {dtype}", partial(_compile_rollout_correction, dtype)
 
 
 def _compile_loss(
@@ -169,3 +172,14 @@ def _compile_objective(dtype: DType) -> None:
         grpo_objective(x, x, x, x, importance_weighted=importance_weighted)
         grpo_stats(x, x, x, x, importance_weighted=importance_weighted)
         grpo_sweep(x, x, x, x, 0.2, 0.01, importance_weighted=importance_weighted)
+
+
+def _compile_rollout_correction(dtype: DType) -> None:
+    """Call `rollout_correction` with weights of tokens and of sequences, and rejections of neither and of either."""
+    rejects = (), Reject("ratio", "geometric", 0.5), Reject("ratio", "token", 0.5)
+    levels: tuple[WeightLevel, ...] = "token", "sequence"
+    for shape, masked in product(((2, 1), (2, WORTH_SHARING // 4), (1, WORTH_SHARING + 1)), (True, False)):
+        x = np.full(shape, -1.0, dtype)
+        for level, reject in product(levels, rejects):
+            mask = np.ones(shape, np.bool_) if masked else None
+            rollout_correction(x, x, mask=mask, level=level, reject=reject, normalize=True)

@@ -55,7 +55,7 @@ class Progress:
     the first rows are done.
     """
 
-    def __init__(self, rows: int, shown: bool, at_first: str = "") -> None:
+    def __init__(self, rows: int | None, shown: bool, at_first: str = "") -> None:
         self._bar: Any = None
         self._stack = ExitStack()
         if shown:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Never, TypeAlias
+from typing import Literal, Never, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -10,15 +10,16 @@ from numpy.typing import ArrayLike, NDArray
 from ._checks import (
     as_array,
     as_given,
-    first_problem,
     flag,
+    float_dtype,
     hides_unknown,
     not_negative,
     number,
     one_of,
     real,
     refuse_unknown,
-    refuse_unless_mask,
+    refuse_unless_finite,
+    unmasked,
 )
 from ._groups import Groups, checked_rewards, divided, groups_of, std_of_all
 
@@ -129,7 +130,7 @@ def group_advantages(
             _refuse_unless_positive(groups, eps, np.flatnonzero(present), array.shape)
             centred = divided(centred, groups.mean[groups.of] + eps)
         result[present] = centred
-    return as_given(rewards, result.astype(_result_dtype(array)).reshape(array.shape))
+    return as_given(rewards, result.astype(float_dtype(array)).reshape(array.shape))
 
 
 @np.errstate(all="ignore")
@@ -204,7 +205,7 @@ def gdpo_advantages(
     if scored.any():
         x = total[scored]
         result[scored] = divided(x - x[0] - np.mean(x - x[0]), std_of_all(x, 1) + eps)
-    return as_given(rewards, result.astype(_result_dtype(array)))
+    return as_given(rewards, result.astype(float_dtype(array)))
 
 
 @np.errstate(all="ignore")
@@ -238,30 +239,15 @@ def whiten(advantages: ArrayLike, mask: ArrayLike | None = None) -> NDArray[np.f
     REINFORCE++-baseline, arXiv:2501.03262; verl ``masked_whiten``.
     """
     array = real("advantages", advantages)
-    keep = np.ones(array.shape, np.bool_)
-    if mask is not None:
-        given = real("mask", mask)
-        if given.shape != array.shape:
-            raise ValueError(f"mask must have shape {array.shape} as advantages, got {given.shape}")
-        refuse_unless_mask(given, array.shape)
-        keep = given.astype(np.bool_)
-    message = "advantages must be finite where not masked, got advantages[{i}] = {values[0]!r}"
-    problem = first_problem(
-        lambda a, kept: {message: ~np.isfinite(a) & kept}, [array.reshape(-1), keep.reshape(-1)], array.shape
-    )
-    if problem:
-        raise ValueError(problem)
+    keep = unmasked("advantages", array, mask)
+    refuse_unless_finite("advantages", array, keep)
     result = np.zeros(array.shape)
     if np.count_nonzero(keep) > 1:
         x = array[keep].astype(np.float64)
         x = x - x[0]
         x = x - np.mean(x)
         result[keep] = x / np.sqrt(np.sum(x * x) / (x.size - 1) + _WHITENING)
-    return as_given(advantages, result.astype(_result_dtype(array)))
-
-
-def _result_dtype(array: NDArray[Any]) -> np.dtype[Any]:
-    return array.dtype if array.dtype.kind == "f" else np.dtype(np.float64)
+    return as_given(advantages, result.astype(float_dtype(array)))
 
 
 def _checked_options(

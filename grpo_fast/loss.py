@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import numpy as np
@@ -15,17 +14,11 @@ from ._kernels.blocks import BLOCK, blocks_in
 from ._kernels.formulas import HELD_CONSTANT, kl_for_kernels
 from ._kernels.sums import empty_accumulators, merged
 from ._kernels.tasks import perform
-from ._kernels.tokens import Batch, Extent, LossTerms, begin_long_sequence
+from ._kernels.tokens import Batch, LossTerms
 from ._loss_inputs import Inputs, refuse_if_not_finite
+from ._shares import all_sequences, begin_long, ranges_of
 from .stats import Stats
 from .terms import DEFAULT_SURROGATE, GMPO, KL, Aggregation, Level, Options, Surrogate, TrustRegion
-
-#: Into so many ranges each task's sequences are cut, of about equal length: tasks take them in turns, and so share the
-#: padding, wherever in the batch the short sequences are.
-_RANGES = 16
-#: Sequences of more tokens may be shared out among the threads, one after the other.
-_LONG = 1 << 16
-
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar
@@ -270,10 +263,10 @@ def _at_token_level(batch: Batch, terms: LossTerms, accumulators: Array) -> None
     """Add a batch to the accumulators, of which each is a task's, and write its gradient."""
     tasks = len(accumulators)
     if tasks == 1:
-        arguments = (*batch, *terms, None, _all_sequences(batch), batch.logps.size, accumulators)
+        arguments = (*batch, *terms, None, all_sequences(batch), batch.logps.size, accumulators)
         perform(token_level.token_level, arguments, tasks)
         return
-    ranges, limit, long = _ranges(batch, tasks)
+    ranges, limit, long = ranges_of(batch, tasks)
     if len(long) < len(batch.bounds) - 1:  # there are others
         perform(token_level.token_level, (*batch, *terms, None, ranges, limit, accumulators), tasks)
     if long:
@@ -288,14 +281,14 @@ def _at_sequence_level(batch: Batch, terms: LossTerms, accumulators: Array) -> N
     """Add a batch to the accumulators, of which each is a task's, and write its gradient."""
     tasks = len(accumulators)
     if tasks == 1:
-        arguments = (*batch, *terms, _all_sequences(batch), batch.logps.size, accumulators)
+        arguments = (*batch, *terms, all_sequences(batch), batch.logps.size, accumulators)
         perform(sequence_level.sequence_level, arguments, tasks)
         return
-    ranges, limit, long = _ranges(batch, tasks)
+    ranges, limit, long = ranges_of(batch, tasks)
     if len(long) < len(batch.bounds) - 1:  # there are others
         perform(sequence_level.sequence_level, (*batch, *terms, ranges, limit, accumulators), tasks)
     for sequence in long:
-        extent = _begin_long_sequence(batch, sequence, accumulators)
+        extent = begin_long(batch, sequence, accumulators)
         if extent.tokens:
             collected = np.empty(blocks_in(extent.stop - extent.start), sequence_level.COLLECTED)
             perform(sequence_level.collect_long, (batch, terms, sequence, extent, collected, tasks), tasks)
@@ -305,41 +298,9 @@ def _at_sequence_level(batch: Batch, terms: LossTerms, accumulators: Array) -> N
                 perform(sequence_level.spread_long, (batch, terms, coefficients, sequence, extent, tasks), tasks)
 
 
-def _all_sequences(batch: Batch) -> Array:
-    """The one range of sequences for the one task that does all."""
-    return _one_range(len(batch.bounds) - 1)
-
-
-@lru_cache(maxsize=256)
-def _one_range(sequences: int) -> Array:
-    """The range of so many sequences; an array that nobody may write to, as all calls share it."""
-    return np.array([[0, sequences]], np.int64)
-
-
-def _ranges(batch: Batch, tasks: int) -> tuple[Array, int, list[int]]:
-    """Ranges of sequences for tasks to take in turns; the length beyond which one is shared out; those longer."""
-    bounds, size, count = batch.bounds, batch.logps.size, _RANGES * tasks
-    limit = max(_LONG, size // count)
-    edges = np.searchsorted(bounds, np.arange(count + 1) * (size / count))
-    edges[-1] = len(bounds) - 1
-    ranges = np.empty((count, 2), np.int64)
-    ranges[:, 0], ranges[:, 1] = edges[:-1], edges[1:]
-    # From large to small: in any other order one task's turns could all be the larger ranges, or the only ones.
-    sizes = bounds[ranges[:, 1]] - bounds[ranges[:, 0]]
-    ranges = ranges[np.argsort(-sizes, kind="stable")]
-    lengths = bounds[1:] - bounds[:-1]
-    return ranges, limit, np.flatnonzero(lengths > limit).tolist() if lengths.max() > limit else []
-
-
-def _begin_long_sequence(batch: Batch, sequence: int, accumulators: Array) -> Extent:
-    """`tokens.begin_sequence`, with its side effects, for a sequence that is shared out."""
-    first, last = batch.bounds[sequence : sequence + 2].tolist()
-    return Extent(*begin_long_sequence(batch.mask, batch.grad, first, last, accumulators))
-
-
 def _spans(batch: Batch, sequence: int, tasks: int, accumulators: Array) -> token_level.Spans:
     """A long sequence, begun, as spans of whole blocks: one for each task."""
-    extent = _begin_long_sequence(batch, sequence, accumulators)
+    extent = begin_long(batch, sequence, accumulators)
     blocks = blocks_in(extent.stop - extent.start)
     cuts = extent.start + np.arange(tasks + 1, dtype=np.int64) * blocks // tasks * BLOCK
     stops = np.minimum(cuts[1:], extent.stop)

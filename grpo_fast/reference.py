@@ -2,9 +2,9 @@
 
 First ``grpo_objective``, over probabilities: also what the benchmarks call "NumPy", and what you can compare with in
 one line. Then ``grpo_loss``, which forgets what is masked and then reads like the formula; below it one function for
-each idea, in the order of use: the ratio, the policy term, the KL term, the aggregation, the diagnostics; last, how
-tokens are cut into sequences and checked. Nothing here is shared with the kernels but the options. One file, though a
-long one: it is read from top to bottom, with a paper beside it.
+each idea, in the order of use: the ratio, the policy term, the KL term, the aggregation, the diagnostics; then how
+tokens are cut into sequences and checked; last ``rollout_correction``, of trainer and sampler. Nothing here is shared
+with the kernels but the options. One file, though a long one: it is read from top to bottom, with a paper beside it.
 
 Notation, per unmasked token t of sequence i: ρ = π_θ/π_old, A the advantage, l = log π_θ − log π_ref, s the policy
 term, w the rollout weight, k the KL estimate (times ρ when importance-weighted), u the loss weight, n_i the unmasked
@@ -22,12 +22,14 @@ Where an ``exp`` overflows, ρ or k is ∞, and 0·∞ is 0 (``times``) as 0·x 
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ._checks import as_array, not_negative, one_of
+from .rollout_terms import Reject, RolloutOptions, WeightLevel, WeightMode
 from .terms import (
     BETA,
     CISPO,
@@ -459,8 +461,131 @@ class _Tokens(NamedTuple):
         """One value per sequence, at each of its tokens."""
         return np.repeat(x, self.counts)
 
-    def sums(self, x: Floats) -> Floats:
+    def sums(self, x: Floats | NDArray[np.bool_]) -> Floats:
         """The float64 sum of each sequence."""
         starts = np.cumsum(self.counts) - self.counts
         # reduceat wants every start inside the array, hence the 0, and does not know empty sequences, hence the where
         return np.where(self.counts > 0, np.add.reduceat(np.append(x, 0.0), starts), 0.0)
+
+
+# --- trainer and sampler ----------------------------------------------------------------------------------------------
+class RolloutReference(NamedTuple):
+    """What ``rollout_correction`` returns: weights and mask in the shape of ``old_logps``, and every diagnostic."""
+
+    weights: Floats
+    mask: NDArray[np.bool_]
+    stats: dict[str, float]
+
+
+@np.errstate(all="ignore")
+def rollout_correction(
+    old_logps: ArrayLike,
+    rollout_logps: ArrayLike,
+    *,
+    mask: ArrayLike | None = None,
+    cu_seqlens: ArrayLike | None = None,
+    level: WeightLevel = "token",
+    mode: WeightMode = "truncate",
+    lower: float | None = None,
+    upper: float | None = None,
+    reject: Reject | Sequence[Reject] = (),
+    normalize: bool = False,
+) -> RolloutReference:
+    """Importance weights r = π_old/π_rollout between trainer and sampler, what they reject, and their diagnostics.
+
+    The arguments are those of ``grpo_fast.rollout_correction``, the names of the diagnostics those of
+    ``grpo_fast.RolloutStats``. What is of a whole sequence is float64 in either dtype; sequences without an unmasked
+    token have none of it. A log r that overflows is the largest number there is (in float64, 1e300), so that no
+    infinities meet.
+    """
+    options = RolloutOptions(level, mode, lower, upper, reject)
+    old_logps = as_array("old_logps", old_logps)
+    old_logps = old_logps.astype(np.float32 if old_logps.dtype in (np.float32, np.float16) else np.float64)
+    tokens = _Tokens.of(old_logps, mask, cu_seqlens)
+    old, rollout = tokens.each("old_logps", old_logps), tokens.each("rollout_logps", rollout_logps)
+    n, some = np.maximum(tokens.counts, 1), tokens.counts > 0
+
+    missing = np.isnan(rollout)
+    rollout = np.where(missing, old, rollout)
+    most = min(float(np.finfo(old.dtype).max), 1e300)
+    log_r = np.clip(old - rollout, -most, most)
+    total = tokens.sums(log_r)
+    terms = {"ratio": log_r, "k2": log_r / 2 * log_r, "k3": k3(-log_r)}
+    r = np.exp(log_r)
+
+    raw = {"token": r, "sequence": np.exp(total)[some], "geometric": np.exp(total / n)[some]}[level]
+    w = np.clip(raw, *options.bounds)
+    if mode == "mask":
+        w = np.where((raw < options.bounds[0]) | (raw > options.bounds[1]), 0, raw)
+    if level != "token":
+        w = np.repeat(w, tokens.counts[some]).astype(old.dtype)
+
+    keeps = np.ones(old.shape, bool)
+    for statistic, of, low, high in options.reject:
+        values = terms[statistic]
+        if of == "token":
+            values = r if statistic == "ratio" else values
+        else:
+            values = tokens.spread(_of_sequence(values, of, tokens))
+            values = np.exp(values) if statistic == "ratio" else values
+        keeps &= (values >= low) & (values <= high)
+    w = np.where(keeps, w, 0)
+
+    kept = tokens.keep.copy()
+    kept[tokens.keep] = keeps
+    weights = np.zeros_like(old_logps)
+    mean = _mean(w) if level == "token" else _mean((tokens.sums(w) / n)[some])
+    weights[tokens.keep] = np.where((w == 0) | (w == math.inf), w, w / mean) if normalize else w
+    return RolloutReference(weights, kept, _rollout_stats(options, tokens, (old, rollout, missing), raw, w, keeps))
+
+
+def _of_sequence(x: Floats, of: str, tokens: "_Tokens") -> Floats:
+    """Of each sequence the sum, mean, least or largest of a statistic, whose logarithm is summed if it is the ratio."""
+    if of in ("sequence", "seq_sum"):
+        return tokens.sums(x)
+    if of in ("geometric", "seq_mean"):
+        return tokens.sums(x) / np.maximum(tokens.counts, 1)
+    starts, fill = np.cumsum(tokens.counts) - tokens.counts, math.inf if of == "seq_min" else -math.inf
+    extreme: Floats = (np.minimum if of == "seq_min" else np.maximum).reduceat(np.append(x, fill), starts)
+    return extreme.astype(np.float64)
+
+
+def _rollout_stats(
+    options: RolloutOptions,
+    tokens: "_Tokens",
+    logps: tuple[Floats, Floats, NDArray[np.bool_]],
+    raw: Floats,
+    w: Floats,
+    keeps: NDArray[np.bool_],
+) -> dict[str, float]:
+    """How far trainer and sampler are apart, and what was made of it; perplexities are of what is not missing."""
+    old, rollout, missing = logps
+    some, w = tokens.counts > 0, w.astype(np.float64)
+    most = min(float(np.finfo(old.dtype).max), 1e300)
+    log_r = np.clip(old - rollout, -most, most)
+    known = tokens.sums(~missing)
+    has = known > 0
+    mean_old, mean_rollout = (tokens.sums(np.where(missing, 0, x))[has] / known[has] for x in (old, rollout))
+    π_old, π_rollout = (np.exp(np.minimum(x, 0)) for x in (old, rollout))
+    has_bounds = options.mode != "raw"
+    extremes = {f"{kind}min": float(x.min()) if x.size else math.nan for kind, x in (("", w), ("raw_", raw))}
+    extremes |= {f"{kind}max": float(x.max()) if x.size else math.nan for kind, x in (("", w), ("raw_", raw))}
+    squares, least = w.size * float(np.sum(w * w)), 2.0**-1022 / 2.0**-52  # below it, they have lost digits
+    return extremes | {
+        "mean": _mean(w),
+        "raw_mean": _mean(raw),
+        "fraction_low": _mean(raw < options.bounds[0]) if has_bounds else math.nan,
+        "fraction_high": _mean(raw > options.bounds[1]) if has_bounds else math.nan,
+        "rejected_tokens": _mean(~keeps),
+        "rejected_sequences": _mean(tokens.sums(keeps)[some] == 0),
+        "k1": _mean(-log_r),
+        "k3": _mean(k3(-log_r)),
+        "chi2_token": _mean(np.exp(log_r).astype(np.float64) ** 2) - 1,
+        "chi2_sequence": _mean(np.exp(tokens.sums(log_r)[some]) ** 2) - 1,
+        "ess": float(np.sum(w)) ** 2 / squares if least < squares < math.inf else math.nan,
+        "train_ppl": _mean(np.exp(-mean_old)),
+        "rollout_ppl": _mean(np.exp(-mean_rollout)),
+        "ppl_ratio": _mean(np.exp(mean_rollout - mean_old)),
+        "prob_diff": _mean(np.abs(π_old - π_rollout)[~missing]),
+        **{"tokens": old.size, "sequences": tokens.counts.size, "missing": int(missing.sum())},
+    }

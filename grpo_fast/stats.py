@@ -5,7 +5,6 @@ of the whole to the last bit.
 """
 
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self
@@ -13,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ._additive import Additive, added_by, each, if_known, same
+from ._additive import Additive, added_by, both_or_neither, each, effective_fraction, if_known, same
 from ._kernels.exact import Exact
 from ._kernels.sums import Clipped, Numerator, Sums, Totals
+from .rollout_stats import RolloutStats
 from .terms import CISPO, GMPO, Clip, Options
 
 #: What `Stats` makes of a kernel's sums when it is first asked for.
@@ -42,9 +42,6 @@ KEYS = {
     "tokens": "tokens",
     "sequences": "sequences",
 }
-
-#: Below it, squares have lost digits, being subnormal.
-_LEAST_SQUARES = sys.float_info.min / sys.float_info.epsilon
 
 
 def objective_of(surrogate: float, kl: float, beta: float) -> float:
@@ -86,6 +83,8 @@ class Stats(Additive):
         N.
     sequences : float
         Number of sequences, those without an unmasked token included; NaN for probabilities, which know none.
+    rollout : RolloutStats or None
+        How far trainer and sampler are apart, if `evaluate` was told a ``rollout_correction``.
     """
 
     # Those of _MADE_LATER must have no defaults: as attributes of the class these would hide `__getattr__`.
@@ -97,6 +96,7 @@ class Stats(Additive):
     clipped: Clipped = added_by(each)  # noqa: RUF009
     least_ratio: float = added_by(min)
     largest_ratio: float = added_by(max)
+    rollout: RolloutStats | None = added_by(both_or_neither, default=None)  # noqa: RUF009
 
     @classmethod
     def of(cls, options: Options, totals: Totals, sequence_count: int | None) -> Self:
@@ -187,9 +187,7 @@ class Stats(Additive):
 
     @property
     def ess(self) -> float:
-        total, squares = float(self.sums.ratio), self.tokens * float(self.sums.ratio_squared)
-        # Of equal ρ, rounding makes more than 1.
-        return min(total * total / squares, 1.0) if _LEAST_SQUARES < squares < math.inf else math.nan
+        return effective_fraction(float(self.sums.ratio), float(self.sums.ratio_squared), self.tokens)
 
     @property
     def approx_kl(self) -> float:
@@ -204,7 +202,8 @@ class Stats(Additive):
 
         So the keys are the same on all ranks and at all steps: without a KL term there is no "kl", without sequences no
         "sequences", without a `Clip` or `GMPO` no "clip_ratio/…" (of which a `GMPO` has no "clip_ratio/delta_mean"),
-        without a `CISPO` no "cispo_clip_ratio", and without a trust region no "trust_region_ratio".
+        without a `CISPO` no "cispo_clip_ratio", and without a trust region no "trust_region_ratio". With ``rollout``
+        there is what that says, too.
         """
         surrogate = type(self.options.surrogate)
         ruled_out = {
@@ -215,10 +214,12 @@ class Stats(Additive):
             **dict.fromkeys(("clip_ratio_low", "clip_ratio_high", "clip_ratio_region"), surrogate not in (Clip, GMPO)),
             "clip_ratio_delta": surrogate is not Clip,
         }
-        return {key: getattr(self, name) for key, name in KEYS.items() if not ruled_out.get(name)}
+        values = {key: getattr(self, name) for key, name in KEYS.items() if not ruled_out.get(name)}
+        return values if self.rollout is None else values | self.rollout.as_dict()
 
     def __repr__(self) -> str:
-        return "\n".join(f"{key:<24} {value:.9g}" for key, value in self.as_dict().items())
+        width = 24 if self.rollout is None else 40
+        return "\n".join(f"{key:<{width}} {value:.9g}" for key, value in self.as_dict().items())
 
 
 def _made_later(options: Options, totals: Totals) -> dict[str, Any]:

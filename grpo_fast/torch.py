@@ -1,20 +1,23 @@
-"""`grpo_loss` for PyTorch: the same function of tensors, which autograd and torch.compile know.
+"""`grpo_loss` for PyTorch, which autograd and torch.compile know; `rollout_correction` and two masks, of tensors.
 
-First the function, and what it is when it is called, an `autograd.Function`; then what it is in a graph, an operator,
+First the loss, and what it is when it is called, an `autograd.Function`; then what it is in a graph, an operator,
 of which a schema takes tensors, strings and numbers; last, what goes in and out of that: options as a kind and its
-numbers, tensors as arrays, `Stats` as bytes.
+numbers, tensors as arrays, `Stats` as bytes. The functions of trainer and sampler, at the end, return constants.
 """
 
 import inspect
 import pickle
-from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, TypedDict, Unpack, get_args, overload
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple, Never, TypeAlias, TypedDict, Unpack, get_args, overload
 
 import numpy as np
 
+from . import rollout
 from ._checks import hides_unknown, not_negative, refuse_unknown
 from .loss import LossResult
 from .loss import grpo_loss as loss_of_arrays
+from .rollout_stats import RolloutStats
+from .rollout_terms import Reject, WeightLevel, WeightMode
 from .stats import Stats
 from .terms import DEFAULT_SURROGATE, K1, K2, K3, KL, KL_GRADIENTS, Aggregation, Level, Options, Surrogate, TrustRegion
 
@@ -413,3 +416,122 @@ def _stats_of(pickled: Tensor) -> Stats:
     """The `Stats` of which `_bytes_of` made these."""
     stats: Stats = pickle.loads(pickled.numpy(force=True).tobytes())
     return stats
+
+
+# --- trainer and sampler ----------------------------------------------------------------------------------------------
+#: What is of them is computed once per batch, on constants: no graph has to know it.
+_outside_graphs: Any = torch.compiler.disable(
+    **({"reason": "it is of constants, once per batch, and made outside of graphs"} if _CAN_BE_SAID else {})
+)
+
+
+class RolloutCorrection(NamedTuple):
+    """What `rollout_correction` returns; it prints as a table."""
+
+    weights: Tensor  # like old_logps, of the dtype that computes: for ``rollout_is_weights`` of `grpo_loss`
+    mask: Tensor  # bools; the mask less what is rejected
+    stats: RolloutStats
+
+    def __repr__(self) -> str:
+        return repr(rollout.RolloutCorrection(self.weights.numpy(), self.mask.numpy(), self.stats))
+
+
+@_outside_graphs
+@hides_unknown
+def rollout_correction(
+    old_logps: Tensor,
+    rollout_logps: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    level: WeightLevel = "token",
+    mode: WeightMode = "truncate",
+    lower: float | None = None,
+    upper: float | None = None,
+    reject: Reject | Iterable[Reject] = (),
+    normalize: bool = False,
+    **unknown: Never,
+) -> RolloutCorrection:
+    """Importance weights between trainer and sampler, and what they reject, as tensors without a gradient; their stats.
+
+    As `grpo_fast.rollout_correction`, whose options, shapes and formulas these are. Not copied: contiguous tensors of
+    float32 and float64, masks of bools, int64 ``cu_seqlens``.
+
+    Parameters
+    ----------
+    old_logps, rollout_logps, mask, cu_seqlens : tensors, on the CPU
+        Taken as constants, whether they require a gradient or not.
+    level, mode, lower, upper, reject, normalize
+        As in `grpo_fast.rollout_correction`.
+
+    Returns
+    -------
+    RolloutCorrection
+        ``weights``, float32 unless ``old_logps`` is float64 or holds ints; ``mask``, bools; ``stats``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `grpo_fast.rollout_correction`, and: an argument is not a tensor, not dense, or not on the CPU.
+    """
+    if unknown:
+        refuse_unknown(rollout_correction, unknown)
+    weights, kept, stats = rollout.rollout_correction(
+        _array(_constant("old_logps", old_logps, optional=False)),
+        _array(_constant("rollout_logps", rollout_logps, optional=False)),
+        mask=_array(_constant("mask", mask)),
+        cu_seqlens=_array(_constant("cu_seqlens", cu_seqlens)),
+        level=level,
+        mode=mode,
+        lower=lower,
+        upper=upper,
+        reject=reject,
+        normalize=normalize,
+    )
+    return RolloutCorrection(torch.from_numpy(weights), torch.from_numpy(kept), stats)
+
+
+@_outside_graphs
+def off_policy_sequence_mask(
+    logps: Tensor,
+    rollout_logps: Tensor,
+    advantages: Tensor,
+    delta: float,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """1 for the tokens of sequences to learn from, 0 for those with A < 0 that the policy has moved too far away from.
+
+    As `grpo_fast.off_policy_sequence_mask`. The tensors are taken as constants, whether they require a gradient or not,
+    and the result has none.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As there, and: an argument is not a tensor, not dense, or not on the CPU.
+    """
+    result = rollout.off_policy_sequence_mask(
+        _array(_constant("logps", logps, optional=False)),
+        _array(_constant("rollout_logps", rollout_logps, optional=False)),
+        _array(_constant("advantages", advantages, optional=False)),
+        delta,
+        mask=_array(_constant("mask", mask)),
+        cu_seqlens=_array(_constant("cu_seqlens", cu_seqlens)),
+    )
+    return torch.from_numpy(result)
+
+
+@_outside_graphs
+def high_entropy_mask(entropies: Tensor, quantile: float, *, mask: Tensor | None = None) -> Tensor:
+    """1 for the tokens where the policy was least certain, 0 for the others; as `grpo_fast.high_entropy_mask`.
+
+    The tensors are taken as constants, whether they require a gradient or not, and the result has none.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As there, and: an argument is not a tensor, not dense, or not on the CPU.
+    """
+    constants = _constant("entropies", entropies, optional=False), _constant("mask", mask)
+    return torch.from_numpy(rollout.high_entropy_mask(_array(constants[0]), quantile, mask=_array(constants[1])))

@@ -5,8 +5,8 @@ and tells what is not as recorded. The inputs are float64 numbers in hex, which 
 prime, so that each comes to stand in each lane.
 
 ``python tests/recorded.py`` compares all cases, says so as it goes, and fails if anything differs. It takes two minutes
-or more where the kernels must be compiled, else some seconds. With ``--write`` it records the results anew, and whoever
-does that changes what was promised.
+or more where the kernels must be compiled, else some seconds. With ``--write`` it records the results anew, of all
+cases or of those named, and whoever does that with old ones changes what was promised.
 """
 
 import argparse
@@ -24,7 +24,18 @@ sys.path.append(str(Path(__file__).with_name("helpers")))  # where pytest does n
 
 from combinations import COMBINATIONS, REGIONS, TOKEN, VARIANTS
 
-from grpo_fast import K3, Sweep, grpo_loss, grpo_objective, grpo_stats, grpo_sweep
+from grpo_fast import (
+    K3,
+    Reject,
+    RolloutStats,
+    Sweep,
+    grpo_loss,
+    grpo_objective,
+    grpo_stats,
+    grpo_sweep,
+    rollout_correction,
+)
+from grpo_fast.rollout_stats import ROLLOUT_KEYS
 from grpo_fast.stats import KEYS
 
 PATH = Path(__file__).with_name("recorded.json")
@@ -35,6 +46,15 @@ LONG = [*LENGTHS, MANY]  # of which one is shared out among the threads
 SHORT = LENGTHS * 300  # enough to be dealt to them
 IN_PARALLEL = [19, 21, 27]  # combinations that are, too; padded and packed
 SHOWN = 20  # of the differences
+CORRECTIONS = {  # of each kernel one, and of each rule
+    "token": {"normalize": True},
+    "token, rejected": {"mode": "mask", "lower": 0.8, "reject": [Reject("ratio", "token", 0.7, 1.4)]},
+    "sequence": {"level": "sequence", "mode": "raw", "reject": [Reject("k2", "seq_mean", upper=0.02)]},
+    "geometric": {
+        "level": "geometric",
+        "reject": [Reject("k3", "token", upper=0.05), Reject("ratio", "geometric", 0.9)],
+    },
+}
 
 
 @cache
@@ -102,6 +122,22 @@ def of_overflows(level, dtype, each):
     return {"grad": result.grad.astype(result.grad.dtype.newbyteorder(">")).tobytes().hex()}
 
 
+def of_corrections(number, kind, dtype, lengths, each):
+    """What rollout_correction finds; the reference policy stands in for the sampler, some of it is missing."""
+    data, n = inputs(kind), sum(lengths)
+    old, rollout = (np.resize(data[name], n).astype(dtype) for name in ("old_logps", "ref_logps"))
+    rollout[::13] = np.nan
+    mask = np.resize(data["mask"] == 1, n)
+    old[~mask] = np.nan
+    cuts = np.append(0, np.cumsum(lengths))
+    options = list(CORRECTIONS.values())[number]
+    result = rollout_correction(each(old), each(rollout), mask=each(mask), cu_seqlens=each(cuts), **options)
+    little_endian = result.weights.dtype.newbyteorder("<")
+    found = {"weights": digest(result.weights.astype(little_endian).tobytes()), "mask": digest(result.mask.tobytes())}
+    found |= {key: float(getattr(result.stats, name)).hex() for key, name in ROLLOUT_KEYS.items()}
+    return found | {"exact sums": digest(sums(result.stats).encode())}
+
+
 def call(row, kind, lengths):
     """The arguments of a call with a row's options; NaN wherever something is masked."""
     data, n = inputs(kind), np.array([sum(lengths)] if row.layout == "plain" else lengths)
@@ -148,6 +184,8 @@ def sums(stats):
     """All that is added up exactly, as text."""
     if isinstance(stats, Sweep):
         values = [*stats.surrogate_numerators, stats.kl_numerator, stats.kl_sum]
+    elif isinstance(stats, RolloutStats):
+        values = stats.sums
     else:
         found = stats.sums
         values = [found.surrogate, found.kl, *stats.numerator, found.ratio, found.ratio_squared, found.log_ratio]
@@ -186,6 +224,11 @@ CASES = {
     **{
         f"loss overflowing {level} {dtype}": (of_overflows, level, dtype)
         for level, dtype in itertools.product(("token", "sequence"), ("f8", "f4"))
+    },
+    **{
+        f"correction {kind} {number} {dtype} {len(lengths)}": (of_corrections, number, kind, dtype, lengths)
+        for kind, number, dtype in itertools.product(("usual", "unusual"), range(len(CORRECTIONS)), ("f8", "f4"))
+        for lengths in ([LENGTHS, LONG] if kind == "usual" else [LENGTHS])
     },
 }
 
@@ -232,28 +275,30 @@ def compare(cases, until_first=False):
     return found
 
 
-def record():
-    """Record what this process computes."""
+def record(cases):
+    """Record what this process computes in these cases; what is recorded of others stays, if they are still there."""
     results = {}
-    for name, group in groups(CASES):
+    for name, group in groups(cases):
         print(f"{name}, {len(group)} cases", flush=True)
         results |= {case: computed(case) for case in group}
-    PATH.write_text(json.dumps(recording() | {"results": results}, indent=1) + "\n", encoding="utf-8")
+    before = recording()["results"]
+    every = {case: results.get(case, before.get(case)) for case in CASES if case in results or case in before}
+    PATH.write_text(json.dumps(recording() | {"results": every}, indent=1) + "\n", encoding="utf-8")
     print(f"recorded {len(results)} cases in {PATH}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", help="compare only cases whose names begin with one of these")
+    parser.add_argument("words", nargs="*", help="only cases whose names begin with one of these")
     parser.add_argument("--first", action="store_true", help="stop where something differs first")
     parser.add_argument("--write", action="store_true", help="record what this process computes")
     arguments = parser.parse_args()
-    if arguments.write:
-        record()
-        return
     cases = [case for case in CASES if case.startswith(tuple(arguments.words) or "")]
     if not cases:
         parser.error(f"no case begins with {' or '.join(arguments.words)}")
+    if arguments.write:
+        record(cases)
+        return
     begin = time.perf_counter()
     found = compare(cases, arguments.first)
     if not found:

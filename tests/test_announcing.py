@@ -13,7 +13,7 @@ import pytest
 from interpreter import python
 
 import grpo_fast
-from grpo_fast import CISPO, K1, K3, SAPO, Clip, _command, _warm_up, evaluate, grpo_loss, reference, warm_up
+from grpo_fast import CISPO, K1, K3, Clip, _command, _warm_up, evaluate, grpo_loss, reference, warm_up
 from grpo_fast.__main__ import main
 from grpo_fast._kernels import compiling, notices
 from grpo_fast._kernels.threads import WORTH_SHARING
@@ -258,8 +258,8 @@ def test_the_calls_of_all_papers_are_compiled_beforehand():
     exec(re.search(r"^```python\n(.*?)^```", guide, re.M | re.S)[1], before)
     exec(block, before | {"grpo_loss": record})
     rows = re.findall(r"^\| .*arXiv:\S+ \| `(.*?)`", PAGES[0].read_text(encoding="utf-8"), re.M)
-    names = {"K3": K3, "Clip": Clip, "CISPO": CISPO, "SAPO": SAPO, "B": 2, "max_length": 3}
-    calls += [eval(f"dict({row})", names) for row in rows]
+    names = vars(grpo_fast) | {"B": 2, "max_length": 3, "prompt_mean_weights": lambda _: True}
+    calls += [eval(f"dict({row.replace('…', '...')})", names) for row in rows]
     assert len(calls) >= 18
     assert {kind(call) for call in calls} <= {kind(options) for options in _warm_up.PAPERS.values()}
 
@@ -336,13 +336,16 @@ def test_the_command(monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(_warm_up, "_compile_loss", lambda *arguments, **options: calls.append((arguments, options)))
     monkeypatch.setattr(_warm_up, "_compile_objective", lambda dtype: calls.append(dtype))
+    monkeypatch.setattr(_warm_up, "_compile_rollout_correction", lambda dtype: calls.append(f"rollout {dtype}"))
     monkeypatch.setattr(_command, "read", lambda a, b, c, d: calls.append((a.dtype.name, a.size)))
     assert main(["compile"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(calls) - 1 == 2 * len(_warm_up.PAPERS) + 5
+    assert len(lines) == len(calls) - 1 == 2 * len(_warm_up.PAPERS) + 7
     of_samples = calls[2 * len(_warm_up.PAPERS) :]
-    assert of_samples == ["float64", "float32"] + [(dtype, n) for dtype in of_samples[:2] for n in (1, WORTH_SHARING)]
-    assert [line.partition(" ...")[0] for line in lines[-3:-1]] == [f"grpo-fast demo, {x}" for x in of_samples[:2]]
+    dtypes = ["float64", "float32"]
+    demo = [(dtype, n) for dtype in dtypes for n in (1, WORTH_SHARING)]
+    assert of_samples == [name for dtype in dtypes for name in (dtype, f"rollout {dtype}")] + demo
+    assert [line.partition(" ...")[0] for line in lines[-3:-1]] == [f"grpo-fast demo, {x}" for x in dtypes]
     assert lines[-1].startswith("compiled, or found compiled, in ")
     calls.clear()
     line = "compile --surrogate cispo --kl k1 --level sequence --no-mask --no-grad --dtype float32"

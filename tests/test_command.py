@@ -1,5 +1,6 @@
 """The command line, mostly over files: results on stdout, the bar on stderr, exit codes, nothing half-written."""
 
+import csv
 import inspect
 import json
 import math
@@ -37,7 +38,7 @@ from grpo_fast import (
 )
 from grpo_fast.__main__ import main
 from grpo_fast._columns import ARGUMENTS
-from grpo_fast.files import sweep
+from grpo_fast.files import sweep, worst
 
 pa = pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[data]'")
 from rollout_files import PROBABILITIES, table, tokens, write  # noqa: E402
@@ -106,6 +107,83 @@ def test_evaluate_prints_what_stats_print(probabilities, capsys):
     out, err = capsys.readouterr()
     assert out == f"{grpo_stats(**arrays, epsilon=0.1, beta=0.5)}\n"
     assert "1.00k/1.00k" in err
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of three steps, and the arguments of each."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    steps = {step: tokens(8, seed=step) for step in (1, 2, 10)}
+    for step, arrays in steps.items():
+        rows = table(arrays).append_column("step", pa.array([step] * 8))
+        write(folder / f"{step}.parquet", rows)
+    return str(folder), steps
+
+
+def printed(capsys, *arguments):
+    """What a subcommand prints."""
+    assert main([*arguments, "--no-progress"]) == 0
+    return capsys.readouterr().out
+
+
+def test_by_is_a_row_for_each_value(run, capsys):
+    folder, steps = run
+    expected = {step: grpo_loss(**arrays, kl=K3(0.04)).stats for step, arrays in steps.items()}
+    line = ["evaluate", folder, "--by", "step", "--beta", "0.04"]
+    assert json.loads(printed(capsys, *line, "--json")) == [{"step": k} | x.as_dict() for k, x in expected.items()]
+    rows = list(csv.DictReader(printed(capsys, *line, "--csv").splitlines()))
+    assert [{name: float(x) for name, x in row.items()} for row in rows] == [
+        {"step": k} | x.as_dict() for k, x in expected.items()
+    ]
+    head, *lines = printed(capsys, *line).splitlines()
+    assert head.split()[:4] == ["step", "objective", "kl", "clipped"]
+    assert [text.split()[:2] for text in lines] == [[str(k), f"{x.objective:.5g}"] for k, x in expected.items()]
+    assert len({len(text) for text in (head, *lines)}) == 1
+    assert printed(capsys, *line, "--csv", "--workers", "2") == printed(capsys, *line, "--csv")
+
+
+def test_csv_of_one_result_and_of_sweeps(run, capsys):
+    folder, steps = run
+    (row,) = csv.DictReader(printed(capsys, "evaluate", folder, "--csv").splitlines())
+    assert float(row["objective"]) == evaluate(folder).objective
+    line = ["sweep", folder, "--epsilons", "0.1,0.2", "--betas", "0,0.04"]
+    whole = sweep(folder, epsilons=[0.1, 0.2], betas=[0, 0.04])
+    rows = list(csv.DictReader(printed(capsys, *line, "--csv").splitlines()))
+    assert [float(row["objective"]) for row in rows] == whole.objective.ravel().tolist()
+    assert [(row["epsilon"], row["beta"]) for row in rows[:2]] == [("0.1", "0.0"), ("0.1", "0.04")]
+    rows = list(csv.DictReader(printed(capsys, *line, "--csv", "--by", "step").splitlines()))
+    assert [row["step"] for row in rows] == [str(step) for step in steps for _ in range(4)]
+    assert "step 10\n\n" in printed(capsys, *line, "--by", "step")
+    assert len(json.loads(printed(capsys, *line, "--by", "step", "--json"))) == 3
+
+
+def test_a_column_that_is_called_as_a_diagnostic(run, tmp_path, capsys):
+    rows = table(run[1][1]).append_column("tokens", pa.array(["a"] * 8))
+    path = str(write(tmp_path / "a.parquet", rows))
+    (found,) = json.loads(printed(capsys, "evaluate", path, "--by", "tokens", "--json"))
+    assert found["by tokens"] == "a"
+    assert found["tokens"] == len(run[1][1]["logps"])
+
+
+def test_a_run_with_a_picture(run, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="pictures need pip install 'grpo_fast[plot]'")
+    line = ["evaluate", run[0], "--by", "step", "--beta", "0.04", "--json"]
+    picture = tmp_path / "run.svg"
+    assert printed(capsys, *line, "--plot", str(picture)) == printed(capsys, *line)
+    assert "</svg>" in picture.read_text("utf-8")
+    assert printed(capsys, "evaluate", run[0], "--plot", str(picture)) == printed(capsys, "evaluate", run[0])
+
+
+def test_worst(run, capsys):
+    found = worst(run[0], n=3)
+    line = ["worst", run[0], "-n", "3"]
+    assert json.loads(printed(capsys, *line, "--json")) == [x.as_dict() for x in found]
+    rows = list(csv.DictReader(printed(capsys, *line, "--csv", "--workers", "2").splitlines()))
+    assert [(float(row["value"]), row["file"], int(row["row"])) for row in rows] == [x[:3] for x in found]
+    head, *lines = printed(capsys, *line).splitlines()
+    assert head.split() == ["log-ratio", "step", "token", "of", "row", "file"]
+    assert [text.split()[-1] for text in lines] == [x.file for x in found]
 
 
 def evaluated(capsys, *arguments):
@@ -296,7 +374,7 @@ def test_columns(arrays, tmp_path, capsys):
         (["evaluate", "FILE", "--batch-size", "0"], "--batch-size: must be a whole number, at least 1, got '0'"),
         (["evaluate", "FILE", "--workers", "-1"], "--workers: must be a whole number, at least 0, got '-1'"),
         (["evaluate", "FILE", "mask=m"], "no such file: mask=m; as a column it stands behind a comma, or --columns"),
-        (["evaluate", "FOLDER"], "is a directory; name its files, for example FOLDER/*.parquet"),
+        (["evaluate", "FOLDER"], "FOLDER is a directory without rollouts: no file in it ends in .parquet, .arrow,"),
         (["evaluate", "TOKENS", "--delta", "1"], "--delta must be a number above 1 + --epsilon-high = 1.2, got 1.0"),
         (["evaluate", "TOKENS", "--normalizer", "-1"], "error: --normalizer must be a number in [0, inf), got -1.0"),
         (["evaluate", "TOKENS", "--ratio-max", "2"], "--ratio-max is an option of --surrogate cispo, got --surrogate"),
@@ -309,7 +387,18 @@ def test_columns(arrays, tmp_path, capsys):
             "take --aggregation token-mean or --aggregation token-sum, at token level, got --import",
         ),
         (["evaluate", "BOTH"], "got both in logps, rhos: choose with, for example, --columns logps=logps"),
-        (["evaluate", "JSON"], "is JSON: convert it with python -c 'import pyarrow.json, pyarrow.parquet; pyarrow.par"),
+        (["evaluate", "JSON"], "is JSON, but not a line for each row: convert it with python -c 'import json, "),
+        (["sweep", "FILE", "--plot", "a.svg", "--by", "step"], "--plot draws one sweep: leave out --by"),
+        (["evaluate", "FILE", "--plot", "out.txt"], "--plot must end in .png, .svg or .pdf, got out.txt"),
+        (
+            ["evaluate", "FILE", "--plot", "FOLDER/a.svg"],
+            "--plot draws probabilities over the values of a column alone",
+        ),
+        (["evaluate", "TOKENS", "--by", "stp"], "column 'stp' (for by) is missing"),
+        (["worst", "FILE"], "worst is of files of log-probabilities"),
+        (["worst", "FLAT"], "the columns are flat, which does not say where sequences begin: store"),
+        (["worst", "TOKENS", "--rank", "mismatch"], "column 'rollout_logps' is missing"),
+        (["worst", "TOKENS", "--show", "step,reward"], "column 'step' (for show) is missing"),
         (["sweep", "FILE", "--plot", "out.txt"], "--plot must end in .png, .svg or .pdf, got out.txt"),
         (["sweep", "FILE", "--plot", "missing/out.svg"], "--plot: there is no folder missing for out.svg"),
         (["sweep", "FILE", "--beta", "-1"], "error: --beta must be"),
@@ -322,15 +411,17 @@ def test_columns(arrays, tmp_path, capsys):
     ],
 )
 def test_bad_input_is_one_line_in_terms_of_the_shell(arguments, message, probabilities, rollouts, tmp_path, capsys):
-    files = {"FILE": probabilities[0], "TOKENS": rollouts, "FOLDER": str(tmp_path)}
+    (tmp_path / "empty").mkdir()
+    files = {"FILE": probabilities[0], "TOKENS": rollouts, "FOLDER": str(tmp_path / "empty")}
     flat = pa.table({name: [-1.0, -2.0] for name in ("logps", "old_logps", "advantages")})
     both = pa.table({"logps": [-1.0], "rhos": [1.0]})
     for name, rows in (("FLAT", flat), ("BOTH", both)):
         files[name] = str(write(tmp_path / f"{name}.parquet", rows))
     renamed = pa.table({"p": [[-1.0]], "o,ld_logps": [[-1.0]], "advantages": [1.0]})
     files["RENAMED"] = str(write(tmp_path / "RENAMED.parquet", renamed))
-    files["JSON"] = str(tmp_path / "a.jsonl")
-    Path(files["JSON"]).write_text('{"logps": [-1.0]}\n')
+    files["JSON"] = str(tmp_path / "a.json")
+    Path(files["JSON"]).write_text('[{"logps": [-1.0]}]\n')
+    arguments = [word.replace("FOLDER/", f"{tmp_path}/") for word in arguments]
     assert exit_code_of([files.get(word, word) for word in arguments]) == 2
     out, err = capsys.readouterr()
     message = message.replace("FOLDER", files["FOLDER"])
@@ -343,7 +434,7 @@ def test_bad_input_is_one_line_in_terms_of_the_shell(arguments, message, probabi
     ("line", "message"),
     [
         ("evaluate", "the following arguments are required: FILE (grpo-fast evaluate --help says more)"),
-        ("evalute x", "must be one of evaluate, sweep, compile, demo, got 'evalute': did you mean 'evaluate'?"),
+        ("evalute x", "must be one of evaluate, sweep, worst, compile, demo, got 'evalute': did you mean 'evaluate'?"),
         ("evaluate x --epsilon-hihg 1", "unknown option --epsilon-hihg: did you mean '--epsilon-high'?"),
         (
             "evaluate x --eps 1",
@@ -367,7 +458,7 @@ def test_bad_input_is_one_line_in_terms_of_the_shell(arguments, message, probabi
         ("--samples 9", "error: a subcommand comes first, as in grpo-fast demo --samples …"),
         ("--json evaluate f", "error: a subcommand comes first, as in grpo-fast evaluate --json …"),
         ("--betas=0 f", "error: a subcommand comes first, as in grpo-fast sweep --betas=0 …"),
-        ("--nothing f", "unknown option --nothing; a subcommand comes first: evaluate, sweep, compile, demo"),
+        ("--nothing f", "unknown option --nothing; a subcommand comes first: evaluate, sweep, worst, compile, demo"),
         ("compile x.parquet", "error: compile takes options alone, got x.parquet"),
         ("demo --seed 1 x.parquet", "error: demo takes options alone, got x.parquet"),
         ("evaluate --columns old_logps=a,b,c=d x", "got 'b'; a comma within a name is \\,"),
@@ -437,11 +528,11 @@ def test_alone_it_prints_help(capsys):
     assert main([]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("usage: grpo-fast SUBCOMMAND")
-    assert all(f"\n    {name}" in out for name in ("evaluate", "sweep", "compile", "demo"))
+    assert all(f"\n    {name}" in out for name in ("evaluate", "sweep", "worst", "compile", "demo"))
     assert err == ""
 
 
-@pytest.mark.parametrize("subcommand", ["evaluate", "sweep"])
+@pytest.mark.parametrize("subcommand", ["evaluate", "sweep", "worst"])
 def test_help_names_the_columns_and_shows_an_example(subcommand, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([subcommand, "--help"])
@@ -462,14 +553,16 @@ def test_help_where_only_ascii_can_be_written(arguments):
 
 def test_options_are_named_and_default_as_the_arguments(capsys):
     keywords = {
-        "evaluate": set(inspect.signature(evaluate).parameters) - {"paths", "executor"},
-        "sweep": set(inspect.signature(sweep).parameters) - {"paths", "executor"},
+        "evaluate": set(inspect.signature(evaluate).parameters) - {"paths", "executor", "filesystem"},
+        "sweep": set(inspect.signature(sweep).parameters) - {"paths", "executor", "filesystem"},
     }
     for subcommand, names in keywords.items():
         parsed = vars(_parser.parsed([subcommand, "x.parquet"]))
         assert names <= set(parsed)
         of_surrogates = {name for surrogate in _parser.SURROGATES.values() for name in surrogate._fields}
-        assert set(parsed) - names - of_surrogates <= {"subcommand", "files", "workers", "json", "plot", "kl_gradient"}
+        assert set(parsed) - names - of_surrogates <= {
+            *("subcommand", "files", "workers", "json", "csv", "plot", "kl_gradient")
+        }
 
 
 def test_help_has_the_defaults_of_the_options(capsys):
@@ -487,15 +580,15 @@ def test_an_option_before_a_subcommand_is_not_of_the_demonstration():
 
 
 # --- Ctrl-C, and whoever reads no more --------------------------------------------------------------------------------
-@pytest.mark.parametrize("subcommand", ["evaluate", "sweep", "compile", "demo"])
+@pytest.mark.parametrize("subcommand", ["evaluate", "sweep", "worst", "compile", "demo"])
 def test_ctrl_c_is_one_line(subcommand, rollouts, monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    for module, name in ((_command, "evaluate"), (_command, "sweep"), (_command, "steps")):
+    for module, name in ((_command, "evaluate"), (_command, "sweep"), (_command, "worst"), (_command, "steps")):
         monkeypatch.setattr(module, name, interrupted)
     monkeypatch.setattr(_demonstration, "synthetic_samples", interrupted)
-    assert main([subcommand, *[rollouts] * (subcommand in ("evaluate", "sweep"))]) == 130
+    assert main([subcommand, *[rollouts] * (subcommand in ("evaluate", "sweep", "worst"))]) == 130
     assert capsys.readouterr().err == "grpo-fast: interrupted\n"
 
 

@@ -11,6 +11,7 @@ pa = pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[da
 from rollout_files import FORMATS, GRID, OPTIONS, PER_TOKEN, PROBABILITIES, lists, refused, table, tokens, write  # noqa: E402
 
 from grpo_fast import _formats, evaluate, grpo_loss  # noqa: E402
+from grpo_fast._sources import File  # noqa: E402
 from grpo_fast.files import sweep  # noqa: E402
 
 formats = pytest.mark.parametrize("suffix", FORMATS)
@@ -93,20 +94,20 @@ def test_an_empty_row_group_changes_nothing(of_lists, tmp_path, monkeypatch):
     options = OPTIONS if of_lists else {}
     expected = evaluate(write(tmp_path / "a.parquet", rows), **options)
     read = []
-    inner = _formats._ParquetFile._read
-    monkeypatch.setattr(_formats._ParquetFile, "_read", lambda *a: (read.append(a[3]), inner(*a))[1])
+    inner = _formats.ParquetFile._read
+    monkeypatch.setattr(_formats.ParquetFile, "_read", lambda *a: (read.append(a[3]), inner(*a))[1])
     assert evaluate(write(tmp_path / "b.parquet", rows[:0], rows, rows[:0]), **options) == expected
     assert min(read) >= (64 if of_lists else 4096)  # rows at a time
 
 
 def test_batches_are_the_rows_in_order_whatever_their_lengths(tmp_path, monkeypatch):
-    monkeypatch.setattr(_formats, "_BATCH_BYTES", 1000)
+    monkeypatch.setattr(_formats, "BATCH_BYTES", 1000)
     monkeypatch.setattr(_formats, "_LEAST_BYTES", 1000)
     rng = np.random.default_rng(0)
     lengths = np.concatenate([rng.integers(0, 3, 200), rng.integers(50, 90, 70), [0, 3000, 1], rng.integers(0, 3, 99)])
     values = pa.array(np.arange(lengths.sum(), dtype=float))
     rows = pa.table({"x": pa.ListArray.from_arrays(np.append(0, np.cumsum(lengths)).astype("i4"), values)})
-    file = _formats.opened(str(write(tmp_path / "a.parquet", rows)))
+    file = _formats.opened(File(str(write(tmp_path / "a.parquet", rows))))
     batches = list(file.batches(0, ["x"], None, False))
     assert pa.Table.from_batches(batches) == rows
     assert all(batch.nbytes >= 900 for batch in batches[:-1])  # joined; one has fewer offsets than its parts had
@@ -378,7 +379,7 @@ def test_messages_name_them_so_that_they_can_be_printed(suffix, folder, tmp_path
         good,
         [write(tmp_path / f"b.{suffix}", pa.table(flat)), *map(str, [folder / "*"])],
     )
-    refused_printably("is a directory", good, folder)
+    refused_printably("named twice", good, [str(folder), str(folder / "*")])
     refused_printably("no such file", good, folder / "nothing")
     refused_printably(f"{name} is named twice", good, [str(folder / "*")] * 2)
     path = next(folder.glob("*"))

@@ -10,6 +10,7 @@ from collections import Counter
 from decimal import Decimal
 from fractions import Fraction
 
+import corrections
 import mpmath
 import numpy as np
 import pytest
@@ -45,6 +46,7 @@ from grpo_fast import (
     grpo_objective,
     grpo_stats,
     grpo_sweep,
+    rollout_correction,
 )
 from grpo_fast._kernels.threads import WORTH_SHARING
 
@@ -97,6 +99,40 @@ def look_at_a_loss(arguments):
 
 def fuzz_losses(examples, rows=COMBINATIONS):
     return tried(loss_calls(rows), look_at_a_loss, examples)
+
+
+# --- rollout_correction -----------------------------------------------------------------------------------------------
+def look_at_a_correction(call):
+    """Answered as by the reference, or refused."""
+    arguments, option, value = call
+    if option is not None:
+        try:
+            rollout_correction(**arguments | {option: value})
+        except Exception as error:
+            return raised_for(error, [*corrections.ARRAYS, "level", "mode", "lower", "upper", "reject", "normalize"])
+        return "answered"
+    try:
+        plain = corrections.judge(arguments)
+    except Refused as verdict:
+        try:
+            rollout_correction(**arguments)
+        except Exception as error:
+            return raised_for(error, corrections.ARRAYS)
+        raise AssertionError(f"{verdict} was not refused, of {arguments}") from None
+    before = {name: x.tobytes() for name, x in arguments.items() if isinstance(x, np.ndarray)}
+    result = rollout_correction(**arguments)
+    assert {name: x.tobytes() for name, x in arguments.items() if isinstance(x, np.ndarray)} == before
+    assert not np.isnan(result.weights).any()
+    finite = [x[np.isfinite(x)] for x in (plain["old_logps"], plain["rollout_logps"])]
+    if all(float(np.abs(x).max(initial=0)) < 200 for x in finite):
+        corrections.compare(result, plain)
+    return "answered"
+
+
+def fuzz_corrections(examples):
+    options = st.sampled_from([*[None] * 9, "level", "mode", "lower", "upper", "reject", "normalize"])
+    calls = st.tuples(corrections.any_calls(), options, st.sampled_from(ODD))
+    return tried(calls, look_at_a_correction, examples)
 
 
 # --- hosts ------------------------------------------------------------------------------------------------------------
@@ -261,6 +297,7 @@ FUZZERS = {
     "probabilities": fuzz_probabilities,
     "options": fuzz_options,
     "advantages": fuzz_advantages,
+    "corrections": fuzz_corrections,
     "hosts": fuzz_hosts,
 }
 
@@ -277,6 +314,7 @@ def test_answered_or_refused(name, examples, capsys):
 
 # --- bounds -----------------------------------------------------------------------------------------------------------
 OUT_OF_BOUNDS = """
+import corrections
 import fuzzing
 import numba
 import numpy as np
@@ -297,6 +335,9 @@ def fenced(arguments, ends):
 ends = st.lists(st.booleans(), min_size=20, max_size=20)
 calls = st.tuples(fuzzing.loss_calls([COMBINATIONS[i] for i in {rows}]), ends)
 print(test_fuzz.tried(calls, lambda call: test_fuzz.look_at_a_loss(fenced(*call)), {examples}))
+calls = st.tuples(corrections.any_calls(), ends)
+look = lambda call: test_fuzz.look_at_a_correction((fenced(*call), None, None))
+print(test_fuzz.tried(calls, look, {examples}))
 if len({rows}) > 1:
     calls = st.tuples(st.tuples(fuzzing.probability_calls(), ends), st.booleans(), st.booleans())
     look = lambda call: test_fuzz.look_at_probabilities((fenced(*call[0]), *call[1:]))

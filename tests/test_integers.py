@@ -7,8 +7,8 @@ import numba
 import numpy as np
 import pytest
 
-from grpo_fast import grpo_loss, loss, reference
-from grpo_fast._kernels import sequence_level, token_level
+from grpo_fast import Reject, _shares, grpo_loss, loss, reference, rollout_correction
+from grpo_fast._kernels import rollout, sequence_level, token_level
 from grpo_fast._kernels.sums import empty_accumulators
 from grpo_fast._kernels.tokens import Batch
 from grpo_fast._loss_inputs import Inputs, bounds_of
@@ -62,7 +62,7 @@ def test_bounds_of_many_tokens(shape):
 
 def test_ranges_of_many_tokens():
     bounds = bounds_of((1 << 20, FAR >> 20), None)
-    ranges, _, long = loss._ranges(batch(bounds), 2)
+    ranges, _, long = _shares.ranges_of(batch(bounds), 2)
     assert not long
     assert ranges.dtype == np.int64
     assert sorted(ranges[:, 0].tolist()) == [0, *sorted(ranges[:, 1].tolist())[:-1]]
@@ -116,10 +116,28 @@ def test_nothing_is_compiled_for_other_integers(level, tasks, monkeypatch):
     options = {"cu_seqlens": np.append(0, np.cumsum(lengths)), "importance_sampling_level": level}
     monkeypatch.setattr(numba, "get_num_threads", lambda: tasks)
     with monkeypatch.context() as elsewhere:
-        for module in (loss, sys.modules[Inputs.__module__]):
+        for module in (loss, _shares, sys.modules[Inputs.__module__]):
             elsewhere.setattr(module, "np", np)
         expected = grpo_loss(*arguments, **options)
     kernels = [x for module in (token_level, sequence_level) for x in vars(module).values() if hasattr(x, "signatures")]
     before = [list(kernel.signatures) for kernel in kernels]
     assert grpo_loss(*arguments, **options).stats == expected.stats
+    assert [list(kernel.signatures) for kernel in kernels] == before
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_nothing_of_corrections_is_either(tasks, monkeypatch):
+    rng = np.random.default_rng(0)
+    lengths = [70_001, *[1000] * 80]
+    n = sum(lengths)
+    arrays = rng.normal(0, 0.1, n), rng.normal(0, 0.1, n)
+    options = {"cu_seqlens": np.append(0, np.cumsum(lengths)), "reject": Reject("ratio", "geometric", 0.999)}
+    monkeypatch.setattr(numba, "get_num_threads", lambda: tasks)
+    with monkeypatch.context() as elsewhere:
+        for module in (_shares, *(sys.modules[f.__module__] for f in (Inputs, rollout_correction))):
+            elsewhere.setattr(module, "np", np)
+        expected = rollout_correction(*arrays, **options)
+    kernels = [x for x in vars(rollout).values() if hasattr(x, "signatures")]
+    before = [list(kernel.signatures) for kernel in kernels]
+    assert rollout_correction(*arrays, **options).stats == expected.stats
     assert [list(kernel.signatures) for kernel in kernels] == before

@@ -14,7 +14,7 @@ from samples import DTYPES
 
 from grpo_fast import CISPO, K2, K3, SAPO, Clip, grpo_loss, reference
 from grpo_fast._kernels.tokens import Batch
-from grpo_fast.loss import _ranges
+from grpo_fast._shares import ranges_of
 
 #: Nothing, and the ends of vectors and of blocks.
 LENGTHS = (9001, 0, 1, 7, 8, 9, 16, 17, 127, 128, 129, 255, 256, 257, 0, 4095, 4096, 4097, 33)
@@ -356,7 +356,7 @@ def test_serial_or_cut_into_tasks(layout, lengths, case, dtype, monkeypatch):
 def test_every_task_has_its_share(lengths, tasks):
     n = np.array(lengths)
     batch = Batch(*[np.zeros(n.sum())] * 8, np.append(0, np.cumsum(n)), True, True, True)
-    ranges, _, long = _ranges(batch, tasks)
+    ranges, _, long = ranges_of(batch, tasks)
     shares = [sum(n[a:b].sum() for a, b in ranges[task::tasks]) for task in range(tasks)]
     assert not long
     assert sum(shares) == n.sum()

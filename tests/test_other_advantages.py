@@ -169,7 +169,11 @@ def test_tensors_in_tensors_out():
         (lambda: gdpo_advantages([[1.0]], [1, 2], group_size=1), ValueError, "weights must be 1 finite numbers"),
         (lambda: gdpo_advantages([[1.0]], [math.nan], group_size=1), ValueError, "weights must be 1 finite numbers"),
         (lambda: gdpo_advantages([[1.0]], group_size=1, eps=-1), ValueError, r"eps must be a number in \[0, inf\)"),
-        (lambda: whiten([1.0, math.nan]), ValueError, r"advantages must be finite where not masked, got advantages\[1"),
+        (
+            lambda: whiten([1.0, math.nan]),
+            ValueError,
+            r"advantages must be finite where it is not masked, got advantages\[1",
+        ),
         (lambda: whiten([1.0, 2.0], [1]), ValueError, r"mask must have shape \(2,\) as advantages, got \(1,\)"),
         (lambda: whiten([1.0, 2.0], [1, 2]), ValueError, "mask must hold bools or 0/1"),
         (lambda: whiten(["a"]), TypeError, "advantages must hold real numbers"),

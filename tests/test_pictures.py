@@ -8,7 +8,7 @@ import pytest
 from samples import samples
 
 from grpo_fast import grpo_sweep
-from grpo_fast._pictures import ACCENT, OTHERS, STYLE, TEXT, _from_zero, _limits, draw_sweep, picture
+from grpo_fast._pictures import ACCENT, OTHERS, STYLE, TEXT, draw_sweep, ends_from_zero, limits, picture
 from grpo_fast.files import sweep
 
 matplotlib = pytest.importorskip("matplotlib", reason="pictures need pip install 'grpo_fast[plot]'")
@@ -133,12 +133,12 @@ def contrasts_suffice(colors):
 
 
 def test_limits():
-    assert _limits(np.array([1.0, 3.0])) == pytest.approx((0.92, 3.08))
-    assert _limits(np.array([1.0, 1.00001])) == pytest.approx((0.975, 1.025), abs=1e-4)
-    assert _limits(np.array([-2.0, np.nan])) == pytest.approx((-2.05, -1.95))
-    assert _limits(np.array([0.0])) == (-1, 1) == _limits(np.array([np.nan]))
-    assert _from_zero(np.array([0.5, np.inf, np.nan])) == (0, 0.54)
-    assert _from_zero(np.array([np.nan])) == (0, 1) == _from_zero(np.array([0.0]))
+    assert limits(np.array([1.0, 3.0])) == pytest.approx((0.92, 3.08))
+    assert limits(np.array([1.0, 1.00001])) == pytest.approx((0.975, 1.025), abs=1e-4)
+    assert limits(np.array([-2.0, np.nan])) == pytest.approx((-2.05, -1.95))
+    assert limits(np.array([0.0])) == (-1, 1) == limits(np.array([np.nan]))
+    assert ends_from_zero(np.array([0.5, np.inf, np.nan])) == (0, 0.54)
+    assert ends_from_zero(np.array([np.nan])) == (0, 1) == ends_from_zero(np.array([0.0]))
 
 
 def test_what_the_host_has_set_neither_matters_nor_changes(tmp_path):

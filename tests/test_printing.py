@@ -1,5 +1,6 @@
 """What results print, and what they are as dicts: tables, keys that depend on the options alone, options as called."""
 
+import csv
 import json
 import math
 import sys
@@ -12,7 +13,7 @@ from samples import samples
 
 import grpo_fast
 from grpo_fast import CISPO, K1, K2, K3, SAPO, Clip, Unclipped, evaluate, grpo_loss, grpo_stats, grpo_sweep
-from grpo_fast._command import as_json
+from grpo_fast._tables import as_csv, as_json
 from grpo_fast.stats import KEYS
 from grpo_fast.terms import Options
 
@@ -81,7 +82,9 @@ def test_a_mean_over_nothing_stays():
     assert {key for key, value in nothing.items() if math.isnan(value)} == set(nothing) - {
         "objective", "loss", "tokens", "sequences"
     }  # fmt: skip
-    assert json.loads(as_json(nothing))["kl"] is None
+    assert json.loads(as_json([{"of": [nothing]}]))[0]["of"][0]["kl"] is None
+    (row,) = csv.DictReader(as_csv([nothing]).splitlines())
+    assert (row["kl"], row["objective"], row["tokens"]) == ("", "0.0", "0")
 
 
 def test_probabilities_have_no_sequences():

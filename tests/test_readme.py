@@ -1,6 +1,7 @@
 """The code of README and guide runs, as do their commands, which are those that CI runs; no page is too long."""
 
 import importlib
+import os
 import re
 import shlex
 from importlib.util import find_spec
@@ -24,7 +25,7 @@ def needs(block):
 
 
 def is_of_files(block):
-    return "rollouts.parquet" in block
+    return '"run"' in block
 
 
 def skip_without(*packages):
@@ -39,6 +40,7 @@ def run(page, *extras):
     for block in blocks(page):
         if set(needs(block)) <= set(extras) and not is_of_files(block):
             exec(compile(block, "README.md", "exec"), names)
+    return names
 
 
 @pytest.mark.filterwarnings("default")  # a package's own about its imports are not ours
@@ -63,16 +65,17 @@ def test_examples_of_the_guide():
 def test_examples_with_files(page, tmp_path, monkeypatch, capsys):
     skip_without("pyarrow", "tqdm", "matplotlib")
     monkeypatch.chdir(tmp_path)
-    importlib.import_module("rollouts").write("rollouts.parquet", rows=100)
+    importlib.import_module("rollouts").write("run", steps=3, rows=32, tokens=50)
     for command in re.findall(r"^grpo-fast (.*)", page, re.M):
         assert main(shlex.split(command)) == 0
     of_files = [block for block in blocks(page) if is_of_files(block)]
     assert of_files
+    names = run(page)
     for block in of_files:
-        exec(compile("from grpo_fast import *\n" + block, "README.md", "exec"), {})
+        exec(compile(block, "README.md", "exec"), names)
     if page is README:
-        assert "clip_ratio/low_mean" in capsys.readouterr().out
-        assert Path("sweep.svg").exists()
+        assert "clipped low" in capsys.readouterr().out
+        assert {"sweep.svg", "run.svg"} <= set(os.listdir())
 
 
 @pytest.mark.parametrize("command", ["python -m grpo_fast", "python -m pytest"])

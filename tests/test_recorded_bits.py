@@ -24,9 +24,21 @@ CPUS = {
     "native": [],
 }
 ALWAYS = {  # what is compiled for some of them in every run of the tests
-    "generic": ["stats far f8 127", "objective extreme f4 127", "loss usual 21", "loss unusual 14"],
+    "generic": [
+        "stats far f8 127",
+        "objective extreme f4 127",
+        "loss usual 21",
+        "loss unusual 14",
+        "correction usual 1 f8 10",
+    ],
     "haswell": ["objective near f8 127", "sweep far f4 127", "stats far f8 127 unweighted", "loss usual 20"],
-    "skylake-avx512": ["stats near f4 127", "objective far f8 127", "loss usual 27", "loss unusual 16"],
+    "skylake-avx512": [
+        "stats near f4 127",
+        "objective far f8 127",
+        "loss usual 27",
+        "loss unusual 16",
+        "correction unusual 2 f4 10",
+    ],
 }
 
 

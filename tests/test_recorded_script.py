@@ -1,5 +1,6 @@
 """``python tests/recorded.py`` says what it compares, as it goes, and what came of it."""
 
+import json
 import sys
 
 import pytest
@@ -70,3 +71,11 @@ def test_writing(script, capsys, monkeypatch, tmp_path):
     script("--write", wrong=["stats far f8 5"])
     assert capsys.readouterr().out.splitlines()[-1].startswith("recorded 3 cases in ")
     assert '"loss": 9.0' in (tmp_path / "recorded.json").read_text(encoding="utf-8")
+
+
+def test_writing_some_leaves_the_others(script, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(recorded, "PATH", tmp_path / "recorded.json")
+    script("--write", "stats", wrong=CASES)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("recorded 1 cases in ")
+    written = json.loads((tmp_path / "recorded.json").read_text(encoding="utf-8"))["results"]
+    assert {case: found["loss"] for case, found in written.items()} == CASES | {"stats far f8 5": 9.0}

@@ -58,6 +58,8 @@ FUNCTIONS = [
     grpo_fast.evaluate,
     grpo_fast.warm_up,
     files.sweep,
+    files.histogram,
+    files.worst,
 ]
 
 

@@ -3,6 +3,7 @@
 Each file imports only from lines below its own::
 
     token_level  sequence_level   log-probabilities: a run → sums and gradient; or collect → ρ → gradient
+    rollout                       trainer and sampler: collect → conclude → weights and what is kept
     tokens  runs                  a batch, and which tokens count; where a run is read and its gradient written
     formulas                      s, k and their slopes, picked by the class of the option
     ways                          near, far, careful: how a run is computed, by how far its log-ratios are from 0
@@ -12,7 +13,7 @@ Each file imports only from lines below its own::
 
     roof                          reading four arrays and nothing else, to compare with
     tasks                         the tasks of a kernel, on one thread or on many
-    sums  blocks                  what is added up, by name; blocks, their runs, the scratch array
+    sums  rollout_sums  blocks    what is added up, by name; blocks, their runs, the scratch array
     exact  elementary             sums without rounding; exp, log and k3 of vectors
     simd  float_mode              a vector type; the processor's floating-point mode, set and given back
     compiling                     how functions become machine code

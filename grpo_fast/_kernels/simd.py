@@ -270,6 +270,19 @@ def store_first(typingctx, array, start, count, values):
     return types.none(array, types.intp, types.intp, vector), codegen
 
 
+@intrinsic
+def store_flags(typingctx, array, start, mask):
+    """``array[start : start + lanes]``, bytes, = 1 where ``mask`` holds, else 0."""
+
+    def codegen(context, builder, sig, args):
+        pointer, _ = _pointer(context, builder, sig, args)
+        llvm = ir.VectorType(ir.IntType(8), mask.lanes)
+        builder.store(builder.zext(args[2], llvm), builder.bitcast(pointer, llvm.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, mask), codegen
+
+
 def _all_bits_where_negative(builder, integers):
     # By a shift and not by a comparison: LLVM carries masks from one basic block to the next as 16-bit lanes (AVX2).
     last = ir.Constant(integers.type, [integers.type.element.width - 1] * integers.type.count)

@@ -172,18 +172,15 @@ def judge_loss(arguments):
     if logps.ndim not in (1, 2):
         raise Refused("logps")
     dtype, shape = (np.float32 if logps.dtype == np.float32 else np.float64), logps.shape
-    bounds = _judge_bounds(arguments["cu_seqlens"], shape)
+    bounds = judge_bounds(arguments["cu_seqlens"], shape)
     sequences = np.repeat(np.arange(bounds.size - 1), np.diff(bounds)).reshape(shape)  # of each token
     found = arguments | {"logps": logps.astype(dtype)}
     if arguments["cu_seqlens"] is not None:
         found["cu_seqlens"] = bounds
 
-    keep = np.ones(shape, bool)
+    keep = judge_mask(arguments["mask"], shape)
     if arguments["mask"] is not None:
-        mask = real("mask", arguments["mask"])
-        if mask.shape != shape or not np.isin(mask, (0, 1)).all():
-            raise Refused("mask")
-        found["mask"] = keep = mask.astype(bool)
+        found["mask"] = keep
     for name in ARRAYS:
         value = arguments[name]
         if name == "ref_logps" and arguments["kl"] is None:
@@ -214,7 +211,18 @@ def judge_loss(arguments):
     return found
 
 
-def _judge_bounds(value, shape):
+def judge_mask(value, shape):
+    """Which tokens count."""
+    if value is None:
+        return np.ones(shape, bool)
+    mask = real("mask", value)
+    if mask.shape != shape or not np.isin(mask, (0, 1)).all():
+        raise Refused("mask")
+    return mask.astype(bool)
+
+
+def judge_bounds(value, shape):
+    """Where sequences begin and end."""
     size, width = int(np.prod(shape)), shape[-1]
     if value is None:
         return np.arange((shape[0] if len(shape) == 2 else 1) + 1) * width

@@ -12,7 +12,7 @@ FORMATS = ["parquet", "arrow"]
 OPTIONS = {"surrogate": Clip(0.2), "kl": K3(0.04)}
 GRID = {"epsilons": [0.1, 0.2], "betas": [0, 0.04]}
 PROBABILITIES = ("rhos", "A", "pi_theta_old", "pi_theta_ref")
-PER_TOKEN = ("logps", "old_logps", "ref_logps", "mask", "rollout_is_weights")
+PER_TOKEN = ("logps", "old_logps", "ref_logps", "mask", "rollout_is_weights", "rollout_logps")
 
 
 def probabilities(n, dtype=np.float64):

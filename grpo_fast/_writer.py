@@ -1,0 +1,252 @@
+"""A run on disk: `RolloutWriter` stores what the loss of each step was given, as `evaluate` reads it.
+
+First the class, then how its arguments become rows.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import operator
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ._atomic import replaced_when_complete
+from ._checks import Array, as_array
+from ._loss_inputs import Expected, Inputs
+
+#: Under this key the metadata of a file that `RolloutWriter` has written hold the version of what is in it.
+MARK = b"grpo_fast.rollouts"
+#: Columns that are made here, whatever is given.
+_OWN = ("step", "rank")
+
+
+class RolloutWriter:
+    """Writes a run: one Parquet file for each step and rank, in the columns that `evaluate` reads.
+
+    Parameters
+    ----------
+    folder : path
+        Where the files go, ``step-00000012-rank-00000.parquet`` and so on; it is made if it is not there.
+    rank : int, or None
+        Of this process among those that train together; None for what ``torchrun`` has set as ``RANK``, or 0.
+
+    Notes
+    -----
+    A file is there as a whole or not at all, and its pages have checksums. A row is a sequence, from its first unmasked
+    token to its last. What an earlier run has written of the same step and rank is replaced by the first file of it.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, rank: int | None = None) -> None:
+        _pyarrow()
+        self.folder = Path(folder)
+        self.rank = _count("rank", int(os.environ.get("RANK", "0")) if rank is None else rank)
+        if "://" in str(folder):
+            raise ValueError(f"folder must be one of this machine, got {folder}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._held: tuple[int, list[Any]] = (0, [])  # a step that is not complete, and its tables
+        self._files: dict[int, int] = {}  # how many have been written, by step
+
+    def write(
+        self,
+        *,
+        step: int,
+        logps: ArrayLike,
+        old_logps: ArrayLike | None = None,
+        advantages: ArrayLike,
+        ref_logps: ArrayLike | None = None,
+        mask: ArrayLike | None = None,
+        cu_seqlens: ArrayLike | None = None,
+        rollout_is_weights: ArrayLike | None = None,
+        loss_weights: ArrayLike | None = None,
+        rollout_logps: ArrayLike | None = None,
+        prompt_id: ArrayLike | None = None,
+        columns: Mapping[str, ArrayLike] | None = None,
+        complete: bool = True,
+    ) -> Path | None:
+        """The path of the file that is written; None while the step is not complete.
+
+        Parameters
+        ----------
+        step : int
+            What `evaluate` has as ``by="step"``. Of a step that is written more than once, each call makes a file.
+        logps, old_logps, advantages, ref_logps, mask, cu_seqlens, rollout_is_weights, loss_weights : array-like
+            As in `grpo_loss`, whose loss these are the arguments of: padded or packed, arrays or tensors, also ones
+            that require a gradient or are on a GPU. bfloat16 and float16 are stored as float32. Without ``old_logps``,
+            ``logps`` are stored as such: all is on-policy.
+        rollout_logps : array-like, optional
+            Log-probabilities of the tokens in the engine that sampled them, in the shape of ``logps``; NaN if missing.
+        prompt_id : (S,) array-like of ints or strings, optional
+            Which prompt each sequence answers.
+        columns : mapping of name to (S,) array-like, optional
+            More columns, of numbers or strings, one for each sequence: rewards, or the name of a data set.
+        complete : bool
+            False if more of the same step is to come, as of its micro-batches: it is held until then.
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument does not fit, as in `grpo_loss`. Whether numbers are finite is not looked at.
+        OSError
+            The file cannot be written. There is none then, not a part of one.
+        """
+        step = _count("step", step)
+        loss = (logps, old_logps, advantages, ref_logps, mask, cu_seqlens, rollout_is_weights, loss_weights)
+        table = _table(
+            Arguments(*loss, rollout_logps),
+            dict(columns or {}) | ({} if prompt_id is None else {"prompt_id": prompt_id}),
+            {"step": step, "rank": self.rank},
+        )
+        held_step, held = self._held
+        if held and held_step != step:
+            self._save(held_step, held)
+            held = []
+        self._held = (step, [*held, table])
+        if not complete:
+            return None
+        path = self._save(*self._held)
+        self._held = (step, [])
+        return path
+
+    def _save(self, step: int, tables: list[Any]) -> Path:
+        pyarrow = _pyarrow()
+        name = f"step-{step:08d}-rank-{self.rank:05d}"
+        part = self._files.get(step, 0)
+        self._files[step] = part + 1
+        path = self.folder / (f"{name}-part-{part}.parquet" if part else f"{name}.parquet")
+        with replaced_when_complete(str(path)) as temporary:
+            # Not compressed and no dictionary: of log-probabilities either saves next to nothing, and costs time.
+            pyarrow.parquet.write_table(
+                _without_needless_mask(pyarrow.concat_tables(tables)),
+                temporary,
+                compression="none",
+                use_dictionary=[],
+                write_statistics=False,
+                write_page_checksum=True,
+            )
+        if not part:
+            for leftover in glob.glob(f"{glob.escape(str(self.folder / name))}-part-*.parquet"):
+                os.remove(leftover)
+        return path
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.compute
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError("writing rollouts needs pyarrow: pip install 'grpo_fast[data]'") from error
+    return pyarrow
+
+
+def _count(name: str, value: Any) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = -1
+    if number < 0 or isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} must be an int of at least 0, got {value!r}")
+    return number
+
+
+# --- arguments → rows -------------------------------------------------------------------------------------------------
+class Arguments(NamedTuple):
+    """Those of `write` that hold numbers of tokens."""
+
+    logps: Any
+    old_logps: Any
+    advantages: Any
+    ref_logps: Any
+    mask: Any
+    cu_seqlens: Any
+    rollout_is_weights: Any
+    loss_weights: Any
+    rollout_logps: Any
+
+
+def _on_the_host(value: Any) -> Any:
+    """A tensor as one on the CPU that requires no gradient; anything else as it is."""
+    return value.detach().cpu() if hasattr(value, "detach") and hasattr(value, "cpu") else value
+
+
+def _table(given: Arguments, per_sequence: dict[str, Any], constants: dict[str, int]) -> Any:
+    """The rows of these arguments, with a column of bools, ``mask``, even where nothing is masked."""
+    pa = _pyarrow()
+    given = Arguments(*map(_on_the_host, given))
+    batch, shape, _ = Inputs.of(*given[:-1], grad=False)
+    names = ("logps", "old_logps", "ref_logps")
+    tokens: dict[str, Array] = {name: x for name in names if (x := getattr(batch, name)) is not None}
+    tokens.setdefault("old_logps", tokens["logps"])
+    if given.rollout_logps is not None:
+        expected = Expected("logps", shape, batch.logps.dtype, batch.bounds)
+        tokens["rollout_logps"] = expected.per_token("rollout_logps", given.rollout_logps)
+    sequences: dict[str, Any] = {}
+    (tokens if batch.advantages_per_token else sequences)["advantages"] = batch.advantages
+    if batch.weights is not None:
+        (tokens if batch.weights_per_token else sequences)["rollout_is_weights"] = batch.weights
+    if batch.loss_weights is not None:
+        (tokens if batch.loss_weights_per_token else sequences)["loss_weights"] = batch.loss_weights
+    tokens["mask"] = np.ones(batch.logps.size, np.bool_) if batch.mask is None else batch.mask.view(np.bool_)
+    starts, stops = _unmasked(batch.bounds, batch.mask)
+    bounds = np.append(0, np.cumsum(stops - starts, dtype=np.int64))
+    count = len(starts)
+    for name, value in per_sequence.items():
+        if name in (*given._fields, *_OWN) or (name in sequences):
+            raise ValueError(f"columns must have other names than those of the arguments, got {name!r}")
+        sequences[name] = _one_per_sequence(name, value, count)
+    small = bounds[-1] < 2**31
+    lists, offsets = (pa.ListArray, bounds.astype(np.int32)) if small else (pa.LargeListArray, bounds)
+    columns = {name: lists.from_arrays(offsets, pa.array(_cut(x, starts, stops))) for name, x in tokens.items()}
+    columns |= {name: pa.array(x) for name, x in sequences.items()}
+    columns |= {name: pa.array(np.full(count, x, np.int64)) for name, x in constants.items()}
+    return pa.table(columns, metadata={MARK: json.dumps({"version": 1})})
+
+
+def _one_per_sequence(name: str, value: Any, count: int) -> Any:
+    """The values of a column that has one for each sequence."""
+    array = as_array(name, _on_the_host(value), "numbers or strings")
+    allowed = "iuUO" if name == "prompt_id" else "biufUO"
+    if array.dtype.kind not in allowed or (array.dtype.kind == "O" and not all(isinstance(x, str) for x in array.flat)):
+        what = "ints or strings" if name == "prompt_id" else "numbers or strings"
+        raise TypeError(f"{name} must hold {what}, got {_sample_of(array)}")
+    if array.shape not in ((count,), (count, 1)):
+        raise ValueError(f"{name} must have shape {(count,)}, one per sequence, got {array.shape}")
+    return array.reshape(-1)
+
+
+def _sample_of(array: Array) -> str:
+    return f"dtype {array.dtype}" if array.dtype.kind != "O" or not array.size else repr(array.flat[0])
+
+
+def _unmasked(bounds: Array, mask: Array | None) -> tuple[Array, Array]:
+    """Where the first unmasked token of each sequence is, and where its last one ends; equal if it has none."""
+    starts, stops = bounds[:-1], bounds[1:]
+    if mask is None:
+        return starts, stops
+    kept = np.flatnonzero(mask)
+    first, end = np.searchsorted(kept, starts), np.searchsorted(kept, stops)
+    some = end > first
+    starts, stops = starts.copy(), starts.copy()
+    starts[some], stops[some] = kept[first[some]], kept[end[some] - 1] + 1
+    return starts, stops
+
+
+def _cut(values: Array, starts: Array, stops: Array) -> Array:
+    """The numbers of all sequences, one behind the other; the same memory if they are so already."""
+    if np.array_equal(starts[1:], stops[:-1]):
+        return values[starts[0] : stops[-1]] if len(starts) else values[:0]
+    pieces = [values[i:j] for i, j in zip(starts.tolist(), stops.tolist(), strict=True)]
+    return np.concatenate(pieces)
+
+
+def _without_needless_mask(table: Any) -> Any:
+    """The table without its mask, if nothing within its sequences is masked."""
+    pyarrow = _pyarrow()
+    masked = any(pyarrow.compute.all(chunk.flatten()).as_py() is False for chunk in table["mask"].chunks)
+    return table if masked else table.drop_columns(["mask"])

@@ -1,0 +1,104 @@
+"""The sequences that stand out are those that a search over all of them finds, in whatever files and batches."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from grpo_fast.files import Outlier, worst
+
+pa = pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[data]'")
+from rollout_files import FORMATS, lists, probabilities, refused, table, tokens, write  # noqa: E402
+
+
+def searched(arrays, rollout, rank):
+    """Value, token and number of tokens of each row that has any, the worst first, as a reader would do it."""
+    found = []
+    bounds = arrays["cu_seqlens"]
+    keep = arrays.get("mask", np.ones(bounds[-1], bool))
+    l = arrays["logps"] - arrays["ref_logps"]
+    values = {
+        "ratio": arrays["logps"] - arrays["old_logps"],
+        "kl": np.exp(-l) - 1 + l,
+        "mismatch": np.nan_to_num(arrays["old_logps"] - rollout),
+    }[rank]
+    for row, (i, j) in enumerate(pairwise(bounds)):
+        x = np.where(keep[i:j], values[i:j], 0)
+        if keep[i:j].any():
+            token = int(np.abs(x).argmax())
+            value = x.sum() / keep[i:j].sum() if rank == "kl" else x[token]
+            found.append((value, row, token, int(keep[i:j].sum())))
+    return sorted(found, key=lambda x: -abs(x[0]))
+
+
+@pytest.mark.parametrize("suffix", [*FORMATS, "jsonl"])
+@pytest.mark.parametrize("rank", ["ratio", "kl", "mismatch"])
+def test_they_are_those_of_a_search(rank, suffix, tmp_path):
+    arrays = tokens(60, optional=True)
+    rollout = arrays["old_logps"] + np.random.default_rng(1).normal(0, 0.1, arrays["logps"].size)
+    rollout[::3] = np.nan
+    whole = table(arrays).append_column("prompt_id", pa.array([f"p{i}" for i in range(60)]))
+    column = pa.array(rollout, from_pandas=suffix == "jsonl")  # of which NaN is none
+    offsets = pa.array(arrays["cu_seqlens"], pa.int64())
+    whole = whole.append_column("rollout_logps", pa.LargeListArray.from_arrays(offsets, column))
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "jsonl":
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in whole.to_pylist()))
+    else:
+        write(path, whole[:7], whole[7:40], whole[40:])
+    found = worst(path, rank=rank, n=10)
+    expected = searched(arrays, rollout, rank)[:10]
+    assert [(x.row, x.token, x.tokens) for x in found] == [x[1:] for x in expected]
+    assert [x.value for x in found] == pytest.approx([x[0] for x in expected], rel=1e-9)
+    assert [x.shown for x in found] == [{"prompt_id": f"p{x.row}"} for x in found]
+    assert {x.file for x in found} == {str(path)}
+    with ThreadPoolExecutor(2) as executor:
+        assert worst([path], rank=rank, n=10, executor=executor, batch_size=7) == found
+    assert worst(path, rank=rank, n=3, batch_size=1) == found[:3]
+    assert len(worst(path, rank=rank, n=1000)) == len(searched(arrays, rollout, rank))
+
+
+def test_equal_ones_are_in_order_of_file_and_row(tmp_path):
+    rows = pa.table({"logps": [[-1.0]] * 3, "old_logps": [[-2.0]] * 3, "step": [7, 7, 7]})
+    paths = [write(tmp_path / f"{name}.parquet", rows) for name in "ba"]
+    found = worst(paths, n=4)
+    assert [(x.file[-9:], x.row) for x in found] == [("a.parquet", i) for i in range(3)] + [("b.parquet", 0)]
+    assert found[0] == Outlier(1.0, str(paths[1]), 0, 0, 1, {"step": 7})
+    assert found[0].as_dict() == {
+        **{"value": 1.0, "file": str(paths[1]), "row": 0, "token": 0, "tokens": 1},
+        "step": 7,
+    }
+
+
+def test_what_is_shown(tmp_path):
+    rows = pa.table({"logps": [[-1.0]], "old_logps": [[-2.0]], "reward": [0.5], "r": [{"id": "x"}]})
+    path = write(tmp_path / "a.parquet", rows)
+    assert worst(path)[0].shown == {}
+    assert worst(path, show=["reward", "r.id"])[0].shown == {"reward": 0.5, "r.id": "x"}
+    assert worst(rows)[0].file == "the Table of pyarrow"
+
+
+def test_bad_input(tmp_path):
+    path = write(tmp_path / "a.parquet", table(tokens(3)))
+    refused("rank must be one of 'ratio', 'kl', 'mismatch', got 'kll'", path, call=worst, rank="kll")
+    for n in (0, True, 1.5):
+        refused("n must be an int of at least 1", path, call=worst, n=n)
+    refused("show must be a sequence of names", path, call=worst, show="step", error=TypeError)
+    refused("column 'rollout_logps' is missing", path, call=worst, rank="mismatch")
+    refused("columns must map", path, call=worst, rank="mismatch", columns=[1], error=TypeError)
+    samples = write(tmp_path / "b.parquet", table(probabilities(5)))
+    refused("worst is of files of log-probabilities", samples, call=worst)
+    arrays = tokens(3)
+    arrays["logps"][0] = np.inf
+    refused(r"row 0: logps must be finite", write(tmp_path / "c.parquet", table(arrays)), call=worst)
+    del arrays["ref_logps"]
+    refused("column 'ref_logps' is missing", write(tmp_path / "d.parquet", table(arrays)), call=worst, rank="kl")
+
+
+def test_sequences_without_tokens_are_not_among_them(tmp_path):
+    rows = pa.table({"logps": [[], [-1.0]], "old_logps": [[], [-1.0]], "mask": [[], [0]]})
+    assert worst(write(tmp_path / "a.parquet", rows)) == []
+    no = pa.table({"logps": lists([], [0, 0]), "old_logps": lists([], [0, 0])})
+    assert worst(write(tmp_path / "b.parquet", no)) == []
