@@ -1,12 +1,11 @@
 """What the losses of TRL, Liger-Kernel, verl, OpenRLHF and SkyRL compute: their own code, asked by `identify`.
 
-    python bench/others.py [FOLDER]
-
 TRL and Liger-Kernel as installed; of the others, wheels unpacked in ``FOLDER`` (``pip download --no-deps``, unzip),
 whose file with the losses is imported with stubs in place of what else it imports. The rows of "What others compute"
 in the guide are what this prints.
 """
 
+import argparse
 import importlib
 import importlib.util
 import sys
@@ -259,8 +258,10 @@ def liger_losses() -> Iterator[tuple[str, Callable[..., Any]]]:
 
 def main() -> None:
     """Print what each of them computes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="*", metavar="FOLDER", help="where wheels of the others are unpacked")
     sources: dict[str, Callable[[], Iterator[Any]]] = {"TRL": trl_losses, "Liger-Kernel": liger_losses}
-    for folder in sys.argv[1:]:
+    for folder in parser.parse_args().folders:
         for name, losses in (("verl", verl_losses), ("openrlhf", openrlhf_losses), ("skyrl", skyrl_losses)):
             sources[name] = lambda losses=losses, home=Path(folder) / name: losses(home)
     for source, losses in sources.items():

@@ -14,7 +14,13 @@ SCRIPTS = [
     for path in sorted((ROOT / folder).glob("*.py"))
     if not path.name.startswith("test_") and '__name__ == "__main__"' in path.read_text(encoding="utf-8")
 ]
-NEEDS = {"training": ["torch"], "rollouts": ["pyarrow"], "accuracy": ["mpmath"], "polynomials": ["mpmath"]}
+NEEDS = {
+    "training": ["torch"],
+    "others": ["torch"],
+    "rollouts": ["pyarrow"],
+    "accuracy": ["mpmath"],
+    "polynomials": ["mpmath"],
+}
 
 
 def test_there_are_scripts():

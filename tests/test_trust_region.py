@@ -99,6 +99,33 @@ def test_is_what_autograd_makes_of_a_detached_mask(surrogate, trust_region, leve
     assert result.stats.trust_region_ratio == drop.expand_as(s).double().mean()
 
 
+# --- runs in which all are kept ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+@pytest.mark.parametrize("delta", [0.01, 0.1, 0.2])
+def test_tv_just_within_and_beyond_its_bound(delta, sign, dtype):
+    # Whole runs whose ratios alone show that all are kept are computed without the region: up to the last that may.
+    was = np.linspace(delta + 0.01, 1, 700) if sign < 0 else np.linspace(0.01, 0.99 - delta, 700)
+    for part in (1 - 1e-3, 1 + 1e-3):
+        logps, old = (np.log(x).astype(dtype) for x in (was + sign * delta * part, was))
+        found = grpo_loss(logps, old, [sign], surrogate=Unclipped(), trust_region=TV(delta)).stats
+        assert found.trust_region_ratio == (part > 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("drift", [0.05, 0.2, 1.0])
+def test_a_region_that_drops_nothing_changes_no_bit(drift, dtype):
+    rng = np.random.default_rng(0)
+    old = rng.uniform(-3, 0, (9, 700)).astype(dtype)
+    logps, ref = ((old + drift * rng.normal(size=old.shape)).astype(dtype) for _ in range(2))
+    arrays = logps, old, rng.normal(size=9).astype(dtype), ref
+    options = {"surrogate": Unclipped(), "kl": K3(0.1), "grad": True}
+    result, without = grpo_loss(*arrays, **options, trust_region=TV(1.0)), grpo_loss(*arrays, **options)
+    assert result.loss == without.loss
+    assert result.grad.tolist() == without.grad.tolist()
+    assert result.stats.trust_region_ratio == 0
+
+
 # --- values by hand ---------------------------------------------------------------------------------------------------
 LOSSES = pytest.mark.parametrize("loss", [grpo_loss, reference.grpo_loss], ids=["kernel", "reference"])
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ..terms import CISPO, GMPO, K1, K2, K3, KL, SAPO, TV, VESPO, Band, BinaryKL, Clip, Unclipped
 from .compiling import inlined, inlined_by_type
 from .elementary import NEAR_RATIO, exp, exp_of_any, k3_of_any_log, layout, log_of_any
-from .simd import constant, fma, full_like, tally, where
+from .simd import constant, every, fma, full_like, tally, where
 from .sums import Clipped
 from .ways import Near, k3_in, plus_in, plus_product_in, times_in
 
@@ -283,6 +283,43 @@ def excess(trust_region, rho, a, logp, old):
             return _beyond_bounds(trust_region, a, rises, falls)
 
     return beyond
+
+
+@inlined_by_type
+def may_keep_all(trust_region):
+    """Whether `keeps_all` is ever true: of such a trust region the log-ratios may show that it drops nothing."""
+    answer = getattr(trust_region, "instance_class", None) is TV
+    return lambda trust_region: answer
+
+
+@inlined_by_type
+def unless_all_kept(trust_region):
+    """The trust region where `keeps_all` is true: None; that itself where it never is, so as to be no other type."""
+    if getattr(trust_region, "instance_class", None) is TV:
+        return lambda trust_region: None
+    return lambda trust_region: trust_region
+
+
+#: More than the errors of two exps of numbers below 0 and of their difference, in float32.
+_ROUNDINGS = 1e-6
+
+
+@inlined_by_type
+def keeps_all(trust_region, least, most):
+    """Whether tokens of log ρ from ``least`` to ``most``, in each lane, are surely kept, for any π and A.
+
+    Of TV: with d = |log ρ| < 2, π_θ − π_old ≤ e^d − 1 ≤ 2d/(2 − d) and π_old − π_θ ≤ 1 − e^(−d) ≤ 2d/(2 + d), which
+    is found without the exps of both policies; of a policy in training nearly all runs are.
+    """
+    if getattr(trust_region, "instance_class", None) is not TV:
+        return lambda trust_region, least, most: False
+
+    def by_ratio(trust_region, least, most):
+        upper = 2.0 * trust_region.delta / (2.0 + trust_region.delta) - _ROUNDINGS
+        lower = _ROUNDINGS - 2.0 * trust_region.delta_low / (2.0 - trust_region.delta_low)
+        return every(most <= full_like(most, upper)) and every(least >= full_like(least, lower))
+
+    return by_ratio
 
 
 @inlined
