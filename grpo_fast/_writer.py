@@ -116,8 +116,8 @@ class RolloutWriter:
         Raises
         ------
         TypeError, ValueError
-            An argument does not fit, as in `grpo_loss`, or what is held of the step has others, or of another type. What
-            is held is as it was before the call. Whether numbers are finite is not looked at.
+            An argument does not fit, as in `grpo_loss`, or it is not of the type that it has in what is held of the
+            step, which stays as it was. Whether numbers are finite is not looked at.
         OSError
             The file cannot be written. There is none then, not a part of one, and the rows of this call are not taken:
             it can be repeated. What was held before it is held still, unless it has been written.

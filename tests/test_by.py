@@ -199,3 +199,46 @@ def test_a_partition_beside_a_column_is_refused(tmp_path):
     write(tmp_path / "other.parquet", keyed(tokens(3), [1, 2, 3]))
     message = "by='step' must be a column in every file, or a partition of every path: .*other.parquet has a column,"
     refused(f"{message} .*step=1.* has none", tmp_path, by="step")
+
+
+# --- shards of nothing ------------------------------------------------------------------------------------------------
+def of_nothing(**columns):
+    """Three sequences in lists that are all empty, as pandas and polars write them."""
+    column = pa.array([[]] * 3, pa.list_(pa.null()))
+    return pa.table({"logps": column, "old_logps": column, "ref_logps": column, "advantages": np.ones(3)} | columns)
+
+
+@formats
+@pytest.mark.parametrize("where", [0, 1])
+@pytest.mark.parametrize("keys", [[7, 8, 7] * 7, ["a", "b", "c"] * 7, [None] * 21])
+@pytest.mark.parametrize(
+    "column",
+    [{}, {"step": pa.nulls(3)}, {"step": [0.5] * 3}, {"step": ["a"] * 3}, {"step": [7] * 3}, {"step": [[]] * 3}],
+)
+def test_shards_of_empty_lists_count_as_nothing(column, keys, where, suffix, tmp_path):
+    full = write(tmp_path / f"full.{suffix}", keyed(tokens(21), pa.array(keys)))
+    expected = evaluate(full, by="step", aggregation="token-mean", **OPTIONS)
+    shards = [full]
+    shards.insert(where, write(tmp_path / f"nothing.{suffix}", of_nothing(**column)))
+    found = evaluate(shards, by="step", aggregation="token-mean", **OPTIONS)
+    assert sum(found.values()) == evaluate(shards, aggregation="token-mean", **OPTIONS)
+    for value, stats in expected.items():
+        assert found[value].as_dict() == stats.as_dict() | {"sequences": found[value].sequences}
+    value = next((value for value in expected if column and value == column["step"][0]), None)
+    assert found.keys() == expected.keys() | {value}
+    assert found[value].sequences == 3 + (expected[value].sequences if value in expected else 0)
+
+
+def test_and_beside_partitions(tmp_path):
+    for step, rows in {"3": table(tokens(9)), "4": of_nothing(), "x": of_nothing(step=[1, 2, 3])}.items():
+        (tmp_path / f"step={step}").mkdir()
+        write(tmp_path / f"step={step}" / "a.parquet", rows)
+    found = evaluate([tmp_path / "step=3", tmp_path / "step=4"], by="step", **OPTIONS)
+    assert {value: stats.sequences for value, stats in found.items()} == {3: 9, 4: 3}
+    found = evaluate(tmp_path, by="step", **OPTIONS)  # a column, which is not where those of the others are
+    assert {value: stats.sequences for value, stats in found.items()} == {3: 9, 4: 3, None: 3}
+    refused(
+        "the Table of pyarrow has a column, .*a.parquet has none",
+        [of_nothing(), keyed(tokens(2), [1, 2]), tmp_path / "step=3"],
+        by="step",
+    )

@@ -241,9 +241,14 @@ def test_what_is_held_in_the_end_is_written(tmp_path):
         assert os.listdir(tmp_path) == []
     whole = grpo_loss(**padded(0), **OPTIONS).stats + grpo_loss(**padded(1), **OPTIONS).stats
     assert evaluate(tmp_path, **OPTIONS) == whole
-    with pytest.raises(KeyboardInterrupt), RolloutWriter(tmp_path, rank=1) as writer:
-        writer.write(step=0, complete=False, **padded(2))
-        raise KeyboardInterrupt
+
+    def is_interrupted():
+        with RolloutWriter(tmp_path, rank=1) as writer:
+            writer.write(step=0, complete=False, **padded(2))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        is_interrupted()
     assert evaluate(tmp_path, **OPTIONS) == whole + grpo_loss(**padded(2), **OPTIONS).stats
 
 
