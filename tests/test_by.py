@@ -1,5 +1,6 @@
 """Results by the value of a column: in one read, however values are scattered; the whole is their sum, to the bit."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
 from operator import add
@@ -14,6 +15,8 @@ pa = pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[da
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from rollout_files import FORMATS, GRID, OPTIONS, lists, probabilities, refused, table, tokens, write  # noqa: E402
+
+from grpo_fast import _json_lines  # noqa: E402
 
 formats = pytest.mark.parametrize("suffix", FORMATS)
 
@@ -242,3 +245,21 @@ def test_and_beside_partitions(tmp_path):
         [of_nothing(), keyed(tokens(2), [1, 2]), tmp_path / "step=3"],
         by="step",
     )
+
+
+def test_keys_of_json_lines_that_are_null_at_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(_json_lines, "_FIRST_PIECE", 200)
+    monkeypatch.setattr(_json_lines, "_PIECE", 200)
+    row = {"logps": [-1.0], "old_logps": [-1.5], "advantages": 1.0}
+
+    def lines(keys):
+        path = tmp_path / "a.jsonl"
+        path.write_text("".join(f"{json.dumps(row | {'step': key})}\n" for key in [None] * 20 + keys))
+        return path
+
+    for keys in ([3, 3, 4], ["a", "a", "b"]):
+        found = evaluate(lines(keys), by="step")
+        assert {value: stats.sequences for value, stats in found.items()} == {keys[0]: 2, keys[2]: 1, None: 20}
+    refused("by must be a column of ints or strings, got column 'step' of double", lines([0.5]), by="step")
+    both = [lines(["a"]), pa.Table.from_pylist([row | {"step": 1}])]
+    refused("by must be of one type in all files, got ints and strings", both, by="step")
