@@ -96,7 +96,7 @@ class Table:
         return cls(name, pyarrow.RecordBatchReader.from_batches(records.schema, [records]), records.num_rows)
 
     def __reduce__(self) -> Any:
-        records = list(self._reader)
+        records = list(self._read())
         return _unpickled, (self._name, self.schema, records)
 
 
