@@ -155,13 +155,26 @@ def _widened(schema: Any, ints: bool = False) -> Any:
     return pa.schema([field.with_type(wide(field.type)) for field in schema])
 
 
+#: What a column may turn out to hold that was null so far.
+_BEHIND_NULL = (pa.list_(pa.float64()), pa.int64(), pa.float64(), pa.string())
+
+
 def _fitting(field: Any, text: memoryview) -> Any:
-    """The field, with float64 in place of int64 where these lines need that."""
-    try:
-        _parsed(text, pa.schema([field]))
-    except pa.ArrowInvalid:
-        return _widened(pa.schema([field]), ints=True).field(0)
-    return field
+    """The field, with float64 in place of int64, or any type in place of null, where these lines need that."""
+    for kind in (field.type, *(_with_nulls_as(field.type, kind) for kind in _BEHIND_NULL)):
+        try:
+            _parsed(text, pa.schema([field.with_type(kind)]))
+        except pa.ArrowInvalid:
+            continue
+        return field.with_type(kind)
+    return _widened(pa.schema([field]), ints=True).field(0)
+
+
+def _with_nulls_as(kind: Any, other: Any) -> Any:
+    """The type, or that of a struct with its fields, with another in place of null."""
+    if types.is_struct(kind):
+        return pa.struct([field.with_type(_with_nulls_as(field.type, other)) for field in kind])
+    return other if types.is_null(kind) else kind
 
 
 def _only(field: Any, columns: list[str]) -> Any:

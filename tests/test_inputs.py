@@ -216,6 +216,27 @@ def test_tables_of_pyarrow(expected, tmp_path):
     assert sum(evaluate(keyed, by="step", **OPTIONS).values()) == expected
 
 
+def test_a_stream_is_read_once_and_says_so(expected):
+    keyed = table(ARRAYS).append_column("step", pa.array([1, 2] * 20))
+    with ThreadPoolExecutor(1) as executor:
+        for options in ({}, {"by": "step"}, {"executor": executor}):
+            reader = keyed.to_reader()
+            refused(
+                "'x' .for logps. is missing", reader, columns={"logps": "x"}, **OPTIONS
+            )  # nothing has been read of it
+            evaluate(reader, **options, **OPTIONS)
+            message = "^the RecordBatchReader of pyarrow was read already, and a stream gives its rows once"
+            refused(message, reader, **OPTIONS)
+            refused(message, [table(ARRAYS), reader], **OPTIONS)
+    reader = keyed.to_reader()
+    reader.read_all()  # not by us
+    message = (
+        "the RecordBatchReader of pyarrow: no samples: a stream gives its rows once, and may have been read already"
+    )
+    refused(message, reader, **OPTIONS)
+    assert evaluate([keyed, keyed.schema.empty_table().to_reader()], **OPTIONS) == expected
+
+
 def test_errors_name_the_table_and_the_row(tmp_path):
     rows = table(tokens(9, longest=5)).to_pydict()
     rows["advantages"][7] = None
