@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import json
+import logging
 import operator
 import os
 from collections.abc import Mapping
@@ -26,6 +27,17 @@ MARK = b"grpo_fast.rollouts"
 _OWN = ("step", "rank")
 
 
+logger = logging.getLogger(__name__)
+
+
+def _rank_of_process() -> int:
+    """What RANK says, which torchrun sets; 0 without it."""
+    said = os.environ.get("RANK", "").strip() or "0"
+    if not said.isdigit():
+        raise ValueError(f"the environment's RANK must be a number of at least 0, got {said!r}; or hand over rank=")
+    return int(said)
+
+
 class RolloutWriter:
     """Writes a run: one Parquet file for each step and rank, in the columns that `evaluate` reads.
 
@@ -39,7 +51,8 @@ class RolloutWriter:
     Notes
     -----
     A file is there as a whole or not at all, and its pages have checksums. A row is a sequence, from its first unmasked
-    token to its last. What an earlier run has written of the same step and rank is replaced by the first file of it.
+    token to its last. What an earlier run has written of the same step and rank is replaced by the first file of it; a
+    warning of the logger ``grpo_fast`` says at the beginning that files of that rank are there.
 
     Where ``complete=False`` is used, `close` is to be called in the end, or the writer used in a ``with`` statement,
     which does so, on an exception too: what is held of the last step is lost otherwise.
@@ -48,12 +61,19 @@ class RolloutWriter:
     def __init__(self, folder: str | os.PathLike[str], *, rank: int | None = None) -> None:
         _pyarrow()
         self.folder = Path(folder)
-        self.rank = _count("rank", int(os.environ.get("RANK", "0")) if rank is None else rank)
+        self.rank = _count("rank", _rank_of_process() if rank is None else rank)
         if "://" in str(folder):
             raise ValueError(f"folder must be one of this machine, got {folder}")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._held: tuple[int, list[Any]] = (0, [])  # a step that is not complete, and its tables
         self._files: dict[int, int] = {}  # how many have been written, by step
+        before = len(list(self.folder.glob(f"step-*-rank-{self.rank:05d}*.parquet")))
+        if before:
+            logger.warning(
+                "%s holds %d files of rank %d from before: those of steps that are written again are replaced, the "
+                "others stay. A new run should have a folder of its own",
+                *(self.folder, before, self.rank),
+            )
 
     def __enter__(self) -> Self:
         return self

@@ -105,6 +105,26 @@ def test_the_rank_is_that_of_torchrun(tmp_path, monkeypatch):
     assert RolloutWriter(tmp_path, rank=np.int64(2)).rank == 2
 
 
+@pytest.mark.parametrize("said", ["one", "-1", "1.5"])
+def test_a_rank_that_is_none_is_named(said, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", said)
+    with pytest.raises(ValueError, match=f"RANK must be a number of at least 0, got '{said}'; or hand over rank="):
+        RolloutWriter(tmp_path)
+    monkeypatch.setenv("RANK", "")
+    assert RolloutWriter(tmp_path).rank == 0
+
+
+def test_files_of_an_earlier_run_are_told(tmp_path, caplog):
+    RolloutWriter(tmp_path).write(step=0, logps=[[-1.0]], advantages=[1.0])
+    RolloutWriter(tmp_path, rank=1)
+    assert not caplog.records
+    RolloutWriter(tmp_path)
+    assert caplog.messages == [
+        f"{tmp_path} holds 1 files of rank 0 from before: those of steps that are written again are replaced, the "
+        "others stay. A new run should have a folder of its own"
+    ]
+
+
 def test_tensors(tmp_path):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     arrays = padded()
