@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ._arrow import column_names, column_of, pa, types
+from ._arrow import column_names, column_of, pa, types, without_string_views
 from ._checks import did_you_mean
 
 #: A value of such a column; None where it is null.
@@ -49,6 +49,7 @@ def typed_partition(values: Sequence[str]) -> Callable[[str], Value]:
 
 def by_value(records: Any, column: str) -> tuple[Any, list[tuple[Value, int, int]]]:
     """The rows so that those of a value lie together, in order; and each value, with its first row and its last + 1."""
+    records = without_string_views(records)
     keys = column_of(records, column)
     if types.is_dictionary(keys.type):
         keys = keys.dictionary_decode()
@@ -73,6 +74,13 @@ class ByValue(dict[Value, Any]):
         return self
 
     def in_order(self) -> dict[Value, Any]:
-        """The results, ints and strings in order, what belongs to null last."""
-        values: list[Any] = sorted(value for value in self if value is not None)
+        """The results, ints and strings in order, what belongs to null last; a ValueError if there are both.
+
+        Of JSON Lines it is known only now.
+        """
+        values: list[Any] = [value for value in self if value is not None]
+        if len({type(value) for value in values}) > 1:
+            some = " and ".join(repr(next(x for x in values if type(x) is kind)) for kind in (int, str))
+            raise ValueError(f"by must be a column of ints or of strings in all files, got {some}")
+        values.sort()
         return {value: self[value] for value in [*values, *([None] if None in self else [])]}
