@@ -93,12 +93,6 @@ def test_a_cluster_of_two_workers(rollouts, tmp_path):
         assert client.run(os.getpid) != pids  # one of them is another
 
 
-@pytest.mark.parametrize("executor", [3, ThreadPoolExecutor], ids=repr)
-def test_what_is_no_executor_is_refused(executor, rollouts):
-    with pytest.raises(TypeError, match=r"executor must be a concurrent.futures.Executor, got (3|<class .*Thread)"):
-        evaluate(str(rollouts[0] / "?.parquet"), executor=executor, **OPTIONS)
-
-
 def test_what_was_not_begun_is_cancelled(rollouts):
     class Recording(ThreadPoolExecutor):
         def submit(self, *args):
