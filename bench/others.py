@@ -1,8 +1,8 @@
 """What the losses of TRL, Liger-Kernel, verl, OpenRLHF and SkyRL compute: their own code, asked by `identify`.
 
-``python bench/others.py FOLDER …``: TRL and Liger-Kernel as installed; of the others, wheels unpacked in ``FOLDER`` (``pip download --no-deps``, unzip),
-whose file with the losses is imported with stubs in place of what else it imports. The rows of "What others compute"
-in the guide are what this prints.
+``python bench/others.py FOLDER …`` takes two minutes: TRL and Liger-Kernel as installed; of the others, wheels unpacked
+in a FOLDER (``pip download --no-deps``, unzip), whose file with the losses is imported with stubs in place of what else
+it imports. The rows of "What others compute" in the guide are what this prints.
 """
 
 import argparse

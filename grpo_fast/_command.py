@@ -19,14 +19,14 @@ import numpy as np
 from ._advice import flag_of
 from ._columns import ARGUMENTS, Columns, Form
 from ._histograms import WithHistogram, beside_histogram
-from ._jobs import Work, evaluation
+from ._jobs import Work
 from ._kernels.notices import untold
 from ._kernels.threads import WORTH_SHARING
 from ._measure import read
 from ._parser import BY_NAME, KL_TERMS, PICTURES, SURROGATES, UsageError, in_terms_of_the_shell
 from ._pictures import draw_sweep
 from ._run_pictures import draw_run
-from ._summing import Reading, summed
+from ._summing import Reading, evaluated
 from ._tables import as_csv, as_json, key_name, of_outliers, of_values, rows_of
 from ._warm_up import ARRAYS, DTYPES, PAPERS, calls_with, steps
 from .files import evaluate, sweep, worst
@@ -67,13 +67,12 @@ def _evaluate_to_draw(
     reading = Reading(arguments.files, columns, executor=executor, **_reading(arguments))
     level = arguments.importance_sampling_level or "token"
 
-    def preparation(form: Form) -> Work:
+    def drawn(form: Form, work: Work) -> Work:
         if form is Form.PROBABILITIES and arguments.by is None:
             raise UsageError("--plot draws probabilities over the values of a column alone: name it with --by")
-        work = evaluation(form, options=options)
         return work if form is Form.PROBABILITIES else beside_histogram(work, level)
 
-    found = summed(reading, arguments.by, preparation)
+    found = evaluated(reading, arguments.by, options, drawn)
     by_value = {None: found} if arguments.by is None else found
     stats = {value: x.result if isinstance(x, WithHistogram) else x for value, x in by_value.items()}
     histograms = {value: x.histogram for value, x in by_value.items() if isinstance(x, WithHistogram)}

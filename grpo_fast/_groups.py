@@ -25,11 +25,10 @@ def groups_of(
 
     They are what messages call what there is one ``of`` for each completion.
     """
-    if not may_be_rows and (group_size is None) == (group_ids is None):
-        raise ValueError(
-            f"group_size must be given, or else group_ids, got {group_size=}, "
-            f"group_ids {'not ' if group_ids is None else ''}given"
-        )
+    if group_size is not None and group_ids is not None and not (may_be_rows and len(shape) == 2):
+        raise ValueError(f"exactly one of group_size and group_ids must be given, got {group_size=}, group_ids given")
+    if not may_be_rows and group_size is None and group_ids is None:
+        raise ValueError("group_size must be given, or else group_ids, got group_size=None, group_ids not given")
     ways = (may_be_rows and len(shape) == 2) + (group_size is not None) + (group_ids is not None)
     if ways != 1 or len(shape) not in (1, 2):
         flat = ": rewards.ravel() is 1-D" if len(shape) > 1 else ""

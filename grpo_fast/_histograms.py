@@ -24,10 +24,8 @@ from .terms import Level, Options
 #: Arguments that say nothing about log-ratios.
 UNREAD = {"advantages", "rollout_is_weights", "loss_weights"}
 _BITS = 5  # of the mantissa: 32 bins in each octave
-_LEAST, _LARGEST = (
-    -16,
-    5,
-)  # exponents of 2: below the first all is one bin around 0, from the second on one on each side
+# Exponents of 2: below the first all is one bin around 0, from the second on one on each side.
+_LEAST, _LARGEST = -16, 5
 _SHIFT = np.finfo(np.float64).nmant - _BITS
 _FIRST = (np.finfo(np.float64).maxexp - 1 + _LEAST) << _BITS
 _ONE_SIDE = ((_LARGEST - _LEAST) << _BITS) + 1  # bins, the endless one included
@@ -125,9 +123,12 @@ class Histogram(Additive):
         return {name: counts for name, counts in named.items() if counts is not None}
 
     def as_dict(self) -> dict[str, Any]:
-        """Edges and counts as lists, and the number of tokens, for JSON; what is not there is left out."""
+        """Edges and counts as lists, and the number of tokens, for JSON; what is not there is left out.
+
+        The two outer edges, which are infinite, are None: JSON has no infinity.
+        """
         lists = {name: counts.tolist() for name, counts in self.counts().items()}
-        return {"tokens": self.tokens, "edges": self.edges.tolist(), **lists}
+        return {"tokens": self.tokens, "edges": [None, *self.edges[1:-1].tolist(), None], **lists}
 
     def __repr__(self) -> str:
         quantiles = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999)

@@ -134,7 +134,10 @@ def _stats_of_corrected_tokens(arrays: dict[str, Array], *, corrected: Corrected
     old = arrays.get("old_logps", arrays["logps"])  # on-policy, they are the same
     keywords: dict[str, Any] = {name: arrays[name] for name in ("mask", "cu_seqlens") if name in arrays}
     keywords |= corrected.correction._asdict()
-    weights, _, rollout = rollout_correction(old, arrays.pop("rollout_logps"), **keywords)
+    sampler = arrays.pop("rollout_logps", None)
+    if sampler is None:  # `with_sampler` has seen to it that only shards of empty lists lack it
+        sampler = np.full(old.shape, np.nan)
+    weights, _, rollout = rollout_correction(old, sampler, **keywords)
     stats = _stats_by_options(arrays | {"rollout_is_weights": weights}, [corrected.options])[0]
     if flat:
         stats, rollout = replace(stats, sequence_count=None), rollout.without_sequences()

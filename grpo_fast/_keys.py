@@ -24,14 +24,24 @@ class Kind(Enum):
 
 def kind_of(name: str, column: str, column_type: Any) -> Kind:
     """The kind of a column of the file of that name; a ValueError if it is one by which nothing is told apart."""
+    kind = _kind(column_type)
+    if kind is None:
+        raise ValueError(f"{name}: by must be a column of ints or strings, got column {column!r} of {column_type}")
+    return kind
+
+
+def may_tell_apart(column_type: Any) -> bool:
+    """Whether a column of that type is one of a `Kind`."""
+    return _kind(column_type) is not None
+
+
+def _kind(column_type: Any) -> Kind | None:
     inner = column_type.value_type if types.is_dictionary(column_type) else column_type
     if types.is_integer(inner):
         return Kind.INT
     if types.is_string(inner) or types.is_large_string(inner) or types.is_string_view(inner):
         return Kind.TEXT
-    if types.is_null(inner):
-        return Kind.NULL
-    raise ValueError(f"{name}: by must be a column of ints or strings, got column {column!r} of {column_type}")
+    return Kind.NULL if types.is_null(inner) else None
 
 
 def missing_column(name: str, column: str, schema: Any, partitions: Sequence[str], argument: str) -> ValueError:
@@ -74,13 +84,9 @@ class ByValue(dict[Value, Any]):
         return self
 
     def in_order(self) -> dict[Value, Any]:
-        """The results, ints and strings in order, what belongs to null last; a ValueError if there are both.
-
-        Of JSON Lines it is known only now.
-        """
+        """The results, ints and strings in order, what belongs to null last."""
         values: list[Any] = [value for value in self if value is not None]
-        if len({type(value) for value in values}) > 1:
-            some = " and ".join(repr(next(x for x in values if type(x) is kind)) for kind in (int, str))
-            raise ValueError(f"by must be a column of ints or of strings in all files, got {some}")
+        if len({isinstance(value, str) for value in values}) > 1:  # of JSON Lines it is known only now
+            raise ValueError("by must be of one type in all files, got ints and strings")
         values.sort()
         return {value: self[value] for value in [*values, *([None] if None in self else [])]}

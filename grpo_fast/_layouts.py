@@ -4,12 +4,13 @@ One file, though a long one: each rule about columns is one function, most of it
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from ._advice import AdvisedError, Keywords
 from ._arrow import column_names, column_type, is_list, top_level, types
 from ._checks import closest
-from ._columns import ARGUMENTS, PER_SEQUENCE, Form, no_mask
+from ._columns import ARGUMENTS, MAY_BE_NULL, PER_SEQUENCE, Form, no_mask
 
 
 class ColumnLayout(NamedTuple):
@@ -44,24 +45,29 @@ def layout_of(
     wanted: Mapping[str, tuple[str, ...]],
     may_be_missing: set[str],
     beside: tuple[str, ...] = (),
+    needs: Mapping[str, Keywords] = MappingProxyType({}),
 ) -> ColumnLayout:
     """The layout of the file of that name, given its ``schema``; a ValueError if a column is missing or does not fit.
 
     ``wanted`` are the columns by argument, of which only the mask may have several. Those of the arguments that
-    ``may_be_missing``, and of the columns ``beside``, are left out where they are.
+    ``may_be_missing``, and of the columns ``beside``, are left out where they are. ``needs`` says what needs an
+    argument, where that is not plain.
     """
     used = {column for several in wanted.values() for column in several}
     pairs = [
         (argument, column)
         for argument, several in wanted.items()
         for column in several
-        if _has_column(name, schema, argument, column, used, may_be_missing=argument in may_be_missing)
+        if _has_column(
+            name, schema, argument, column, used, may_be_missing=argument in may_be_missing, by=needs.get(argument)
+        )
     ]
     # All others must hold lists if the first one does, and numbers if not.
     reference_column, rows_are_sequences = pairs[0][1], _holds_lists(name, schema, *pairs[0])
     for argument, column in pairs:
         per_sequence = rows_are_sequences and argument in PER_SEQUENCE
-        if per_sequence and types.is_null(column_type(schema, column)):  # refused where there are tokens
+        may_be_null = per_sequence or argument in MAY_BE_NULL  # of the former it is refused where there are tokens
+        if may_be_null and types.is_null(column_type(schema, column)):
             continue
         listed = _holds_lists(name, schema, argument, column)
         if listed != rows_are_sequences and not per_sequence:
@@ -122,10 +128,20 @@ def _may_be_mask(kind: Any, listed: bool) -> bool:
     return bool(may_be and is_list(kind) == listed)
 
 
-def _has_column(name: str, schema: Any, argument: str, column: str, used: set[str], *, may_be_missing: bool) -> bool:
+def _has_column(
+    name: str,
+    schema: Any,
+    argument: str,
+    column: str,
+    used: set[str],
+    *,
+    may_be_missing: bool,
+    by: Keywords | None = None,
+) -> bool:
     """Whether there is such a column; a ValueError if it is missing and may not be, or is there more than once.
 
-    The columns ``used``, and those that have the name of another argument, cannot be meant instead.
+    The columns ``used``, and those that have the name of another argument, cannot be meant instead. ``by`` says what
+    needs it.
     """
     if column_type(schema, column) is not None:
         return True
@@ -141,13 +157,14 @@ def _has_column(name: str, schema: Any, argument: str, column: str, used: set[st
     ]
     like = {argument: next(iter(closest(column, free)), None)}
     clauses = {
-        "{where} is missing; it has {names}": True,
+        "{where} is missing; it has {names}": by is None,
+        "{where} is missing, which {by} needs; it has {names}": by is not None,
         "if it is this one, {like}": like[argument],
         "if there is none, {none}": argument == "old_logps",
     }
     values = {"like": Keywords({"columns": like}), "none": Keywords({"columns": {argument: None}})}
     template = "; ".join(clause for clause, holds in clauses.items() if holds)
-    raise AdvisedError(template, {"where": where, "names": names, **values})
+    raise AdvisedError(template, {"where": where, "names": names, "by": by, **values})
 
 
 def _holds_lists(name: str, schema: Any, argument: str, column: str) -> bool:

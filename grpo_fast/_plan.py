@@ -3,14 +3,14 @@
 Only footers are read here, and the first megabyte of JSON Lines.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ._advice import AdvisedError, Keywords
 from ._arrow import column_type
 from ._columns import OPTIONAL, Columns, Form, check_mapping, no_mask
 from ._formats import opened
-from ._keys import Kind, kind_of, missing_column, typed_partition
+from ._keys import Kind, kind_of, may_tell_apart, missing_column, typed_partition
 from ._layouts import ColumnLayout, holds_nothing, layout_of, refuse_unused_masks
 from ._sources import File, Source
 from ._writer import MARK
@@ -115,6 +115,7 @@ class Beside(NamedTuple):
     row_numbers: bool = False  # whether it matters which row of a file one is
     sequences_alone: bool = False  # whether flat columns are an error
     optional: tuple[str, ...] = ()  # arguments that a file may lack, beside those that any may
+    needs: tuple[tuple[str, Keywords], ...] = ()  # arguments that must be there, and by what they are needed
 
 
 _NOTHING = Beside()
@@ -134,7 +135,8 @@ def plan(
         As `open` raises them.
     """
     named = {argument: argument for argument in form.arguments} | dict(columns or {})
-    _refuse_to_go_without(columns or {}, unread | set(beside.optional))
+    needs = dict(beside.needs)
+    _refuse_to_go_without(columns or {}, unread | set(beside.optional), needs)
     wanted = {
         argument: (column,) if isinstance(column, str) else tuple(column)
         for argument, column in named.items()
@@ -150,7 +152,7 @@ def plan(
         nothing = holds_nothing(schema, *wanted[form.arguments[0]])
         marked = MARK in (schema.metadata or {})  # without a mask where nothing is masked
         explicit = set() if nothing else set(columns or {}) - ({"mask"} if marked else set())
-        layout = layout_of(name, schema, wanted, {*OPTIONAL, *beside.optional} - explicit, others)
+        layout = layout_of(name, schema, wanted, {*OPTIONAL, *beside.optional} - explicit, others, needs)
         if isinstance(named.get("mask", ""), str):  # neither None nor a list, which say that there are no others
             refuse_unused_masks(name, schema, form, layout)
         in_path = source.partitions()
@@ -159,6 +161,8 @@ def plan(
             if column not in layout.beside and column not in in_path:
                 raise missing_column(name, column, schema, list(in_path), "show")
         key = _key_of(source, schema, layout, beside.key, nothing)
+        if key.kind is None:
+            layout = _without_key(layout, beside.key)
         first_rows = file.first_rows() if beside.row_numbers else [0] * file.row_group_count
         groups = [
             RowGroup(source, file.row_group_name, number, layout, key.partition + shown, first_rows[number])
@@ -178,14 +182,22 @@ def plan(
         raise ValueError(
             f"{first.name}: the columns are flat, which does not say where sequences begin: store each as a list"
         )
-    _refuse_keys_of_two_kinds(shards, beside.key)
+    if beside.key is not None:
+        telling = [shard for shard in shards if not shard.holds_nothing] or shards
+        _refuse_keys_of_two_kinds(telling, beside.key)
+        shards = [_with_key_as_in(telling, shard, beside.key) for shard in shards]
     row_groups = [row_group for shard in shards for row_group in _with_typed_partitions(shards, shard.row_groups)]
     rows = [shard.rows for shard in shards]
     return Plan(first.layout.rows_are_sequences, row_groups, None if None in rows else sum(filter(None, rows)))
 
 
-def _refuse_to_go_without(columns: Columns, unread: set[str]) -> None:
-    """Raise the ValueError for an argument that is mapped to None although a KL term needs it, if any."""
+def _refuse_to_go_without(columns: Columns, unread: set[str], needs: Mapping[str, Keywords]) -> None:
+    """Raise the ValueError for an argument that is mapped to None although a KL term, or another thing, needs it."""
+    for argument, by in needs.items():
+        if columns.get(argument, "") is None:
+            left_out = Keywords({"columns": {argument: None}})
+            values = {"left_out": left_out, "by": by}
+            raise AdvisedError("{left_out} leaves out what {by} needs: name the column", values)
     for argument in ("pi_theta_old", "pi_theta_ref", "ref_logps"):
         if columns.get(argument, "") is None and argument not in unread:
             left_out = Keywords({"columns": {argument: None}})
@@ -226,10 +238,12 @@ class _Key(NamedTuple):
 
 
 def _key_of(source: Source, schema: Any, layout: ColumnLayout, key: str | None, nothing: bool) -> _Key:
-    """The key of a file; the ValueError if it has none, or of floats."""
+    """The key of a file; the ValueError if it has none, or of floats, unless the file holds nothing."""
     if key is None:
         return _Key()
     if key in layout.beside:
+        if nothing and not may_tell_apart(column_type(schema, key)):  # as of pandas, a column that is empty
+            return _Key(partition=((key, None),))
         return _Key(kind=kind_of(str(source), key, column_type(schema, key)))
     partitions = source.partitions()
     if key not in partitions and not nothing:
@@ -250,6 +264,23 @@ def _refuse_keys_of_two_kinds(shards: Sequence[_Shard], key: str | None) -> None
     if len(of_kinds) > 1:
         where = ", ".join(f"{kind.value} in {shard.name}" for kind, shard in of_kinds.items() if kind)
         raise ValueError(f"by={key!r} must be of one type in all files: {where}")
+
+
+def _without_key(layout: ColumnLayout, key: str | None) -> ColumnLayout:
+    return layout._replace(beside=tuple(column for column in layout.beside if column != key))
+
+
+def _with_key_as_in(telling: Sequence[_Shard], shard: _Shard, key: str) -> _Shard:
+    """The shard; if it holds nothing, and its key is not where that of the others is, or of their kind, without one.
+
+    Its sequences then are among those whose key is null, so that the sum over the keys is the whole still.
+    """
+    kinds = {other.key_kind for other in telling}
+    if not shard.holds_nothing or shard.key_kind in kinds or shard.key_kind is Kind.NULL:
+        return shard
+    layout = _without_key(shard.layout, key)
+    groups = [x._replace(layout=layout, partitions=((key, None),)) for x in shard.row_groups]
+    return shard._replace(key_kind=None, layout=layout, row_groups=groups)
 
 
 def _with_typed_partitions(shards: Sequence[_Shard], row_groups: Sequence[RowGroup]) -> Iterator[RowGroup]:

@@ -96,6 +96,10 @@ def arrays_of(records: Any, layout: ColumnLayout) -> dict[str, Array]:
     for argument, column in [*layout.columns.items(), *(("mask", column) for column in layout.more_masks)]:
         values = column_of(records, column)
         in_lists[argument] = is_list(values.type)
+        _refuse_unless_as_planned(argument, column, values.type, layout)
+        if bounds is not None and argument in MAY_BE_NULL and values.null_count:
+            arguments[argument] = _with_missing_lists(values, column, bounds, reference_column)
+            continue
         if in_lists[argument]:
             if values.null_count:
                 raise ValueError(f"column {column!r} has a null")
@@ -143,6 +147,32 @@ def rows_of(arrays: dict[str, Array], start: int, stop: int) -> dict[str, Array]
         if x.ndim == 2:  # per token, (1, N), or per sequence, (S, 1)
             part[name] = x[start:stop] if len(x) == len(bounds) - 1 and x.shape[1] == 1 else x[:, first:last]
     return part | {"cu_seqlens": bounds[start : stop + 1] - first}
+
+
+def _refuse_unless_as_planned(argument: str, column: str, kind: Any, layout: ColumnLayout) -> None:
+    """Raise the ValueError for a column of JSON Lines that was null at first, and turns out not to fit."""
+    listed = is_list(kind)
+    misplaced = listed != layout.rows_are_sequences and argument not in PER_SEQUENCE and not types.is_null(kind)
+    if misplaced or types.is_string(kind) or (listed and not layout.rows_are_sequences):
+        what = "lists of real numbers" if layout.rows_are_sequences else "real numbers"
+        raise ValueError(f"column {column!r} must hold {what}, got {kind}")
+
+
+def _with_missing_lists(lists: Any, column: str, bounds: Array, reference_column: str) -> Array:
+    """The numbers in an array of lists, a null among which is as many NaNs as its row has tokens."""
+    lengths = np.diff(bounds)
+    if types.is_null(lists.type):
+        return np.full(bounds[-1], np.nan)
+    there = lists.is_valid().to_numpy(zero_copy_only=False)
+    _, of_others = _values_and_bounds(lists.drop_null())
+    own = lengths.copy()
+    own[there] = np.diff(of_others)
+    if not np.array_equal(own, lengths):
+        raise _unequal_lengths(column, np.append(0, np.cumsum(own)), reference_column, bounds)
+    numbers = lists.flatten().to_numpy(zero_copy_only=False)  # without those of nulls
+    found = np.full(bounds[-1], np.nan, numbers.dtype if numbers.dtype.kind == "f" else np.float64)
+    found[np.repeat(there, lengths)] = numbers
+    return found
 
 
 def _unequal_lengths(column: str, bounds: Array, reference_column: str, reference_bounds: Array) -> ValueError:

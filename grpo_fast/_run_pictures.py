@@ -222,8 +222,8 @@ def _bounds(options: Options) -> list[float]:
     """Where the surrogate and a band clip or drop, as log ρ."""
     surrogate: Any = options.surrogate
     ratios: list[float] = []
-    if isinstance(surrogate, GMPO):
-        return [-surrogate.epsilon, surrogate.epsilon_high]
+    if isinstance(surrogate, GMPO):  # whose bounds are of log ρ itself
+        return [bound for bound in (-surrogate.epsilon, surrogate.epsilon_high) if math.isfinite(bound)]
     if isinstance(surrogate, Clip):
         ratios += [1 - surrogate.epsilon, 1 + surrogate.epsilon_high, surrogate.delta]
     if isinstance(surrogate, CISPO):

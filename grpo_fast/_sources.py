@@ -5,6 +5,7 @@ A table is whatever has Arrow's C stream, ``__arrow_c_stream__``: of pandas, pol
 
 import os
 import re
+import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias
 from urllib.parse import unquote
@@ -57,8 +58,9 @@ class Table:
     row_group_name = ""  # in error messages: there is only one
     row_group_count = 1
 
-    def __init__(self, name: str, reader: Any, rows: int | None) -> None:
+    def __init__(self, name: str, reader: Any, rows: int | None, stream: Any = None) -> None:
         self._name, self._reader, self.rows = name, reader, rows
+        self._stream = stream  # if it can be read once, and was given to us
         self.schema = reader.schema
 
     def __str__(self) -> str:
@@ -74,13 +76,18 @@ class Table:
         """Yield the ``columns`` of the table as pyarrow.RecordBatches, of ``batch_size`` rows at most."""
         from ._arrow import in_parts, select  # which needs pyarrow
 
-        for records in self._reader:
+        for records in self._read():
             yield from in_parts(select(records, columns), batch_size)
 
     def pieces(self) -> Iterator["Table"]:
         """The table batch by batch: what can be handed to another process."""
-        for records in self._reader:
+        for records in self._read():
             yield Table.of_records(self._name, records)
+
+    def _read(self) -> Any:
+        if self._stream is not None:
+            _READ.add(self._stream)
+        return self._reader
 
     @classmethod
     def of_records(cls, name: str, records: Any) -> "Table":
@@ -89,7 +96,7 @@ class Table:
         return cls(name, pyarrow.RecordBatchReader.from_batches(records.schema, [records]), records.num_rows)
 
     def __reduce__(self) -> Any:
-        records = list(self._reader)
+        records = list(self._read())
         return _unpickled, (self._name, self.schema, records)
 
 
@@ -104,8 +111,15 @@ def _unpickled(name: str, schema: Any, records: list[Any]) -> Table:
 Source: TypeAlias = File | Table
 
 
+#: The streams that were read: they have no rows any more, and do not say so.
+_READ: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
 def table_of(value: Any) -> Table | None:
-    """The table that ``value`` is, or None if it is none; a TypeError if it has the protocol but no columns."""
+    """The table that ``value`` is, or None if it is none; a TypeError if it has the protocol but no columns.
+
+    A ValueError if it is a stream that was read already.
+    """
     package, kind = type(value).__module__.partition(".")[0], type(value).__name__
     if package == "datasets" and hasattr(value, "with_format") and hasattr(value, "__len__"):
         value = value.with_format("arrow")[:]  # which has no C stream itself (5.2), but is a table of pyarrow's within
@@ -116,9 +130,14 @@ def table_of(value: Any) -> Table | None:
     if isinstance(value, pyarrow.RecordBatch):
         value = pyarrow.Table.from_batches([value])
     name = f"the {kind} of {package}"
+    stream = value if isinstance(value, pyarrow.RecordBatchReader) else None
+    if stream is not None and stream in _READ:
+        raise ValueError(
+            f"{name} was read already, and a stream gives its rows once: make it anew, or hand over a table"
+        )
     try:
         reader = pyarrow.RecordBatchReader.from_stream(value)
     except (pyarrow.ArrowException, TypeError) as error:
         raise TypeError(f"paths must be files or tables, got {name}, which has no columns: {error}") from error
     rows = len(value) if hasattr(value, "__len__") else None
-    return Table(name, reader, rows)
+    return Table(name, reader, rows, stream)

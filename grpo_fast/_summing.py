@@ -12,15 +12,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from . import _paths, _workers
-from ._columns import Columns, Form
-from ._jobs import Job, Work, refuse_sequences
+from ._columns import Columns, Form, with_sampler
+from ._jobs import Job, Work, evaluation, refuse_sequences
 from ._kernels.threads import serially
 from ._paths import Paths
+from ._sources import Source, Table
 
 if TYPE_CHECKING:
     from ._plan import Beside, RowGroup
     from ._rollouts import RowBatch
-    from ._sources import Source
 
 #: What is computed of a batch, which `+=` adds; None if there is nothing in it.
 Task: TypeAlias = Callable[["RowBatch"], Any]
@@ -59,6 +59,18 @@ def summed(reading: Reading, by: str | None, preparation: Callable[[Form], Work]
     return sum_over_files(reading, preparation, Beside(key=by), task_of).in_order()
 
 
+def evaluated(
+    reading: Reading,
+    by: str | None,
+    options: dict[str, Any],
+    beside: Callable[[Form, Work], Work] = lambda form, work: work,
+) -> Any:
+    """What `evaluate` finds with those of its options that are given; ``beside`` may add to the work."""
+    if options.get("rollout_correction") is not None:
+        reading = reading._replace(columns=with_sampler(reading.columns))
+    return summed(reading, by, lambda form: beside(form, evaluation(form, options=options)))
+
+
 def sum_over_files(
     reading: Reading,
     preparation: Callable[[Form], Work],
@@ -90,7 +102,9 @@ def sum_over_files(
     with closing(results), _workers.Progress(plan.rows, reading.progress, at_first) as advance:
         _, total = _sum_of(results, advance)
     if total is None:
-        raise ValueError(f"{', '.join(map(str, _in_short(sources)))}: no samples")
+        streams = [source for source in sources if isinstance(source, Table) and source.rows is None]
+        read = ": a stream gives its rows once, and may have been read already" if streams else ""
+        raise ValueError(f"{', '.join(map(str, _in_short(sources)))}: no samples{read}")
     return total
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ._worst import Outlier
+from ._worst import Outlier, shown_name
 from .stats import KEYS, Stats, Sweep
 
 #: Of `Stats.as_dict`, what a table over the values of a column has, and what it is called there; JSON and CSV have all.
@@ -97,7 +97,7 @@ def of_outliers(outliers: Sequence[Outlier], rank: str) -> str:
     """A table of the sequences that stand out."""
     value = {"ratio": "log-ratio", "kl": "mean k3", "mismatch": "mismatch"}[rank]
     shown = list(dict.fromkeys(name for x in outliers for name in x.shown))
-    head = [value, *shown, "token", "of", "row", "file"]
+    head = [value, *(shown_name(name, shown) for name in shown), "token", "of", "row", "file"]
     body = [
         [
             f"{x.value:.6g}",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ._advice import Keywords
 from ._checks import Array, one_of
 from ._columns import Form
 from ._histograms import UNREAD, difference, mismatch_of, refuse_not_finite, unmasked
@@ -54,9 +55,19 @@ class Outlier(NamedTuple):
     shown: dict[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, flat, for JSON or a data frame."""
+        """All of it, flat, for JSON or a data frame; a column called as one of its own is "shown token" and so on."""
         own = {name: x for name, x in zip(self._fields, self, strict=True) if name != "shown"}
-        return own | {name: x for name, x in self.shown.items() if name not in own}
+        return own | {shown_name(name, self.shown): x for name, x in self.shown.items()}
+
+
+def shown_name(column: str, shown: Iterable[str]) -> str:
+    """What a column that is shown is called beside what an `Outlier` has of its own, and the others shown."""
+    taken = {name for name in Outlier._fields if name != "shown"}
+    if column not in taken:
+        return column
+    while column in taken:
+        column, taken = f"shown {column}", {*shown}
+    return column
 
 
 class Outliers(list[Outlier]):
@@ -85,6 +96,11 @@ class Numbers(NamedTuple):
     mean: bool  # whether a sequence is ranked by their mean
 
 
+def needs_of(rank: str) -> tuple[tuple[str, Keywords], ...]:
+    """The argument that is needed by this rank and not by others, and the rank, for messages."""
+    return ((_NEEDS[rank], Keywords({"rank": rank})),) if rank in ("kl", "mismatch") else ()
+
+
 def ranking(form: Form, *, rank: str) -> Work:
     """What `worst` computes of a batch; the error for a rank that there is not, or files that have none."""
     one_of("rank", rank, RANKS)
@@ -96,10 +112,12 @@ def ranking(form: Form, *, rank: str) -> Work:
 
 
 def _numbers(arrays: dict[str, Array], *, rank: str) -> Numbers:
-    if _NEEDS[rank] not in arrays and rank != "ratio":  # without old_logps all is on-policy
-        raise ValueError(f"rank={rank!r} needs {_NEEDS[rank]}, of which there is no column")
     keep = unmasked(arrays)
     logps = arrays["logps"]
+    if _NEEDS[rank] not in arrays and rank != "ratio":  # without old_logps all is on-policy
+        if keep.any():
+            raise ValueError(f"rank={rank!r} needs {_NEEDS[rank]}, of which there is no column")
+        arrays = arrays | {_NEEDS[rank]: np.full(logps.shape, np.nan)}  # of a shard of empty lists
     old = arrays.get("old_logps", logps)
     if rank == "mismatch":
         values = mismatch_of(arrays)

@@ -11,7 +11,7 @@ import operator
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -40,6 +40,9 @@ class RolloutWriter:
     -----
     A file is there as a whole or not at all, and its pages have checksums. A row is a sequence, from its first unmasked
     token to its last. What an earlier run has written of the same step and rank is replaced by the first file of it.
+
+    Where ``complete=False`` is used, `close` is to be called in the end, or the writer used in a ``with`` statement,
+    which does so, on an exception too: what is held of the last step is lost otherwise.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, rank: int | None = None) -> None:
@@ -51,6 +54,27 @@ class RolloutWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._held: tuple[int, list[Any]] = (0, [])  # a step that is not complete, and its tables
         self._files: dict[int, int] = {}  # how many have been written, by step
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> Path | None:
+        """The path of the file that is written of what is held of a step that is not complete; None if nothing is.
+
+        More may be written afterwards, as no file is open between calls.
+
+        Raises
+        ------
+        OSError
+            The file cannot be written. There is none then, and the rows are held still.
+        """
+        step, held = self._held
+        path = self._save(step, held) if held else None
+        self._held = (step, [])
+        return path
 
     def write(
         self,
@@ -86,14 +110,17 @@ class RolloutWriter:
         columns : mapping of name to (S,) array-like, optional
             More columns, of numbers or strings, one for each sequence: rewards, or the name of a data set.
         complete : bool
-            False if more of the same step is to come, as of its micro-batches: it is held until then.
+            False if more of the same step is to come, as of its micro-batches: it is held in memory until then, or
+            until another step or `close` comes. All that is held must have the same arguments, of the same types.
 
         Raises
         ------
         TypeError, ValueError
-            An argument does not fit, as in `grpo_loss`. Whether numbers are finite is not looked at.
+            An argument does not fit, as in `grpo_loss`, or it is not of the type that it has in what is held of the
+            step, which stays as it was. Whether numbers are finite is not looked at.
         OSError
-            The file cannot be written. There is none then, not a part of one.
+            The file cannot be written. There is none then, not a part of one, and the rows of this call are not taken:
+            it can be repeated. What was held before it is held still, unless it has been written.
         """
         step = _count("step", step)
         loss = (logps, old_logps, advantages, ref_logps, mask, cu_seqlens, rollout_is_weights, loss_weights)
@@ -102,22 +129,20 @@ class RolloutWriter:
             dict(columns or {}) | ({} if prompt_id is None else {"prompt_id": prompt_id}),
             {"step": step, "rank": self.rank},
         )
-        held_step, held = self._held
-        if held and held_step != step:
-            self._save(held_step, held)
-            held = []
-        self._held = (step, [*held, table])
-        if not complete:
-            return None
-        path = self._save(*self._held)
-        self._held = (step, [])
+        if self._held[0] != step:
+            self.close()  # of that step no more can come
+        held = self._held[1]
+        if held:
+            table = _as_what_is_held(table, held[0])
+        tables = [*held, table]
+        path = self._save(step, tables) if complete else None
+        self._held = (step, [] if complete else tables)  # an exception has left it as it was
         return path
 
     def _save(self, step: int, tables: list[Any]) -> Path:
         pyarrow = _pyarrow()
         name = f"step-{step:08d}-rank-{self.rank:05d}"
         part = self._files.get(step, 0)
-        self._files[step] = part + 1
         path = self.folder / (f"{name}-part-{part}.parquet" if part else f"{name}.parquet")
         with replaced_when_complete(str(path)) as temporary:
             # Not compressed and no dictionary: of log-probabilities either saves next to nothing, and costs time.
@@ -129,9 +154,12 @@ class RolloutWriter:
                 write_statistics=False,
                 write_page_checksum=True,
             )
-        if not part:
-            for leftover in glob.glob(f"{glob.escape(str(self.folder / name))}-part-*.parquet"):
-                os.remove(leftover)
+            if (
+                not part
+            ):  # what is left is gone before the first file is there: a run is never read with another's parts
+                for leftover in glob.glob(f"{glob.escape(str(self.folder / name))}-part-*.parquet"):
+                    os.remove(leftover)
+        self._files[step] = part + 1  # now that it is there: one that failed is written anew under the same name
         return path
 
 
@@ -206,6 +234,18 @@ def _table(given: Arguments, per_sequence: dict[str, Any], constants: dict[str, 
     columns |= {name: pa.array(x) for name, x in sequences.items()}
     columns |= {name: pa.array(np.full(count, x, np.int64)) for name, x in constants.items()}
     return pa.table(columns, metadata={MARK: json.dumps({"version": 1})})
+
+
+def _as_what_is_held(table: Any, held: Any) -> Any:
+    """The table with its columns in the order of ``held``; a ValueError for a column that is not as it is there."""
+    before, now = ({field.name: str(field.type) for field in x.schema} for x in (held, table))
+    for name in {**before, **now}:
+        if before.get(name) != now.get(name):
+            raise ValueError(
+                f"{name} must be of one type in all micro-batches of a step, which make one file, got "
+                f"{now.get(name, 'none')} after {before.get(name, 'none')}"
+            )
+    return table.select(held.column_names)
 
 
 def _one_per_sequence(name: str, value: Any, count: int) -> Any:

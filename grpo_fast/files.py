@@ -16,12 +16,12 @@ from typing import Any, Never, TypedDict, Unpack, overload
 from numpy.typing import ArrayLike
 
 from ._checks import hides_unknown, refuse_unknown
-from ._columns import Columns, check_mapping, with_sampler
+from ._columns import Columns, check_mapping
 from ._histograms import Histogram, counting
-from ._jobs import evaluation, sweeping
+from ._jobs import sweeping
 from ._paths import Paths
-from ._summing import Reading, sum_over_files, summed
-from ._worst import SHOWN, Outlier, Rank, checked_count, of_a_batch, ranking
+from ._summing import Reading, evaluated, sum_over_files, summed
+from ._worst import SHOWN, Outlier, Rank, checked_count, needs_of, of_a_batch, ranking
 from ._writer import RolloutWriter
 from .objective import grid_of
 from .rollout_terms import RolloutKeywords
@@ -111,7 +111,7 @@ def evaluate(
         Files, globs, or directories, of which the files are read that end in .parquet, else in .arrow, else in .jsonl
         (also packed, .jsonl.gz), below them too. No file twice. A URI, ``s3://bucket/run/``, is one of a file system of
         pyarrow. A table is anything that has Arrow's C stream, ``__arrow_c_stream__``: a frame of pandas or polars, a
-        table or reader of pyarrow, which is read as it comes; or a ``datasets.Dataset``.
+        table or reader of pyarrow, which is read as it comes, once; or a ``datasets.Dataset``.
     by : str, optional
         A column of ints or strings, or a hive partition (``run/step=3/…``): the result is a dict, for each value the
         `Stats` of its rows. Values may be scattered over files. ``sum(result.values())`` is what there is without
@@ -127,7 +127,7 @@ def evaluate(
         lower, upper, reject``; ``{}`` for its defaults), whose weights multiply the policy term in the same read, in
         place of a column of them. What it says of trainer and sampler is ``rollout`` of the result. Flat columns have
         no sequences: level "token" in all of it; ``rollout`` of several blocks is that of one array to rounding. A null
-        is a missing log-probability.
+        is a missing log-probability; in place of a list, as many as the row has tokens.
     columns : mapping of argument to column, or None
         Where the files call a column otherwise than the argument of `grpo_stats` or `grpo_loss`. With None as the
         column, ``old_logps`` (then all is on-policy), ``mask`` and both weights are left out. The files hold either
@@ -183,10 +183,8 @@ def evaluate(
         trust_region=trust_region,
         rollout_correction=rollout_correction,
     )
-    if rollout_correction is not None:
-        columns = with_sampler(columns)
     reading = Reading(paths, columns, batch_size, executor, progress, filesystem)
-    result: Stats | dict[int | str | None, Stats] = summed(reading, by, partial(evaluation, options=options))
+    result: Stats | dict[int | str | None, Stats] = evaluated(reading, by, options)
     return result
 
 
@@ -379,7 +377,9 @@ def worst(
         columns = {"rollout_logps": "rollout_logps", **(columns or {})}
     reading = Reading(paths, columns, batch_size, executor, progress, filesystem)
     shown = SHOWN if show is None else tuple(show)
-    beside = Beside(shown=shown, must_show=show is not None, row_numbers=True, sequences_alone=True)
+    beside = Beside(
+        shown=shown, must_show=show is not None, row_numbers=True, sequences_alone=True, needs=needs_of(rank)
+    )
     return list(
         sum_over_files(
             reading, partial(ranking, rank=rank), beside, lambda job: partial(of_a_batch, job=job, n=n, shown=shown)

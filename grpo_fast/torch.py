@@ -2,22 +2,18 @@
 
 First the loss, and what it is when it is called, an `autograd.Function`; then what it is in a graph, an operator,
 of which a schema takes tensors, strings and numbers; last, what goes in and out of that: options as a kind and its
-numbers, tensors as arrays, `Stats` as bytes. The functions of trainer and sampler, at the end, return constants.
+numbers, `Stats` as bytes. (Tensors as arrays are in `_tensors`, trainer and sampler in `_torch_rollout`.)
 """
 
-import inspect
 import pickle
-from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple, Never, TypeAlias, TypedDict, Unpack, get_args, overload
+from collections.abc import Callable
+from typing import Any, Literal, TypedDict, Unpack, get_args, overload
 
 import numpy as np
 
-from . import rollout
 from ._checks import hides_unknown, not_negative, refuse_unknown
 from .loss import LossResult
 from .loss import grpo_loss as loss_of_arrays
-from .rollout_stats import RolloutStats
-from .rollout_terms import Reject, WeightLevel, WeightMode
 from .stats import Stats
 from .terms import DEFAULT_SURROGATE, K1, K2, K3, KL, KL_GRADIENTS, Aggregation, Level, Options, Surrogate, TrustRegion
 
@@ -26,7 +22,18 @@ try:
 except ImportError as error:
     raise ImportError("grpo_fast.torch needs PyTorch: pip install 'grpo_fast[torch]'") from error
 
-Tensor: TypeAlias = torch.Tensor
+from ._tensors import CAN_BE_SAID, HALVES, Tensor, array, constant, refuse_unless_plain
+from ._torch_rollout import RolloutCorrection, high_entropy_mask, off_policy_sequence_mask, rollout_correction
+
+__all__ = [
+    "LossOptions",
+    "RolloutCorrection",
+    "Tensor",
+    "grpo_loss",
+    "high_entropy_mask",
+    "off_policy_sequence_mask",
+    "rollout_correction",
+]
 
 
 class LossOptions(TypedDict, total=False):
@@ -150,24 +157,24 @@ def grpo_loss(
         refuse_unknown(grpo_loss, unknown)
     if not torch.compiler.is_compiling():
         _refuse_transforms(logps)
-    _refuse_unless_plain("logps", logps)
-    if logps.dtype in _HALVES:
+    refuse_unless_plain("logps", logps)
+    if logps.dtype in HALVES:
         logps = logps.float()
     if logps.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"logps must be float32, float64, bfloat16 or float16, got {logps.dtype}")
     denominator: Any = normalizer
     if torch.is_tensor(normalizer):
-        denominator = _constant("normalizer", normalizer)
+        denominator = constant("normalizer", normalizer)
         if denominator.numel() != 1:
             raise ValueError(f"normalizer must be one number, got shape {tuple(denominator.shape)}")
     constants = (
-        _constant("old_logps", old_logps),
-        _constant("advantages", advantages, optional=False),
-        _constant("ref_logps", None if kl is None else ref_logps),
-        _constant("mask", mask),
-        _constant("cu_seqlens", cu_seqlens),
-        _constant("rollout_is_weights", rollout_is_weights),
-        _constant("loss_weights", loss_weights),
+        constant("old_logps", old_logps),
+        constant("advantages", advantages, optional=False),
+        constant("ref_logps", None if kl is None else ref_logps),
+        constant("mask", mask),
+        constant("cu_seqlens", cu_seqlens),
+        constant("rollout_is_weights", rollout_is_weights),
+        constant("loss_weights", loss_weights),
     )
     grad = logps.requires_grad and torch.is_grad_enabled()
     if _is_traced(logps):
@@ -202,9 +209,9 @@ def _result(
     grad: bool,
 ) -> LossResult:
     """The `LossResult` of tensors; ``constants`` are those of `_operator`, in its order."""
-    old_logps, advantages, ref_logps, mask, cu_seqlens, rollout_is_weights, loss_weights = map(_array, constants)
+    old_logps, advantages, ref_logps, mask, cu_seqlens, rollout_is_weights, loss_weights = map(array, constants)
     return loss_of_arrays(
-        _array(logps),
+        array(logps),
         old_logps,
         advantages,
         ref_logps,
@@ -323,9 +330,6 @@ _operator.register_autograd(_backward, setup_context=_setup_context)
 
 
 # --- what goes in and comes out ---------------------------------------------------------------------------------------
-_HALVES = (torch.bfloat16, torch.float16)
-_INTS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_DTYPES = (torch.float32, torch.float64, *_HALVES, *_INTS)
 _OPTIONS: dict[str, Callable[..., Any]] = {
     option.__name__: option for kind in (Surrogate, KL, TrustRegion) for option in get_args(kind)
 }
@@ -346,34 +350,6 @@ def _refuse_transforms(logps: Any) -> None:
         )
     if "Vmap" in transforms:
         raise RuntimeError("grpo_loss is of one batch, and not known to torch.vmap: loop over them, or join them")
-
-
-def _refuse_unless_plain(name: str, tensor: Any) -> None:
-    """Raise the TypeError unless it is a dense tensor on the CPU, of a dtype that can be computed with."""
-    if not torch.is_tensor(tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.device.type != "cpu":
-        raise TypeError(f"{name} must be on the CPU, got a tensor on {tensor.device}")
-    if tensor.layout is not torch.strided or tensor.is_nested:
-        packed = f": {name}.values() is packed, with cu_seqlens={name}.offsets()" if tensor.is_nested else ""
-        raise TypeError(f"{name} must be a dense tensor, got one that is sparse or nested{packed}")
-    if tensor.dtype not in _DTYPES:
-        raise TypeError(f"{name} must hold float64, float32, bfloat16, float16, ints or bools, got {tensor.dtype}")
-
-
-def _constant(name: str, tensor: Any, *, optional: bool = True) -> Tensor | None:
-    """The tensor, checked and detached from its graph: else the loss would seem to have a gradient for it."""
-    if tensor is None and optional:
-        return None
-    _refuse_unless_plain(name, tensor)
-    return tensor.detach()
-
-
-def _array(tensor: Any) -> Any:
-    """The tensor as an array: of the same memory, but for bfloat16 and float16, which become float32."""
-    if tensor is None:
-        return None
-    return (tensor.float() if tensor.dtype in _HALVES else tensor).numpy(force=True)
 
 
 #: The words among the fields of options; in the schema of an operator, the number of their place here.
@@ -403,135 +379,15 @@ def _bytes_of(stats: Stats) -> Tensor:
     return torch.frombuffer(bytearray(pickle.dumps(stats)), dtype=torch.uint8)
 
 
-#: What `torch.compile` says where a graph must end; before PyTorch 2.7 nothing can be said.
+#: What `torch.compile` says where a graph must end; if that can be said.
 _REASON = (
     "grpo_loss(…, return_stats=True) returns Python numbers, which no graph can hold: leave return_stats out, or "
     "compile without fullgraph=True"
 )
-_CAN_BE_SAID = "reason" in inspect.signature(torch.compiler.disable).parameters
 
 
-@torch.compiler.disable(**({"reason": _REASON} if _CAN_BE_SAID else {}))
+@torch.compiler.disable(**({"reason": _REASON} if CAN_BE_SAID else {}))
 def _stats_of(pickled: Tensor) -> Stats:
     """The `Stats` of which `_bytes_of` made these."""
     stats: Stats = pickle.loads(pickled.numpy(force=True).tobytes())
     return stats
-
-
-# --- trainer and sampler ----------------------------------------------------------------------------------------------
-#: What is of them is computed once per batch, on constants: no graph has to know it.
-_outside_graphs: Any = torch.compiler.disable(
-    **({"reason": "it is of constants, once per batch, and made outside of graphs"} if _CAN_BE_SAID else {})
-)
-
-
-class RolloutCorrection(NamedTuple):
-    """What `rollout_correction` returns; it prints as a table."""
-
-    weights: Tensor  # like old_logps, of the dtype that computes: for ``rollout_is_weights`` of `grpo_loss`
-    mask: Tensor  # bools; the mask less what is rejected
-    stats: RolloutStats
-
-    def __repr__(self) -> str:
-        return repr(rollout.RolloutCorrection(self.weights.numpy(), self.mask.numpy(), self.stats))
-
-
-@_outside_graphs
-@hides_unknown
-def rollout_correction(
-    old_logps: Tensor,
-    rollout_logps: Tensor,
-    *,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    level: WeightLevel = "token",
-    mode: WeightMode = "truncate",
-    lower: float | None = None,
-    upper: float | None = None,
-    reject: Reject | Iterable[Reject] = (),
-    normalize: bool = False,
-    **unknown: Never,
-) -> RolloutCorrection:
-    """Importance weights between trainer and sampler, and what they reject, as tensors without a gradient; their stats.
-
-    As `grpo_fast.rollout_correction`, whose options, shapes and formulas these are. Not copied: contiguous tensors of
-    float32 and float64, masks of bools, int64 ``cu_seqlens``.
-
-    Parameters
-    ----------
-    old_logps, rollout_logps, mask, cu_seqlens : tensors, on the CPU
-        Taken as constants, whether they require a gradient or not.
-    level, mode, lower, upper, reject, normalize
-        As in `grpo_fast.rollout_correction`.
-
-    Returns
-    -------
-    RolloutCorrection
-        ``weights``, float32 unless ``old_logps`` is float64 or holds ints; ``mask``, bools; ``stats``.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `grpo_fast.rollout_correction`, and: an argument is not a tensor, not dense, or not on the CPU.
-    """
-    if unknown:
-        refuse_unknown(rollout_correction, unknown)
-    weights, kept, stats = rollout.rollout_correction(
-        _array(_constant("old_logps", old_logps, optional=False)),
-        _array(_constant("rollout_logps", rollout_logps, optional=False)),
-        mask=_array(_constant("mask", mask)),
-        cu_seqlens=_array(_constant("cu_seqlens", cu_seqlens)),
-        level=level,
-        mode=mode,
-        lower=lower,
-        upper=upper,
-        reject=reject,
-        normalize=normalize,
-    )
-    return RolloutCorrection(torch.from_numpy(weights), torch.from_numpy(kept), stats)
-
-
-@_outside_graphs
-def off_policy_sequence_mask(
-    logps: Tensor,
-    rollout_logps: Tensor,
-    advantages: Tensor,
-    delta: float,
-    *,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor:
-    """1 for the tokens of sequences to learn from, 0 for those with A < 0 that the policy has moved too far away from.
-
-    As `grpo_fast.off_policy_sequence_mask`. The tensors are taken as constants, whether they require a gradient or not,
-    and the result has none.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As there, and: an argument is not a tensor, not dense, or not on the CPU.
-    """
-    result = rollout.off_policy_sequence_mask(
-        _array(_constant("logps", logps, optional=False)),
-        _array(_constant("rollout_logps", rollout_logps, optional=False)),
-        _array(_constant("advantages", advantages, optional=False)),
-        delta,
-        mask=_array(_constant("mask", mask)),
-        cu_seqlens=_array(_constant("cu_seqlens", cu_seqlens)),
-    )
-    return torch.from_numpy(result)
-
-
-@_outside_graphs
-def high_entropy_mask(entropies: Tensor, quantile: float, *, mask: Tensor | None = None) -> Tensor:
-    """1 for the tokens where the policy was least certain, 0 for the others; as `grpo_fast.high_entropy_mask`.
-
-    The tensors are taken as constants, whether they require a gradient or not, and the result has none.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As there, and: an argument is not a tensor, not dense, or not on the CPU.
-    """
-    constants = _constant("entropies", entropies, optional=False), _constant("mask", mask)
-    return torch.from_numpy(rollout.high_entropy_mask(_array(constants[0]), quantile, mask=_array(constants[1])))

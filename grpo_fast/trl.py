@@ -102,6 +102,7 @@ class FastGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is not followed
     _warnings_given: frozenset[str] = frozenset()
     _writer: RolloutWriter | None = None
     _policy_logps: Tensor | None = None  # those last computed, if they are to be written
+    _given: dict[str, Tensor | None] | None = None  # what the loss was given beside TRL's batch; None if it was TRL's
 
     def __init__(self, *args: Any, rollouts: str | os.PathLike[str] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -124,7 +125,7 @@ class FastGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is not followed
         loss = self._computed_loss(model, inputs)
         if self._writer is not None and mode_of(self) == "train":
             _write(self, self._writer, inputs)
-        self._policy_logps = None
+        self._policy_logps = self._given = None
         return loss
 
     def _computed_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -152,18 +153,21 @@ class FastGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is not followed
             advantages = advantages.unsqueeze(1)
         old_logps = inputs.get("old_per_token_logps")
         options = options_of(self)
+        self._given = {
+            "old_logps": anchor(self, inputs, logps, old_logps),
+            "rollout_is_weights": weights(self, mask, inputs, logps, old_logps, advantages, entropies),
+        }
         loss, stats = grpo_loss(
             logps,
-            anchor(self, inputs, logps, old_logps),
-            advantages,
-            inputs["ref_per_token_logps"] if options.kl else None,
+            advantages=advantages,
+            ref_logps=inputs["ref_per_token_logps"] if options.kl else None,
+            **self._given,
             mask=mask,
             surrogate=options.surrogate,
             kl=options.kl,
             importance_sampling_level=options.importance_sampling_level,
             aggregation=options.aggregation,
             normalizer=normalizer(self, mask, inputs),
-            rollout_is_weights=weights(self, mask, inputs, logps, old_logps, advantages, entropies),
             return_stats=True,
         )
         with torch.no_grad():
@@ -181,14 +185,17 @@ class FastGRPOTrainer(GRPOTrainer):  # type: ignore[misc]  # TRL is not followed
 # --- the rollouts -----------------------------------------------------------------------------------------------------
 def _write(trainer: GRPOTrainer, writer: RolloutWriter, inputs: dict[str, Any]) -> None:
     """Write what the loss of a micro-batch was given; the file of a step is complete with its last micro-batch."""
+    given = trainer._given or {
+        "old_logps": inputs.get("old_per_token_logps"),
+        "rollout_is_weights": inputs.get("importance_sampling_ratio"),
+    }
     writer.write(
         step=trainer.state.global_step + 1,  # as the log will call it
         logps=trainer._policy_logps,
-        old_logps=inputs.get("old_per_token_logps"),
+        **given,
         advantages=inputs["advantages"],
         ref_logps=inputs.get("ref_per_token_logps"),
         mask=tokens_of(inputs),
-        rollout_is_weights=inputs.get("importance_sampling_ratio"),
         rollout_logps=inputs.get("sampling_per_token_logps"),
         prompt_id=_hashes(inputs["prompt_ids"], inputs["prompt_mask"]),
         complete=trainer.accelerator.sync_gradients,

@@ -1,5 +1,6 @@
 """Results by the value of a column: in one read, however values are scattered; the whole is their sum, to the bit."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
 from operator import add
@@ -14,6 +15,8 @@ pa = pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[da
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from rollout_files import FORMATS, GRID, OPTIONS, lists, probabilities, refused, table, tokens, write  # noqa: E402
+
+from grpo_fast import _json_lines  # noqa: E402
 
 formats = pytest.mark.parametrize("suffix", FORMATS)
 
@@ -214,3 +217,64 @@ def test_a_partition_beside_a_column_is_refused(tmp_path):
     write(tmp_path / "other.parquet", keyed(tokens(3), [1, 2, 3]))
     message = "by='step' must be a column in every file, or a partition of every path: .*other.parquet has a column,"
     refused(f"{message} .*step=1.* has none", tmp_path, by="step")
+
+
+# --- shards of nothing ------------------------------------------------------------------------------------------------
+def of_nothing(**columns):
+    """Three sequences in lists that are all empty, as pandas and polars write them."""
+    column = pa.array([[]] * 3, pa.list_(pa.null()))
+    return pa.table({"logps": column, "old_logps": column, "ref_logps": column, "advantages": np.ones(3)} | columns)
+
+
+@formats
+@pytest.mark.parametrize("where", [0, 1])
+@pytest.mark.parametrize("keys", [[7, 8, 7] * 7, ["a", "b", "c"] * 7, [None] * 21])
+@pytest.mark.parametrize(
+    "column",
+    [{}, {"step": pa.nulls(3)}, {"step": [0.5] * 3}, {"step": ["a"] * 3}, {"step": [7] * 3}, {"step": [[]] * 3}],
+)
+def test_shards_of_empty_lists_count_as_nothing(column, keys, where, suffix, tmp_path):
+    full = write(tmp_path / f"full.{suffix}", keyed(tokens(21), pa.array(keys)))
+    expected = evaluate(full, by="step", aggregation="token-mean", **OPTIONS)
+    shards = [full]
+    shards.insert(where, write(tmp_path / f"nothing.{suffix}", of_nothing(**column)))
+    found = evaluate(shards, by="step", aggregation="token-mean", **OPTIONS)
+    assert sum(found.values()) == evaluate(shards, aggregation="token-mean", **OPTIONS)
+    for value, stats in expected.items():
+        assert found[value].as_dict() == stats.as_dict() | {"sequences": found[value].sequences}
+    value = next((value for value in expected if column and value == column["step"][0]), None)
+    assert found.keys() == expected.keys() | {value}
+    assert found[value].sequences == 3 + (expected[value].sequences if value in expected else 0)
+
+
+def test_and_beside_partitions(tmp_path):
+    for step, rows in {"3": table(tokens(9)), "4": of_nothing(), "x": of_nothing(step=[1, 2, 3])}.items():
+        (tmp_path / f"step={step}").mkdir()
+        write(tmp_path / f"step={step}" / "a.parquet", rows)
+    found = evaluate([tmp_path / "step=3", tmp_path / "step=4"], by="step", **OPTIONS)
+    assert {value: stats.sequences for value, stats in found.items()} == {3: 9, 4: 3}
+    found = evaluate(tmp_path, by="step", **OPTIONS)  # a column, which is not where those of the others are
+    assert {value: stats.sequences for value, stats in found.items()} == {3: 9, 4: 3, None: 3}
+    refused(
+        "the Table of pyarrow has a column, .*a.parquet has none",
+        [of_nothing(), keyed(tokens(2), [1, 2]), tmp_path / "step=3"],
+        by="step",
+    )
+
+
+def test_keys_of_json_lines_that_are_null_at_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(_json_lines, "_FIRST_PIECE", 200)
+    monkeypatch.setattr(_json_lines, "_PIECE", 200)
+    row = {"logps": [-1.0], "old_logps": [-1.5], "advantages": 1.0}
+
+    def lines(keys):
+        path = tmp_path / "a.jsonl"
+        path.write_text("".join(f"{json.dumps(row | {'step': key})}\n" for key in [None] * 20 + keys))
+        return path
+
+    for keys in ([3, 3, 4], ["a", "a", "b"]):
+        found = evaluate(lines(keys), by="step")
+        assert {value: stats.sequences for value, stats in found.items()} == {keys[0]: 2, keys[2]: 1, None: 20}
+    refused("by must be a column of ints or strings, got column 'step' of double", lines([0.5]), by="step")
+    both = [lines(["a"]), pa.Table.from_pylist([row | {"step": 1}])]
+    refused("by must be of one type in all files, got ints and strings", both, by="step")

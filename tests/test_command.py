@@ -186,6 +186,17 @@ def test_a_corrected_run(tmp_path, capsys):
     assert "log π_old − log π_rollout" in (tmp_path / "run.svg").read_text("utf-8")
 
 
+def test_a_run_without_the_sampler_cannot_be_corrected(run, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="pictures need pip install 'grpo_fast[plot]'")
+    line = ["evaluate", run[0], "--rollout-correction", "level=token"]
+    for more in ([], ["--by", "step"], ["--plot", str(tmp_path / "run.svg")]):
+        assert main([*line, *more])
+        assert "column 'rollout_logps' is missing" in capsys.readouterr().err
+    assert main([*line, "--columns", "rollout_is_weights=x", "--plot", str(tmp_path / "run.svg")])
+    assert "must not name rollout_is_weights beside" in capsys.readouterr().err
+    assert not (tmp_path / "run.svg").exists()
+
+
 def test_worst(run, capsys):
     found = worst(run[0], n=3)
     line = ["worst", run[0], "-n", "3"]

@@ -6,16 +6,20 @@ import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from grpo_fast import BLOCK, K3, Reject, RolloutStats, evaluate, grpo_loss, rollout_correction
 from grpo_fast.__main__ import main
+from grpo_fast.files import histogram, worst
 from grpo_fast.rollout_stats import ROLLOUT_KEYS
 
 pa = pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[data]'")
 from rollout_files import FORMATS, lists, probabilities, refused, table, tokens, write  # noqa: E402
+
+from grpo_fast import _json_lines  # noqa: E402
 
 CORRECTION = {"level": "sequence", "mode": "mask", "upper": 3.0, "reject": [Reject("k3", "seq_max", upper=0.04)]}
 
@@ -224,3 +228,132 @@ def test_not_for_probabilities(tmp_path, capsys):
     path = str(write(tmp_path / "samples.parquet", table(probabilities(9))))
     assert main(["evaluate", path, "--rollout-correction", "level=token"])
     assert "not for probability columns" in capsys.readouterr().err
+
+
+# --- what is not there ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("where", [0, 1])
+@pytest.mark.parametrize("has", [False, True])
+def test_shards_of_empty_lists_count_as_nothing(has, where, suffix, tmp_path):
+    column = pa.array([[]] * 3, pa.list_(pa.null()))
+    nothing = pa.table({name: column for name in ("logps", "old_logps", "rollout_logps")} | {"advantages": np.ones(3)})
+    nothing = nothing if has else nothing.drop_columns(["rollout_logps"])
+    arrays = rollouts()
+    shards = [write(tmp_path / f"a.{suffix}", table(arrays))]
+    expected = evaluate(shards, rollout_correction={}, aggregation="token-mean")
+    shards.insert(where, write(tmp_path / f"nothing.{suffix}", nothing))
+    found = evaluate(shards, rollout_correction={}, aggregation="token-mean")
+    assert found.sequences == expected.sequences + 3
+    assert (found.objective, found.tokens) == (expected.objective, expected.tokens)
+    assert found.rollout.ess == expected.rollout.ess
+
+
+LISTS = {
+    "list": pa.list_(pa.float64()),
+    "large": pa.large_list(pa.float64()),
+    "view": pa.list_view(pa.float64()),
+    "large view": pa.large_list_view(pa.float64()),
+}
+
+
+def with_missing_lists(arrays, rows, kind=LISTS["list"]):
+    """The table, in which ``rollout_logps`` of these rows is null; and the same arguments, in which it is NaN."""
+    bounds = arrays["cu_seqlens"]
+    column = [arrays["rollout_logps"][i:j].tolist() for i, j in pairwise(bounds)]
+    rollout = arrays["rollout_logps"].copy()
+    for row in rows:
+        column[row] = None
+        rollout[bounds[row] : bounds[row + 1]] = np.nan
+    whole = table(arrays).drop_columns(["rollout_logps"]).append_column("rollout_logps", pa.array(column, kind))
+    return whole, arrays | {"rollout_logps": rollout}
+
+
+@pytest.mark.parametrize("kind", LISTS)
+@pytest.mark.parametrize("rows", [[0], [3, 4, 39], range(40)])
+def test_a_null_in_place_of_a_list_is_missing_throughout(rows, kind, tmp_path):
+    whole, arrays = with_missing_lists(rollouts(), rows, LISTS[kind])
+    path = write(tmp_path / "a.arrow", whole[:7], whole[7:])
+    for source in (path, whole[2:][:30]):
+        of_nan = table(arrays)
+        of_nan = of_nan if source is path else of_nan[2:][:30]
+        assert evaluate(source, rollout_correction={}) == evaluate(of_nan, rollout_correction={})
+        assert histogram(source) == histogram(of_nan)
+    assert evaluate(path, rollout_correction=CORRECTION) == expected_of(arrays)
+    keyed = whole.append_column("step", pa.array([1, 2] * 20))
+    assert sum(evaluate(keyed, by="step", rollout_correction=CORRECTION).values()) == expected_of(arrays)
+
+
+def test_also_of_float32_and_of_one_length(tmp_path):
+    old = np.linspace(-2, -1, 12, dtype=np.float32).reshape(4, 3)
+    columns = {"logps": list(old), "old_logps": list(old), "advantages": np.ones(4, np.float32)}
+    sampler = [None, [-1.0, None, -2.0], None, [-1.0, -1.0, -1.0]]
+    as_nan = [[np.nan] * 3, [-1.0, np.nan, -2.0], [np.nan] * 3, [-1.0] * 3]
+    for kind in (pa.list_(pa.float32()), pa.list_(pa.float32(), 3), pa.list_(pa.float64())):
+        rows, expected = (pa.table(columns | {"rollout_logps": pa.array(values, kind)}) for values in (sampler, as_nan))
+        path = write(tmp_path / "a.parquet", rows)
+        assert evaluate(path, rollout_correction={}) == evaluate(expected, rollout_correction={})
+        assert histogram(path) == histogram(expected)
+    longer = pa.table(columns | {"rollout_logps": [None, [-1.0] * 4, None, [-1.0] * 3]})
+    refused(r"row 1: lists must be of one length, got 4 in column 'rollout_logps'", longer, rollout_correction={})
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_a_column_of_nulls_is_missing_throughout(suffix, tmp_path):
+    whole, arrays = with_missing_lists(rollouts(), range(40))
+    whole = whole.drop_columns(["rollout_logps"]).append_column("rollout_logps", pa.nulls(40))
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "jsonl":
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in whole.to_pylist()))
+    else:
+        write(path, whole)
+    assert evaluate(path, rollout_correction=CORRECTION) == expected_of(arrays)
+    assert evaluate(path, kl=K3(0.04)) == evaluate(whole.drop_columns(["rollout_logps"]), kl=K3(0.04))
+    flat = {name: np.full(9, -1.0) for name in ("logps", "old_logps", "advantages")}
+    found, expected = (
+        evaluate(pa.table(flat | {"rollout_logps": x}), rollout_correction={}, aggregation="token-mean")
+        for x in (pa.nulls(9), np.full(9, np.nan))
+    )
+    assert found == expected
+
+
+def lines_with_nulls_first(path, monkeypatch, arrays, nulls, last=None):
+    """JSON Lines, of which the piece that types are taken of, and the next, have no ``rollout_logps`` but nulls."""
+    whole, arrays = with_missing_lists(arrays, range(nulls))
+    rows = whole.to_pylist()
+    rows[-1] |= {} if last is None else {"rollout_logps": last}
+    lines = [f"{json.dumps(row)}\n" for row in rows]
+    size = sum(map(len, lines[: nulls // 2]))
+    monkeypatch.setattr(_json_lines, "_FIRST_PIECE", size)
+    monkeypatch.setattr(_json_lines, "_PIECE", size)
+    path.write_text("".join(lines))
+    return arrays
+
+
+def test_json_lines_in_which_it_comes_late(tmp_path, monkeypatch):
+    arrays = rollouts(120)
+    path = tmp_path / "a.jsonl"
+    arrays = lines_with_nulls_first(path, monkeypatch, arrays, 60)
+    assert evaluate(path, rollout_correction=CORRECTION) == expected_of(arrays)
+    assert histogram(path) == histogram(table(arrays))
+    assert worst(path, rank="mismatch") == [x._replace(file=str(path)) for x in worst(table(arrays), rank="mismatch")]
+    for last in ("x", -1.0, {"a": 1}, ["x"]):
+        lines_with_nulls_first(path, monkeypatch, rollouts(120), 60, last)
+        refused("a.jsonl.*(column 'rollout_logps'|cannot be read)", path, rollout_correction={})
+    lines_with_nulls_first(path, monkeypatch, rollouts(120), 119, "x")
+    refused("column 'rollout_logps' must hold lists of real numbers, got string", path, rollout_correction={})
+    lines_with_nulls_first(path, monkeypatch, rollouts(120), 119, -1.0)
+    refused("column 'rollout_logps' must hold lists of real numbers, got double", path, rollout_correction={})
+
+
+def test_flat_json_lines_in_which_it_comes_late(tmp_path, monkeypatch):
+    monkeypatch.setattr(_json_lines, "_FIRST_PIECE", 1000)
+    monkeypatch.setattr(_json_lines, "_PIECE", 1000)
+    rows = [{"logps": -0.5, "old_logps": -1.0, "advantages": 1.0, "rollout_logps": None} for _ in range(200)]
+    rows += [row | {"rollout_logps": x} for row, x in zip(rows, [-1] * 50 + [-1.5] * 50, strict=False)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    options = {"rollout_correction": {}, "aggregation": "token-mean"}
+    found, expected = (evaluate(x, **options).as_dict() for x in (path, pa.Table.from_pylist(rows)))
+    assert found == pytest.approx(expected, rel=1e-12, nan_ok=True)  # cut into other blocks
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in [*rows[:-1], rows[-1] | {"rollout_logps": "x"}]))
+    refused("a.jsonl.*rollout_logps", path, **options)

@@ -145,7 +145,12 @@ def test_leaves_the_rewards_alone():
         ([1, 2], {}, ValueError, r"rewards must be 2-D .* got shape \(2,\), group_size=None, group_ids not given"),
         ([[1, 2]], {"group_size": 2}, ValueError, "rewards must be 2-D"),
         ([[1, 2]], {"group_ids": [[0, 0]]}, ValueError, "rewards must be 2-D"),
-        ([1, 2], {"group_size": 2, "group_ids": [0, 0]}, ValueError, "group_size=2, group_ids given"),
+        (
+            [1, 2],
+            {"group_size": 2, "group_ids": [0, 0]},
+            ValueError,
+            "exactly one of group_size and .*=2, group_ids given",
+        ),
         (1.0, {"group_size": 1}, ValueError, r"got shape \(\)"),
         ([1, math.nan], {"group_size": 2}, ValueError, r"rewards must be finite .* got nan at index \(1,\)"),
         ([[1, 2], [3, -math.inf]], {}, ValueError, r"got -inf at index \(1, 1\)"),

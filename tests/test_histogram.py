@@ -1,5 +1,6 @@
 """Counts of log-ratios are those of NumPy on the same edges, add over shards, and leave out what is masked."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -94,6 +95,9 @@ def test_what_a_file_has_not(tmp_path):
     assert isinstance(found, Histogram)
     assert (found.ref_log_ratio, found.mismatch) == (None, None)
     assert list(found.as_dict()) == ["tokens", "edges", "log_ratio"]
+    as_read = json.loads(json.dumps(found.as_dict(), allow_nan=False))
+    assert as_read["edges"] == [None, *EDGES[1:-1].tolist(), None]
+    assert len(as_read["log_ratio"]) == len(EDGES) - 1
     on_policy = histogram(path, columns={"old_logps": None})
     assert on_policy.log_ratio[len(on_policy.log_ratio) // 2] == on_policy.tokens == len(arrays["logps"])
 

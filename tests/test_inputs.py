@@ -261,7 +261,7 @@ def test_a_key_that_is_an_int_here_and_a_string_there_is_refused(monkeypatch, tm
     monkeypatch.setattr(_json_lines, "_FIRST_PIECE", 10)
     rows = [{"logps": [-1], "old_logps": [-2], "advantages": 1, "step": step} for step in (None, 1, None, "x")]
     paths = [write_lines(tmp_path / f"{i}.jsonl", rows[2 * i :][:2]) for i in range(2)]
-    refused("by must be a column of ints or of strings in all files, got 1 and 'x'", paths, by="step")
+    refused("by must be of one type in all files, got ints and strings", paths, by="step")
 
 
 @pytest.mark.parametrize(
@@ -306,6 +306,27 @@ def test_tables_of_pyarrow(expected, tmp_path):
         assert evaluate(chunks, executor=executor, **OPTIONS) == expected
     keyed = chunks.append_column("step", pa.array([1, 2] * 20))
     assert sum(evaluate(keyed, by="step", **OPTIONS).values()) == expected
+
+
+def test_a_stream_is_read_once_and_says_so(expected):
+    keyed = table(ARRAYS).append_column("step", pa.array([1, 2] * 20))
+    with ThreadPoolExecutor(1) as executor:
+        for options in ({}, {"by": "step"}, {"executor": executor}):
+            reader = keyed.to_reader()
+            refused(
+                "'x' .for logps. is missing", reader, columns={"logps": "x"}, **OPTIONS
+            )  # nothing has been read of it
+            evaluate(reader, **options, **OPTIONS)
+            message = "^the RecordBatchReader of pyarrow was read already, and a stream gives its rows once"
+            refused(message, reader, **OPTIONS)
+            refused(message, [table(ARRAYS), reader], **OPTIONS)
+    reader = keyed.to_reader()
+    reader.read_all()  # not by us
+    message = (
+        "the RecordBatchReader of pyarrow: no samples: a stream gives its rows once, and may have been read already"
+    )
+    refused(message, reader, **OPTIONS)
+    assert evaluate([keyed, keyed.schema.empty_table().to_reader()], **OPTIONS) == expected
 
 
 def test_errors_name_the_table_and_the_row(tmp_path):

@@ -172,6 +172,11 @@ def test_large_ones_that_are_allowed_are_not_lost():
     [
         (lambda: gdpo_advantages([1.0, 2.0], group_size=2), ValueError, r"rewards must be \(N, K\), K rewards"),
         (lambda: gdpo_advantages([[1.0], [2.0]]), ValueError, "group_size must be given, or else group_ids, got"),
+        (
+            lambda: gdpo_advantages([[1.0], [2.0]], group_size=2, group_ids=[0, 0]),
+            ValueError,
+            "exactly one of group_size and group_ids must be given, got group_size=2, group_ids given",
+        ),
         (lambda: gdpo_advantages([[1.0], [math.inf]], group_size=2), ValueError, r"got inf at index \(1, 0\)"),
         (lambda: gdpo_advantages([[1.0]], [1, 2], group_size=1), ValueError, "weights must be 1 finite numbers"),
         (lambda: gdpo_advantages([[1.0]], [math.nan], group_size=1), ValueError, "weights must be 1 finite numbers"),

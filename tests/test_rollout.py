@@ -161,6 +161,17 @@ def test_overflow_is_infinite_and_never_nan(tokens, level, mode, rejects, dtype,
 
 
 @every_dtype
+@pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
+def test_what_is_infinite_as_a_weight_is_so_in_its_extremes(level, dtype):
+    arrays = np.array([-1.0, -1.0], dtype), np.array([-201.0, -1.5], dtype)
+    for options in ({"mode": "raw"}, {}):
+        found = rollout_correction(*arrays, level=level, **options).stats
+        expected = reference.rollout_correction(*arrays, level=level, **options)[2]
+        for name in ("raw_min", "raw_max", "raw_mean", "max"):
+            assert getattr(found, name) == pytest.approx(expected[name], rel=1e-5), name
+
+
+@every_dtype
 def test_infinity_times_nothing_is_nothing(dtype):
     old, rollout = np.array([[500.0, 0.0], [0.0, 0.0]], dtype), np.zeros((2, 2), dtype)
     for level in ("token", "sequence"):

@@ -16,6 +16,7 @@ from test_pictures import contrast  # noqa: E402
 
 from grpo_fast._histograms import histogram_of  # noqa: E402
 
+SEQUENCES = {"importance_sampling_level": "sequence", "aggregation": "seq-mean-token-mean"}
 RNG = np.random.default_rng(0)
 
 
@@ -112,6 +113,7 @@ def test_shares_are_those_of_the_tokens(tmp_path):
             [math.exp(-0.4), math.exp(0.4)],
         ),
         ({"kl": None}, "KL to π_old (k1), nats", [0.8, 1.2]),
+        (SEQUENCES | {"surrogate": GMPO(math.inf)}, "mean log ρ of the sequence", []),
     ],
 )
 def test_every_loss_can_be_drawn(options, label, bounds, tmp_path):

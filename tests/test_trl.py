@@ -658,19 +658,41 @@ def test_a_run_is_written_as_the_loss_saw_it(trainer, tmp_path):
     assert entry["clip_ratio/region_mean"] == 0 < logged[1]["clip_ratio/region_mean"]  # of 2 the second iteration
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"off_policy_mask_threshold": 0.1, "top_entropy_quantile": 0.6}, {"use_vllm": True}]
+)
+@pytest.mark.parametrize("loss_type", ["dapo", "vespo"])
+def test_what_is_written_gives_the_loss_again(loss_type, options, tmp_path):
+    pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[data]'")
+    from grpo_fast import _trl_options
+    from grpo_fast.files import RolloutWriter
+
+    logps, entropies, inputs = batch()
+    inputs["importance_sampling_ratio"] = torch.rand(logps.shape, dtype=logps.dtype)
+    trainer = stub(logps, entropies, loss_type=loss_type, beta=0.0, **options)
+    trainer.accelerator = like(ALONE, sync_gradients=True)
+    trainer.state, trainer._policy_logps = SimpleNamespace(global_step=0), logps.detach()
+    trainer._writer = RolloutWriter(tmp_path)
+    loss = trainer._compute_loss(None, inputs).item()
+    of_loss = _trl_options.options_of(trainer)._asdict()
+    mask = _trl_options.tokens_of(inputs)
+    of_loss["normalizer"] = float(_trl_options.normalizer(trainer, mask, inputs))
+    assert grpo_fast.evaluate(tmp_path, **of_loss).loss == pytest.approx(loss, rel=1e-12)
+
+
 def test_a_loss_that_is_left_to_trl_is_written_too(trainer, tmp_path):
     pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[data]'")
     from datasets import Dataset
 
     prompts = Dataset.from_dict({"prompt": ["a b", "c d e", "f", "g h"] * 4})
     args = trainer.args
-    args.max_steps, args.loss_type = 1, "cispo"
+    args.max_steps, args.entropy_coef = 1, 0.1
     options = {"model": trainer.model.name_or_path, "reward_funcs": trainer.reward_funcs, "args": args}
     writing = FastGRPOTrainer(
         **options, train_dataset=prompts, processing_class=trainer.processing_class, rollouts=str(tmp_path)
     )
-    args.loss_type = "dapo"
-    assert writing.loss_type == "cispo"
+    args.entropy_coef = 0.0
+    assert writing._entropy_bonus_enabled
     writing.train()
     assert os.listdir(tmp_path) == ["step-00000001-rank-00000.parquet"]
     assert grpo_fast.evaluate(tmp_path / "step-00000001-rank-00000.parquet").sequences == 16

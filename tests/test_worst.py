@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from grpo_fast.__main__ import main
 from grpo_fast.files import Outlier, worst
 
 pa = pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[data]'")
@@ -98,6 +99,60 @@ def test_a_partition_is_shown_as_a_column_is(tmp_path):
     )
     rows = pa.table({"logps": [[-1.0]], "old_logps": [[-2.0]], "step": [3]})  # a column comes first
     assert worst(write(tmp_path / "step=02" / "b.parquet", rows), show=["step"])[0].shown == {"step": 3}
+
+
+def test_columns_called_as_what_an_outlier_has_are_shown_too(tmp_path, capsys):
+    names = ["token", "row", "file", "tokens", "value", "shown row", "step"]
+    rows = pa.table({"logps": [[-1.0]], "old_logps": [[-2.0]]} | {name: [f"my {name}"] for name in names})
+    path = write(tmp_path / "a.parquet", rows)
+    (found,) = worst(path, show=names)
+    own = {"value": 1.0, "file": str(path), "row": 0, "token": 0, "tokens": 1}
+    assert found.as_dict() == own | {
+        "shown token": "my token",
+        "shown shown row": "my row",
+        "shown file": "my file",
+        "shown tokens": "my tokens",
+        "shown value": "my value",
+        "shown row": "my shown row",
+        "step": "my step",
+    }
+    assert main(["worst", str(path), "--show", "token,row", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0] == own | {"shown token": "my token", "shown row": "my row"}
+    main(["worst", str(path), "--show=token"])
+    head = capsys.readouterr().out.split("\n")[0]
+    assert head.split() == ["log-ratio", "shown", "token", "token", "of", "row", "file"]
+
+
+def test_a_rank_says_what_it_needs(tmp_path, capsys):
+    arrays = tokens(3)
+    del arrays["ref_logps"]
+    path = write(tmp_path / "a.parquet", table(arrays))
+    for rank, column in (("kl", "ref_logps"), ("mismatch", "rollout_logps")):
+        refused(f"column '{column}' is missing, which rank='{rank}' needs; it has logps", path, call=worst, rank=rank)
+        none = {column: None}
+        message = f"columns={{'{column}': None}} leaves out what rank='{rank}' needs: name the column"
+        refused(message, path, call=worst, rank=rank, columns=none)
+    assert main(["worst", str(path), "--rank", "kl"])
+    assert "column 'ref_logps' is missing, which --rank kl needs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_shards_of_empty_lists_without_a_type(where, tmp_path):
+    arrays = tokens(20, optional=True)
+    arrays["rollout_logps"] = arrays["old_logps"] + 0.01 * np.arange(arrays["logps"].size)
+    shards = [write(tmp_path / "a.parquet", table(arrays))]
+    expected = worst(shards, rank="mismatch")
+    column = pa.array([[]] * 3, pa.list_(pa.null()))
+    nothing = pa.table({"logps": column, "old_logps": column})
+    shards.insert(where, write(tmp_path / "nothing.parquet", nothing))
+    assert worst(shards, rank="mismatch") == expected
+    assert worst(nothing, rank="mismatch") == []
+
+
+def test_a_null_in_place_of_a_list_is_missing_throughout():
+    rows = {"logps": [[-1.0, -2.0], [-1.0]], "old_logps": [[-1.5, -2.5], [-1.25]], "rollout_logps": [None, [-2.0]]}
+    found = worst(pa.table(rows), rank="mismatch")
+    assert [(x.row, x.value) for x in found] == [(1, 0.75), (0, 0.0)]
 
 
 def test_bad_input(tmp_path):

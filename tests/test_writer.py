@@ -163,6 +163,95 @@ def test_a_file_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [name for name in seen[0] if not name.startswith(".")] == [path.name]
 
 
+def fails_once(monkeypatch):
+    """Make the next write of a file fail halfway."""
+    write = parquet.write_table
+
+    def fails(table, where, **options):
+        write(table.slice(0, 1), where, **options)
+        monkeypatch.setattr(parquet, "write_table", write)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(parquet, "write_table", fails)
+
+
+@pytest.mark.parametrize("held", [0, 2])
+def test_a_call_that_failed_can_be_repeated(held, tmp_path, monkeypatch):
+    parts = [padded(i) for i in range(held + 1)]
+    RolloutWriter(tmp_path).write(step=3, **padded(9))  # of an earlier run, with a second part
+    (tmp_path / "step-00000003-rank-00000-part-1.parquet").write_bytes(b"")
+    writer = RolloutWriter(tmp_path)
+    for part in parts[:-1]:
+        writer.write(step=3, complete=False, **part)
+    fails_once(monkeypatch)
+    with pytest.raises(OSError, match="No space left"):
+        writer.write(step=3, **parts[-1])
+    writer.write(step=3, **parts[-1])
+    assert os.listdir(tmp_path) == ["step-00000003-rank-00000.parquet"]
+    assert evaluate(tmp_path, **OPTIONS) == sum(grpo_loss(**part, **OPTIONS).stats for part in parts)
+
+
+def test_a_step_that_was_held_is_written_once_though_the_next_one_fails(tmp_path, monkeypatch):
+    writer = RolloutWriter(tmp_path)
+    writer.write(step=0, complete=False, **padded(0))
+    fails_once(monkeypatch)
+    with pytest.raises(OSError, match="No space left"):  # of step 0
+        writer.write(step=1, **padded(1))
+    writer.write(step=1, complete=False, **padded(1))
+    fails_once(monkeypatch)
+    with pytest.raises(OSError, match="No space left"):
+        writer.close()
+    assert writer.close() == tmp_path / "step-00000001-rank-00000.parquet"
+    assert writer.close() is None
+    whole = grpo_loss(**padded(0), **OPTIONS).stats + grpo_loss(**padded(1), **OPTIONS).stats
+    assert evaluate(tmp_path, **OPTIONS) == whole
+    assert len(os.listdir(tmp_path)) == 2
+
+
+def test_unlike_micro_batches_of_a_step_are_refused_by_name(tmp_path):
+    writer = RolloutWriter(tmp_path)
+    arrays = padded()
+    writer.write(step=0, complete=False, **arrays)
+    per_token = np.zeros(arrays["logps"].shape)
+    for name, unlike in (
+        ("advantages", {"advantages": per_token}),
+        ("ref_logps", {"ref_logps": None}),
+        ("reward", {"columns": {"reward": np.arange(9)}}),
+        ("loss_weights", {"loss_weights": np.ones(9)}),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} must be of one type in all micro-batches .* got .* after "):
+            writer.write(step=0, **arrays | unlike)
+    writer.write(step=1, complete=False, **arrays | {"advantages": per_token})  # other steps may be unlike
+    writer.write(step=1, **arrays | {"advantages": per_token + 1})
+    assert evaluate(tmp_path / "step-00000000-rank-00000.parquet", **OPTIONS) == grpo_loss(**arrays, **OPTIONS).stats
+    assert len(os.listdir(tmp_path)) == 2
+
+
+def test_the_order_of_columns_does_not_matter(tmp_path):
+    writer = RolloutWriter(tmp_path)
+    writer.write(step=0, complete=False, **padded(), columns={"a": np.arange(9), "b": np.arange(9)})
+    path = writer.write(step=0, **padded(), columns={"b": np.arange(9), "a": np.arange(9)})
+    assert parquet.read_table(path)["a"].to_pylist() == 2 * list(range(9))
+
+
+def test_what_is_held_in_the_end_is_written(tmp_path):
+    with RolloutWriter(tmp_path) as writer:
+        writer.write(step=0, complete=False, **padded(0))
+        writer.write(step=0, complete=False, **padded(1))
+        assert os.listdir(tmp_path) == []
+    whole = grpo_loss(**padded(0), **OPTIONS).stats + grpo_loss(**padded(1), **OPTIONS).stats
+    assert evaluate(tmp_path, **OPTIONS) == whole
+
+    def is_interrupted():
+        with RolloutWriter(tmp_path, rank=1) as writer:
+            writer.write(step=0, complete=False, **padded(2))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        is_interrupted()
+    assert evaluate(tmp_path, **OPTIONS) == whole + grpo_loss(**padded(2), **OPTIONS).stats
+
+
 def test_without_pyarrow_it_says_so(tmp_path):
     script = f"""
 import sys

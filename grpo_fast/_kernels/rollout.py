@@ -577,7 +577,10 @@ def conclude(batch, rules, tokens, collected, accumulators, task, numbers):
         weight = 0.0
         weight_sum, squares = (total.weight, total.weight_squared) if keeps else (0.0, 0.0)
         least, largest = (total.least_weight, total.most_weight) if keeps else (0.0, 0.0)
-        raw, least_raw, largest_raw = total.raw, statistics.least_ratio, statistics.largest_ratio
+        raw = total.raw
+        # As the weights are: what is infinite there is so here.
+        least_raw = np.float64(batch.logps.dtype.type(statistics.least_ratio))
+        largest_raw = np.float64(batch.logps.dtype.type(statistics.largest_ratio))
         low, high = total.low, total.high
     else:
         raw = statistics.ratio if rules.level == SEQUENCE else statistics.geometric_ratio

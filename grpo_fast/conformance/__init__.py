@@ -107,7 +107,7 @@ def check(
     Returns
     -------
     Report
-        ``assert report.ok, report`` is a test.
+        ``assert report.ok, str(report)`` is a test (of what is no string pytest shows the beginning).
 
     Raises
     ------
