@@ -12,6 +12,7 @@ How the data flows, file by file; each imports only from lines below its own::
                                   and tables (_sources) → columns (_plan, _layouts, _columns, _keys) → batches
                                   (_rollouts, _formats, _json_lines, _arrow, _other_formats) → jobs (_jobs, _histograms,
                                   _worst) → sums (_summing, _workers); `RolloutWriter` (_writer, _atomic)
+    prompt_weights                weights that make the loss a mean over prompts (_loss_inputs, _groups)
     objective  loss  rollout      arrays → checked arrays (_loss_inputs) → tasks (_shares) → kernels → `Stats`
     stats                         exact sums (_additive) → diagnostics
     rollout_stats                 those of trainer and sampler

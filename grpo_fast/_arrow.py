@@ -81,6 +81,23 @@ def select(records: Any, columns: list[str]) -> Any:
     return records.select(list(dict.fromkeys(top_level(records.schema, name) for name in columns)))
 
 
+def without_string_views(records: Any) -> Any:
+    """The rows with large strings in place of string views, as polars has them, which pyarrow (26) cannot take from."""
+
+    def plain(kind: Any) -> Any:
+        if types.is_string_view(kind):
+            return pa.large_string()
+        if types.is_dictionary(kind):
+            return pa.dictionary(kind.index_type, plain(kind.value_type), kind.ordered)
+        return pa.struct([field.with_type(plain(field.type)) for field in kind]) if types.is_struct(kind) else kind
+
+    schema = pa.schema([field.with_type(plain(field.type)) for field in records.schema])
+    if schema.equals(records.schema):
+        return records
+    columns = [x.cast(kind) for x, kind in zip(records.columns, schema.types, strict=True)]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
 # --- rows in parts ----------------------------------------------------------------------------------------------------
 def in_parts(records: Any, batch_size: int | None) -> Iterator[Any]:
     """Yield the rows in parts of ``batch_size``, or of about `BATCH_BYTES`; of flat columns multiples of `BLOCK`."""

@@ -238,11 +238,12 @@ def unmasked(name: str, array: Array, mask: ArrayLike | None) -> Array:
     return given.astype(np.bool_)
 
 
-def refuse_unless_finite(name: str, array: Array, keep: Array) -> None:
-    """Raise the ValueError for the first element of the named array that is not finite and counts, if any."""
-    message = f"{name} must be finite where it is not masked, got {name}[{{i}}] = {{values[0]!r}}"
+def refuse_unless_finite(name: str, array: Array, keep: Array, below: float = math.inf) -> None:
+    """Raise the ValueError for the first element of the named array that counts and is not finite, or too large."""
+    limit = "" if below == math.inf else f" and below {below:g} in magnitude"
+    message = f"{name} must be finite{limit} where it is not masked, got {name}[{{i}}] = {{values[0]!r}}"
     problem = first_problem(
-        lambda x, counts: {message: ~np.isfinite(x) & counts}, [array.reshape(-1), keep.reshape(-1)], array.shape
+        lambda x, counts: {message: ~(np.abs(x) < below) & counts}, [array.reshape(-1), keep.reshape(-1)], array.shape
     )
     if problem:
         raise ValueError(problem)

@@ -3,6 +3,8 @@
 import hashlib
 import re
 from collections.abc import Iterator
+from functools import reduce
+from json import loads
 from typing import Any, Self
 
 from ._arrow import column_type, in_parts, is_list, pa, top_level, types
@@ -12,9 +14,9 @@ from pyarrow import json  # isort: skip - behind what says that it is missing
 
 #: How packed files begin, and what pyarrow calls that.
 _PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2"}
+_NAMED, _NAMED_PACKED = r"\.(jsonl|ndjson)$", r"\.(jsonl|ndjson)\.\w+$"
 _BOM = b"\xef\xbb\xbf"
 _FIRST_PIECE = 1 << 20  # bytes, of which the types of columns are taken
-_LINES = 100  # of which they are taken where those of some column differ
 _PIECE = 16 << 20  # bytes of text: about half as many of numbers
 #: The types that were found, by a digest of the text: a file is opened some times, and finding them takes 20 ms.
 _SCHEMAS: dict[bytes, Any] = {}
@@ -26,7 +28,7 @@ class JsonLinesFile:
     """A file of JSON Lines, with the attributes of `_formats.ParquetFile`; it has one row group.
 
     The types of its columns are those of its first megabyte. Numbers in lists are float64, others int64 until one is
-    not.
+    not, and a column of nulls is of the type of what follows. A string is a string, whatever it looks like.
     """
 
     row_group_name = ""  # in error messages: there is only one
@@ -40,7 +42,7 @@ class JsonLinesFile:
 
     @classmethod
     def if_it_is_one(cls, file: File, magic: bytes) -> Self | None:
-        """The file, if it begins as JSON Lines do; ``magic`` are its first bytes."""
+        """The file, if it begins as JSON Lines do, or is named as they are and blank; ``magic`` are its first bytes."""
         packed = next((kind for prefix, kind in _PACKED.items() if magic.startswith(prefix)), None)
         if packed:
             try:
@@ -50,7 +52,9 @@ class JsonLinesFile:
                 if ".json" in file.path or ".ndjson" in file.path:
                     raise
                 return None
-        return cls(file, packed) if magic.removeprefix(_BOM).lstrip().startswith(b"{") else None
+        start = magic.removeprefix(_BOM).lstrip()
+        named_so = re.search(_NAMED_PACKED if packed else _NAMED, file.path, re.IGNORECASE)
+        return cls(file, packed) if start.startswith(b"{") or (named_so and not start) else None
 
     def first_rows(self) -> list[int]:
         """How many rows are before the one row group."""
@@ -64,13 +68,15 @@ class JsonLinesFile:
         tops = list(dict.fromkeys(top_level(self.schema, column) for column in columns))
         wanted = pa.schema([_only(self.schema.field(top), columns) for top in tops])
         flat = not any(is_list(column_type(self.schema, column)) for column in columns)
+        rows = 0
         for piece in self._pieces(_PIECE):
             try:
                 table = _parsed(piece, wanted, use_threads)
             except pa.ArrowInvalid:
-                # An int may be followed by a fraction; what is wrong otherwise is so again.
+                # An int may be followed by a fraction, a null by anything; what is wrong otherwise is so again.
                 wanted = pa.schema([_fitting(field, piece) for field in wanted])
-                table = _parsed(piece, wanted, use_threads)
+                table = _parsed(piece, wanted, use_threads, first_row=rows)
+            rows += table.num_rows
             records = table.combine_chunks().to_batches(max_chunksize=None)
             for part in records:
                 yield from in_parts(part, batch_size) if batch_size or flat else [part]
@@ -102,8 +108,12 @@ def _blank(text: memoryview) -> bool:
     return re.search(rb"\S", text) is None
 
 
-def _parsed(text: memoryview, schema: Any, use_threads: bool = True) -> Any:
-    """The rows of whole lines as a table, of the columns of ``schema`` alone, or of all."""
+# --- rows -------------------------------------------------------------------------------------------------------------
+def _parsed(text: memoryview, schema: Any, use_threads: bool = True, first_row: int | None = None) -> Any:
+    """The rows of whole lines as a table, of the columns of ``schema`` alone, or of all.
+
+    With ``first_row``, which is the number of the first one, errors have that of the row that is wrong, if any has it.
+    """
     behavior = "infer" if schema is None else "ignore"
     options = json.ParseOptions(explicit_schema=schema, unexpected_field_behavior=behavior)
     if _blank(text):  # pyarrow takes no empty file
@@ -113,11 +123,15 @@ def _parsed(text: memoryview, schema: Any, use_threads: bool = True) -> Any:
         try:
             return json.read_json(pa.BufferReader(pa.py_buffer(text)), reading, options)
         except pa.ArrowInvalid as error:
-            if "straddling" not in str(error) or block_size > len(text):
+            if block_size > len(text) and first_row is not None:  # pyarrow counts from the beginning of a block
+                reason = re.sub(r"(?<= in row )[0-9]+", lambda row: str(int(row[0]) + first_row), str(error))
+                raise pa.ArrowInvalid(reason) from error
+            if block_size > len(text) or (first_row is None and "straddling" not in str(error)):
                 raise
     raise AssertionError("unreachable")
 
 
+# --- types ------------------------------------------------------------------------------------------------------------
 def _schema_of(text: memoryview) -> Any:
     """The types of the columns of these lines; of a column that has several, the first that a line has."""
     key = hashlib.blake2b(text).digest()
@@ -131,17 +145,72 @@ def _schema_of(text: memoryview) -> Any:
 def _found_schema(text: memoryview) -> Any:
     try:
         return _parsed(text, None).schema
-    except pa.ArrowInvalid:
-        found: dict[str, Any] = {}
-        for line in bytes(text).splitlines()[:_LINES]:
-            for field in _parsed(memoryview(line), None).schema:
-                if field.name not in found or types.is_null(found[field.name].type):
-                    found[field.name] = field
-        return pa.schema(list(found.values()))
+    except pa.ArrowInvalid:  # of pyarrow, a column nobody asks for may have one type only, down to its last field
+        found = _type_of_lines(text)
+        if not found.num_fields:
+            raise
+        return pa.schema(list(found))
+
+
+def _type_of_lines(text: memoryview) -> Any:
+    """The struct that these lines are, those left out that are no JSON: what is wrong with them, reading says."""
+    kinds: dict[Any, None] = {}  # as a set, but in order
+    for line in bytes(text).splitlines():
+        try:
+            row = loads(line)
+            if isinstance(row, dict):
+                kinds[_type_of(row)] = None
+        except (ValueError, RecursionError):
+            continue
+    return reduce(_merged, kinds, pa.struct([]))
+
+
+def _type_of(value: Any) -> Any:
+    """The type of a value of JSON."""
+    if isinstance(value, dict):
+        return pa.struct([pa.field(name, _type_of(x)) for name, x in value.items()])
+    if isinstance(value, list):
+        flat = {type(x): x for x in value if not isinstance(x, (dict, list))}
+        nested = [x for x in value if isinstance(x, (dict, list))]
+        return pa.list_(reduce(_merged, map(_type_of, [*flat.values(), *nested]), pa.null()))
+    scalars = {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string()}
+    return scalars.get(type(value), pa.null())
+
+
+def _merged(first: Any, second: Any) -> Any:
+    """The type of columns that hold values of both; the first where there is none."""
+    if types.is_null(first) or {first, second} == {pa.int64(), pa.float64()}:
+        return second if types.is_null(first) else pa.float64()
+    if types.is_list(first) and types.is_list(second):
+        return pa.list_(_merged(first.value_type, second.value_type))
+    if types.is_struct(first) and types.is_struct(second):
+        fields = {field.name: field.type for field in first}
+        for field in second:
+            fields[field.name] = _merged(fields.get(field.name, pa.null()), field.type)
+        return pa.struct(list(fields.items()))
+    return first
+
+
+def _filled(kind: Any, found: Any) -> Any:
+    """The type, with what is ``found`` in place of nulls."""
+    if types.is_null(kind):
+        return found
+    if not (types.is_struct(kind) and types.is_struct(found)):
+        return kind
+    there = {field.name: field.type for field in found}
+    return pa.struct([field.with_type(_filled(field.type, there.get(field.name, field.type))) for field in kind])
+
+
+def _lacks_a_type(kind: Any) -> bool:
+    """Whether there are only nulls, or in a field of it."""
+    return types.is_null(kind) or (types.is_struct(kind) and any(_lacks_a_type(field.type) for field in kind))
 
 
 def _widened(schema: Any, ints: bool = False) -> Any:
-    """The schema with numbers in lists, or lists of nothing, as float64; with ``ints`` numbers outside of them, too."""
+    """The schema with numbers in lists, or lists of nothing, as float64; with ``ints`` numbers outside of them, too.
+
+    What pyarrow takes for a time is the string that it is.
+    """
 
     def wide(kind: Any) -> Any:
         if types.is_list(kind):
@@ -150,31 +219,28 @@ def _widened(schema: Any, ints: bool = False) -> Any:
             return pa.list_(pa.float64() if number else wide(inner))
         if types.is_struct(kind):
             return pa.struct([field.with_type(wide(field.type)) for field in kind])
+        if types.is_timestamp(kind):
+            return pa.string()
         return pa.float64() if ints and types.is_integer(kind) else kind
 
     return pa.schema([field.with_type(wide(field.type)) for field in schema])
 
 
-#: What a column may turn out to hold that was null so far.
-_BEHIND_NULL = (pa.list_(pa.float64()), pa.int64(), pa.float64(), pa.string())
-
-
 def _fitting(field: Any, text: memoryview) -> Any:
-    """The field, with float64 in place of int64, or any type in place of null, where these lines need that."""
-    for kind in (field.type, *(_with_nulls_as(field.type, kind) for kind in _BEHIND_NULL)):
-        try:
-            _parsed(text, pa.schema([field.with_type(kind)]))
-        except pa.ArrowInvalid:
-            continue
-        return field.with_type(kind)
-    return _widened(pa.schema([field]), ints=True).field(0)
-
-
-def _with_nulls_as(kind: Any, other: Any) -> Any:
-    """The type, or that of a struct with its fields, with another in place of null."""
-    if types.is_struct(kind):
-        return pa.struct([field.with_type(_with_nulls_as(field.type, other)) for field in kind])
-    return other if types.is_null(kind) else kind
+    """The field as these lines need it: of a type where it was null, float64 in place of int64."""
+    fields = pa.schema([field])
+    try:
+        _parsed(text, fields)
+    except pa.ArrowInvalid:
+        if _lacks_a_type(field.type):
+            fields = _widened(pa.schema(list(_filled(pa.struct([field]), _type_of_lines(text)))))
+            try:
+                _parsed(text, fields)
+                return fields.field(0)
+            except pa.ArrowInvalid:
+                pass
+        return _widened(fields, ints=True).field(0)
+    return field
 
 
 def _only(field: Any, columns: list[str]) -> Any:

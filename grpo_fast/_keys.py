@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ._arrow import column_names, column_of, pa, types
+from ._arrow import column_names, column_of, pa, types, without_string_views
 from ._checks import did_you_mean
 
 #: A value of such a column; None where it is null.
@@ -59,6 +59,7 @@ def typed_partition(values: Sequence[str]) -> Callable[[str], Value]:
 
 def by_value(records: Any, column: str) -> tuple[Any, list[tuple[Value, int, int]]]:
     """The rows so that those of a value lie together, in order; and each value, with its first row and its last + 1."""
+    records = without_string_views(records)
     keys = column_of(records, column)
     if types.is_dictionary(keys.type):
         keys = keys.dictionary_decode()

@@ -468,7 +468,8 @@ def _rollout_correction(text: str) -> dict[str, Any]:
         name, _, value = part.partition("=")
         if not value or name not in allowed:
             several = ", ".join(f"{name}=…" for name in allowed)
-            meant = did_you_mean(name, allowed)
+            wanted = f": NAME=VALUE is wanted, as in {name}=…"
+            meant = wanted if name in allowed else did_you_mean(name, allowed)
             raise argparse.ArgumentTypeError(f"must be {several}, with commas between several, got {part!r}{meant}")
         if name == "reject":
             options["reject"].append(_reject(value))

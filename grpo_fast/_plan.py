@@ -155,15 +155,17 @@ def plan(
         layout = layout_of(name, schema, wanted, {*OPTIONAL, *beside.optional} - explicit, others, needs)
         if isinstance(named.get("mask", ""), str):  # neither None nor a list, which say that there are no others
             refuse_unused_masks(name, schema, form, layout)
+        in_path = source.partitions()
+        shown = tuple((column, in_path[column]) for column in beside.shown if column in {*in_path} - {*layout.beside})
         for column in beside.shown if beside.must_show else ():
-            if column not in layout.beside:
-                raise missing_column(name, column, schema, (), "show")
+            if column not in layout.beside and column not in in_path:
+                raise missing_column(name, column, schema, list(in_path), "show")
         key = _key_of(source, schema, layout, beside.key, nothing)
         if key.kind is None:
             layout = _without_key(layout, beside.key)
         first_rows = file.first_rows() if beside.row_numbers else [0] * file.row_group_count
         groups = [
-            RowGroup(source, file.row_group_name, number, layout, key.partition, first_rows[number])
+            RowGroup(source, file.row_group_name, number, layout, key.partition + shown, first_rows[number])
             for number in range(file.row_group_count)
         ]
         shards.append(_Shard(name, nothing, marked, layout, key.kind, groups, file.rows))
@@ -252,7 +254,7 @@ def _key_of(source: Source, schema: Any, layout: ColumnLayout, key: str | None, 
 def _refuse_keys_of_two_kinds(shards: Sequence[_Shard], key: str | None) -> None:
     """Raise the ValueError if the key is, for example, an int in one file and a string in another."""
     of_kinds = {shard.key_kind: shard for shard in shards if shard.key_kind not in (None, Kind.NULL)}
-    in_paths = [shard for shard in shards if shard.row_groups and shard.row_groups[0].partitions]
+    in_paths = [shard for shard in shards if shard.row_groups and key in dict(shard.row_groups[0].partitions)]
     if of_kinds and in_paths:
         shard = next(iter(of_kinds.values()))
         raise ValueError(
@@ -282,9 +284,11 @@ def _with_key_as_in(telling: Sequence[_Shard], shard: _Shard, key: str) -> _Shar
 
 
 def _with_typed_partitions(shards: Sequence[_Shard], row_groups: Sequence[RowGroup]) -> Iterator[RowGroup]:
-    """The row groups, the values of whose partitions are ints if those of all are."""
+    """The row groups, the values of whose partitions are ints if those of all are, of that name."""
     every = {pair for shard in shards for row_group in shard.row_groups[:1] for pair in row_group.partitions}
-    typed = typed_partition([value for _, value in every if isinstance(value, str)])
+    typed = {
+        name: typed_partition([x for other, x in every if other == name and isinstance(x, str)]) for name, _ in every
+    }
     for row_group in row_groups:
-        partitions = tuple((name, typed(x) if isinstance(x, str) else x) for name, x in row_group.partitions)
+        partitions = tuple((name, typed[name](x) if isinstance(x, str) else x) for name, x in row_group.partitions)
         yield row_group._replace(partitions=partitions)

@@ -40,7 +40,7 @@ class Reading(NamedTuple):
         """The files and tables; an error for an argument that is wrong, whatever they hold."""
         if self.batch_size is not None and (type(self.batch_size) is not int or self.batch_size < 1):
             raise ValueError(f"batch_size must be an int of at least 1, or None, got {self.batch_size!r}")
-        if self.executor is not None and not hasattr(self.executor, "submit"):
+        if isinstance(self.executor, type) or (self.executor is not None and not hasattr(self.executor, "submit")):
             raise TypeError(f"executor must be a concurrent.futures.Executor, got {self.executor!r}")
         return _paths.find(self.paths, self.filesystem)
 

@@ -133,8 +133,10 @@ def _numbers(arrays: dict[str, Array], *, rank: str) -> Numbers:
     return Numbers(values, keep, arrays["cu_seqlens"], rank == "kl")
 
 
-def of_a_batch(batch: RowBatch, *, job: Callable[[dict[str, Array]], Numbers], n: int) -> Outliers:
-    """The largest of a batch."""
+def of_a_batch(
+    batch: RowBatch, *, job: Callable[[dict[str, Array]], Numbers], n: int, shown: tuple[str, ...]
+) -> Outliers:
+    """The largest of a batch, with those of the columns ``shown``, or hive partitions, that there are."""
     from ._arrow import column_of  # which needs pyarrow
 
     there = batch.row_group.layout.beside
@@ -149,12 +151,13 @@ def of_a_batch(batch: RowBatch, *, job: Callable[[dict[str, Array]], Numbers], n
         largest = np.maximum.reduceat(size, starts) if len(rows) else size[:0]
     first = np.argsort(-largest, kind="stable")[:n]
     columns = {name: column_of(batch.records, name) for name in there}
+    in_path: dict[str, Any] = dict(batch.row_group.partitions)
     found = []
     for i in first.tolist():
         row, start = int(rows[i]), int(starts[i])
         token = int(size[start : numbers.bounds[row + 1]].argmax())
         value = float(largest[i] if numbers.mean else numbers.per_token[start + token])
-        cells = {name: column[row].as_py() for name, column in columns.items()}
+        cells = in_path | {name: column[row].as_py() for name, column in columns.items()}
         found.append(
             Outlier(
                 value=value,
@@ -162,7 +165,7 @@ def of_a_batch(batch: RowBatch, *, job: Callable[[dict[str, Array]], Numbers], n
                 row=batch.row_group.first_row + batch.first_row + row,
                 token=token,
                 tokens=int(counts[row]),
-                shown=cells,
+                shown={name: cells[name] for name in shown if name in cells},
             )
         )
     return Outliers(found, n)

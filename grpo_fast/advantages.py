@@ -21,7 +21,7 @@ from ._checks import (
     refuse_unless_finite,
     unmasked,
 )
-from ._groups import Groups, checked_rewards, divided, groups_of, std_of_all
+from ._groups import LARGEST, Groups, checked_rewards, divided, groups_of, std_of_all
 
 Scale: TypeAlias = Literal["group", "batch", "mean", "none"]
 Missing: TypeAlias = Literal["raise", "skip"]
@@ -159,7 +159,7 @@ def gdpo_advantages(
         standard deviation, and counts 0 in the sum. A response of which all are missing is left out of the last line,
         and its advantage is 0.
     weights : (K,), optional
-        Of each reward; 1 unless given. TRL ``reward_weights``.
+        Of each reward, below 1e100 in magnitude; 1 unless given. TRL ``reward_weights``.
     group_size : int, optional
         Each run of so many responses is a group; divides N.
     group_ids : (N,) ints or strings, optional
@@ -175,7 +175,7 @@ def gdpo_advantages(
     Raises
     ------
     ValueError, TypeError
-        As `group_advantages`; or ``weights`` are not K finite numbers.
+        As `group_advantages`; or ``weights`` are not K finite numbers below 1e100 in magnitude.
 
     References
     ----------
@@ -189,8 +189,11 @@ def gdpo_advantages(
     factors = np.ones(kinds)
     if weights is not None:
         factors = real("weights", weights).astype(np.float64)
-        if factors.shape != (kinds,) or not np.isfinite(factors).all():
-            raise ValueError(f"weights must be {kinds} finite numbers, one for each reward, got {weights!r}")
+        if factors.shape != (kinds,) or not (np.abs(factors) < LARGEST).all():
+            raise ValueError(
+                f"weights must be {kinds} finite numbers below {LARGEST:g} in magnitude, one for each reward, "
+                f"got {weights!r}"
+            )
     group = groups_of((n,), group_size, group_ids, may_be_rows=False)
 
     all_rewards = array.astype(np.float64)
@@ -219,8 +222,8 @@ def whiten(advantages: ArrayLike, mask: ArrayLike | None = None) -> NDArray[np.f
     Parameters
     ----------
     advantages : array of any shape
-        One per token, finite where not masked. (`group_advantages` gives one per completion: spread them over the
-        tokens first, since here a long completion counts more than a short one.)
+        One per token, finite and below 1e100 in magnitude where not masked. (`group_advantages` gives one per
+        completion: spread them over the tokens first, since here a long completion counts more than a short one.)
     mask : like ``advantages``, bools or 0/1, optional
         Which tokens count; what is elsewhere is never looked at.
 
@@ -232,7 +235,8 @@ def whiten(advantages: ArrayLike, mask: ArrayLike | None = None) -> NDArray[np.f
     Raises
     ------
     ValueError, TypeError
-        A mask of another shape, or an unmasked number that is not finite (with its index).
+        A mask of another shape, or an unmasked number that is not finite or not below 1e100 in magnitude (with its
+        index).
 
     References
     ----------
@@ -240,7 +244,7 @@ def whiten(advantages: ArrayLike, mask: ArrayLike | None = None) -> NDArray[np.f
     """
     array = real("advantages", advantages)
     keep = unmasked("advantages", array, mask)
-    refuse_unless_finite("advantages", array, keep)
+    refuse_unless_finite("advantages", array, keep, below=LARGEST)
     result = np.zeros(array.shape)
     if np.count_nonzero(keep) > 1:
         x = array[keep].astype(np.float64)

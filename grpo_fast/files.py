@@ -352,7 +352,8 @@ def worst(
     n : int
         How many sequences.
     show : sequence of str, or None
-        Columns whose values are told of each; None for ``step`` and ``prompt_id``, where there are such.
+        Columns, or hive partitions, whose values are told of each; None for ``step`` and ``prompt_id``, where there are
+        such.
 
     Returns
     -------
@@ -380,7 +381,9 @@ def worst(
         shown=shown, must_show=show is not None, row_numbers=True, sequences_alone=True, needs=needs_of(rank)
     )
     return list(
-        sum_over_files(reading, partial(ranking, rank=rank), beside, lambda job: partial(of_a_batch, job=job, n=n))
+        sum_over_files(
+            reading, partial(ranking, rank=rank), beside, lambda job: partial(of_a_batch, job=job, n=n, shown=shown)
+        )
     )
 
 

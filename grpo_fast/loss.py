@@ -122,12 +122,14 @@ def grpo_loss(
 
         ρ            = π_θ/π_old = exp(logp − old)
         loss         = −Σ_i c_i·Σ_t u·(M·w·s − β·k)
-        ∂loss/∂logp  = −c_i·( D[u·M·w·∂s/∂log ρ] + u·(M·w·∂s/∂logp − β·∂k/∂logp) )
+        ∂loss/∂logp  = −c_i·( D[u·(M·w·∂s/∂log ρ − β·∂k/∂log ρ)] + u·(M·w·∂s/∂logp − β·∂k/∂logp) )
 
     for each unmasked token t of sequence i: s is the policy term (``surrogate``), k the KL term (``kl``, times the
-    token's own ρ if it is importance-weighted), w the rollout weight, u the loss weight, M 0 where ``trust_region``
-    drops the policy term and else 1, c_i what ``aggregation`` gives the sequence's tokens, and D is ∂log ρ/∂logp: at
-    sequence level the mean over the sequence, at the others the identity.
+    token's own ρ if it is importance-weighted, the sequence's with "sequence"), w the rollout weight, u the loss
+    weight, M 0 where ``trust_region`` drops the policy term and else 1, c_i what ``aggregation`` gives the sequence's
+    tokens, and D is ∂log ρ/∂logp: at sequence level the mean over the sequence (of GMPO, at the tokens that it does not
+    clip, and at the others 0), at the others the identity. ∂k/∂log ρ is 0 but with "sequence": a token's own ρ is in
+    ∂k/∂logp.
 
     Parameters
     ----------

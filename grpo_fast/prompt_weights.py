@@ -63,7 +63,7 @@ def prompt_mean_weights(
     """
     tokens = _tokens_of_each(mask, cu_seqlens)
     group = groups_of(tokens.shape, group_size, group_ids, may_be_rows=False, of="sequences")
-    of_group = np.bincount(group, tokens)
+    of_group = np.bincount(group, tokens).astype(np.float64)  # of nothing NumPy counts in int64
     count = float(of_group.size) if prompts is None else positive("prompts", prompts)
     weights = np.divide(1.0, count * of_group, out=np.zeros_like(of_group), where=of_group > 0)
     return as_given(cu_seqlens if mask is None else mask, weights[group])

@@ -40,7 +40,6 @@ from .terms import (
     K2,
     K3,
     KL,
-    LEVELS,
     SAPO,
     TV,
     VESPO,
@@ -49,6 +48,7 @@ from .terms import (
     BinaryKL,
     Clip,
     Level,
+    Options,
     Surrogate,
     TrustRegion,
     Unclipped,
@@ -154,14 +154,17 @@ def grpo_loss(
     ValueError, TypeError
         Shapes that do not fit, an unknown option. Values are not checked: an unmasked NaN gives NaN.
     """
+    Options(surrogate, kl, importance_sampling_level, aggregation, normalizer, trust_region)  # refuses what is none
     logps = as_array("logps", logps)
     logps = logps.astype(np.float32 if logps.dtype in (np.float32, np.float16) else np.float64)
     tokens = _Tokens.of(logps, mask, cu_seqlens)
-    level = one_of("importance_sampling_level", importance_sampling_level, LEVELS)
+    level = importance_sampling_level
 
     logp = tokens.each("logps", logps)
     old = logp if old_logps is None else tokens.each("old_logps", old_logps)
     A = tokens.each("advantages", advantages, or_one_per_sequence=True)
+    if isinstance(surrogate, GMPO):
+        tokens.refuse_advantages_of_tokens(advantages)
     w = u = np.ones_like(logp)
     if rollout_is_weights is not None:
         w = tokens.each("rollout_is_weights", rollout_is_weights, or_one_per_sequence=True)
@@ -170,7 +173,7 @@ def grpo_loss(
     log_ratio = logp - old
     rho = np.exp(shared(log_ratio, tokens, level))
 
-    keeps = kept(trust_region, rho, A, logp, old, level)
+    keeps = kept(trust_region, rho, A, logp, old)
     if isinstance(surrogate, (VESPO, GMPO)):
         terms = surrogate_term_of_sequence(surrogate, log_ratio, A, logp, tokens, level)
     else:
@@ -251,8 +254,6 @@ def surrogate_term_of_sequence(
     surrogate: VESPO | GMPO, log_ratio: Floats, A: Floats, logp: Floats, tokens: "_Tokens", level: Level
 ) -> tuple[Floats, Floats, Floats]:
     """As ``surrogate_term``, of those that are made of all log-ratios of a sequence."""
-    if level != "sequence":
-        raise ValueError(f"importance_sampling_level must be 'sequence' with {surrogate!r}, got {level!r}")
     zero = np.zeros_like(logp)
     match surrogate:
         case VESPO(k_pos, lambda_pos, k_neg, lambda_neg):
@@ -271,17 +272,13 @@ def bounded(surrogate: GMPO, log_ratio: Floats, A: Floats) -> Floats:
     return np.where(A > 0, np.minimum(log_ratio, surrogate.epsilon_high), np.maximum(log_ratio, -surrogate.epsilon))
 
 
-def kept(
-    trust_region: TrustRegion | None, rho: Floats, A: Floats, logp: Floats, old: Floats, level: Level
-) -> NDArray[np.bool_]:
+def kept(trust_region: TrustRegion | None, rho: Floats, A: Floats, logp: Floats, old: Floats) -> NDArray[np.bool_]:
     """Which tokens keep their policy term, M of ``terms``; where A is 0 there is none to lose.
 
     π = exp(min(log π, 0)), and 1 − π = −expm1(min(log π, 0)), without cancellation.
     """
     if trust_region is None:
         return np.ones(rho.shape, bool)
-    if level != "token" and not isinstance(trust_region, Band):
-        raise ValueError(f"trust_region must be a Band at sequence level, got {trust_region!r}")
     logp, old = np.minimum(logp, 0), np.minimum(old, 0)
     match trust_region:
         case TV(delta, delta_low):
@@ -456,6 +453,15 @@ class _Tokens(NamedTuple):
             return self.spread(values.reshape(-1).astype(self.dtype))
         or_else = f" or {self.counts.shape}, one per sequence" if or_one_per_sequence else ""
         raise ValueError(f"{name} must have shape {self.keep.shape} as logps{or_else}, got {values.shape}")
+
+    def refuse_advantages_of_tokens(self, advantages: ArrayLike) -> None:
+        """Raise the ValueError unless there is one advantage for each sequence."""
+        shape, per_sequence = np.shape(as_array("advantages", advantages)), self.counts.shape
+        if shape not in ((), per_sequence, (*per_sequence, 1)) and (self.lengths > 1).any():
+            raise ValueError(
+                f"advantages must be one per sequence, {per_sequence}, with a GMPO, "
+                f"got one per token, {self.keep.shape}"
+            )
 
     def spread(self, x: Floats) -> Floats:
         """One value per sequence, at each of its tokens."""

@@ -109,6 +109,21 @@ def test_types_of_keys(key_type, tmp_path):
     assert {type(value) for value in found} == {int if pa.types.is_integer(key_type) else str, type(None)}
 
 
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("key_type", ["categorical", "string"])
+def test_string_views_of_polars(key_type, nested):
+    words = pa.array(["b", "a"]).cast(pa.string_view())
+    keys = pa.DictionaryArray.from_arrays(pa.array([0, 1, 0, None, 1], pa.uint32()), words)
+    if key_type == "string":
+        keys = pa.array(["b", "a", "b", None, "a"]).cast(pa.string_view())
+    if nested:
+        keys = pa.StructArray.from_arrays([keys], ["name"])
+    rows, arrays = keyed(tokens(5), keys), tokens(5)
+    found = evaluate(rows, by="step.name" if nested else "step", **OPTIONS)
+    assert list(found) == ["a", "b", None]
+    assert found == evaluate(keyed(arrays, ["b", "a", "b", None, "a"]), by="step", **OPTIONS)
+
+
 def test_a_column_of_nulls(tmp_path):
     path = write(tmp_path / "a.parquet", keyed(tokens(5), pa.nulls(5)))
     assert evaluate(path, by="step", **OPTIONS) == {None: evaluate(path, **OPTIONS)}

@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -103,7 +104,9 @@ def test_arguments_that_do_not_fit(tmp_path):
     refused("columns must map", path, columns=["rhos"], error=TypeError)
     for batch_size in (0, 1.5, True):
         refused("batch_size must be an int of at least 1", path, batch_size=batch_size)
-    refused("executor must be", path, executor=2, error=TypeError)
+    for executor in (2, ThreadPoolExecutor):
+        message = r"executor must be a concurrent.futures.Executor, got (2|<class .*ThreadPoolExecutor'>)$"
+        refused(message, path, executor=executor, error=TypeError)
     allowed = "options of probability columns are epsilon, beta, importance_weighted; got kl"
     refused(allowed, path, kl=K3(0.1), error=TypeError)
     in_surrogate = r"got epsilon: it is a part of surrogate, as in surrogate=Clip\(epsilon=…\)"

@@ -205,7 +205,8 @@ def test_the_command(tmp_path, capsys):
     [
         ("token", "--rollout-correction: must be level=…, mode=…, lower=…, upper=…, reject=…, .* got 'token'"),
         ("levle=token", "got 'levle=token': did you mean 'level'"),
-        ("level=", "got 'level='"),
+        ("level=", "got 'level=': NAME=VALUE is wanted, as in level=…"),
+        ("level", "got 'level': NAME=VALUE is wanted, as in level=…"),
         ("level=token,level=token", "must name level once"),
         ("level=seq", "level must be one of 'token', 'sequence', 'geometric', got 'seq'"),
         ("upper=x", "must be numbers"),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from grpo_fast import evaluate, grpo_loss, grpo_stats
-from grpo_fast.files import RolloutWriter, sweep
+from grpo_fast.files import RolloutWriter, sweep, worst
 
 pa = pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[data]'")
 from pyarrow import fs  # noqa: E402
@@ -191,6 +191,98 @@ def test_a_bad_line_is_found(tmp_path):
     refused("a.jsonl.*column 'logps': cannot be read: JSON parse error", path)
     path.write_text("{}\n")
     refused("a.jsonl must have either", path)
+
+
+def test_strings_that_look_like_dates_are_strings(tmp_path):
+    rows = [
+        {"logps": [-1], "old_logps": [-2], "advantages": 1, "run": run, "r": {"id": "2024-02-03T04:05:06Z"}}
+        for run in ("2024-01-01", "2024-01-02", "2024-01-01")
+    ]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    assert {run: stats.sequences for run, stats in evaluate(path, by="run").items()} == {
+        "2024-01-01": 2,
+        "2024-01-02": 1,
+    }
+    assert list(evaluate(path, by="r.id")) == ["2024-02-03T04:05:06Z"]
+    assert worst(path, show=["run", "r"], n=1)[0].shown == {"run": "2024-01-01", "r": rows[0]["r"]}
+
+
+@pytest.mark.parametrize("blank", [b"", b"\n\n", b"\xef\xbb\xbf", b" " * 70 + b"\n"])
+def test_files_without_a_line_count_as_nothing(blank, expected, tmp_path):
+    whole = write_lines(tmp_path / "b.jsonl", table(ARRAYS).to_pylist())
+    for name in ("a.jsonl", "c.NDJSON"):
+        (tmp_path / name).write_bytes(blank)
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(blank))
+    assert evaluate([tmp_path / "a.jsonl", whole, tmp_path / "c.NDJSON"], **OPTIONS) == expected
+    assert evaluate(tmp_path, **OPTIONS) == expected
+    refused("a.jsonl: no rows", tmp_path / "a.jsonl", **OPTIONS)
+    for name in ("a.txt", "a.jsonl.gz"):  # packed, nothing is something that was cut off
+        (tmp_path / name).touch()
+        refused(f"{name} is empty", tmp_path / name, **OPTIONS)
+
+
+def test_lines_behind_many_blank_ones(expected, tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", table(ARRAYS).to_pylist())
+    path.write_bytes(b"\n" * 99 + path.read_bytes())
+    assert evaluate(path, **OPTIONS) == expected
+
+
+def test_what_is_not_asked_for_may_be_of_any_type(expected, tmp_path):
+    messages = [{"role": "user", "content": "x"}, {"role": "user", "content": [{"type": "text", "text": "x"}]}]
+    rows = [
+        row | {"messages": messages[:: 1 - 2 * (i % 2)], "more": {"x": [1, {"y": "z"}, None], "step": i % 2}}
+        for i, row in enumerate(table(ARRAYS).to_pylist())
+    ]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    assert evaluate(path, **OPTIONS) == expected
+    by = evaluate(path, by="more.step", **OPTIONS)
+    assert list(by) == [0, 1]
+    assert sum(by.values()) == expected
+    refused("column 'messages': cannot be read: .*content.* in row 0", path, call=worst, show=["messages"])
+
+
+@pytest.mark.parametrize(("values", "kind"), [(["b", "a"], str), ([1, 0], int)])
+def test_a_column_may_begin_with_many_nulls(values, kind, monkeypatch, tmp_path):
+    monkeypatch.setattr(_json_lines, "_FIRST_PIECE", 500)
+    monkeypatch.setattr(_json_lines, "_PIECE", 1000)
+    rows = table(tokens(30, longest=3)).to_pylist()
+    for i, row in enumerate(rows):
+        row |= {"name": None if i < 20 else values[i % 2], "r": {"name": None if i < 20 else values[i % 2]}}
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    for by in ("name", "r.name"):
+        found = evaluate(path, by=by, **OPTIONS)
+        assert list(found) == [*sorted(values), None]
+        assert {type(value) for value in found} == {kind, type(None)}
+        assert found[None].sequences == 20
+        assert sum(found.values()) == evaluate(path, **OPTIONS)
+
+
+def test_a_key_that_is_an_int_here_and_a_string_there_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(_json_lines, "_FIRST_PIECE", 10)
+    rows = [{"logps": [-1], "old_logps": [-2], "advantages": 1, "step": step} for step in (None, 1, None, "x")]
+    paths = [write_lines(tmp_path / f"{i}.jsonl", rows[2 * i :][:2]) for i in range(2)]
+    refused("by must be of one type in all files, got ints and strings", paths, by="step")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"logps": [-1], "old_logps": ["a"], "advantages": 1}', "changed from number to string in row 25$"),
+        ('{"logps": [-1], "old_logps": [-1], ', "JSON parse error: .* in row 25$"),
+        ('{"logps": [-1], "old_logps": [-1], "advantages": 1, "logps": []}', "was specified twice in row 25$"),
+    ],
+)
+def test_rows_in_errors_are_those_of_the_file(line, message, monkeypatch, tmp_path):
+    monkeypatch.setattr(_json_lines, "_AT_ONCE", 300)
+    rows = [{"logps": [-1], "old_logps": [-1.5], "advantages": 1}] * 30
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    lines = path.read_text().splitlines()
+    lines[25] = line
+    path.write_text("\n\n".join(lines))
+    for piece in (100, 1000, 1 << 20):
+        monkeypatch.setattr(_json_lines, "_FIRST_PIECE", 100)
+        monkeypatch.setattr(_json_lines, "_PIECE", piece)
+        refused(message, path)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.bz2"])

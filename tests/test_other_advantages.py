@@ -159,6 +159,13 @@ def test_tensors_in_tensors_out():
     assert torch.is_tensor(whiten(rewards, torch.tensor([[True, True, False]])))
 
 
+def test_large_ones_that_are_allowed_are_not_lost():
+    half = math.sqrt(0.5)
+    assert_allclose(whiten([9e99, -9e99]), [half, -half])
+    assert_array_equal(whiten([9e99, math.inf, -9e99], [1, 0, 1]), whiten([9e99, 0, -9e99], [1, 0, 1]))
+    assert_allclose(gdpo_advantages([[1.0], [0.0]], [9e99], group_size=2), [half, -half])
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("call", "error", "message"),
@@ -177,7 +184,13 @@ def test_tensors_in_tensors_out():
         (
             lambda: whiten([1.0, math.nan]),
             ValueError,
-            r"advantages must be finite where it is not masked, got advantages\[1",
+            r"advantages must be finite and below 1e\+100 in magnitude where it is not masked, got advantages\[1",
+        ),
+        (lambda: whiten([0.0, -1e300]), ValueError, r"below 1e\+100 in magnitude .* got advantages\[1\] = -1e\+300"),
+        (
+            lambda: gdpo_advantages([[1.0, 0.0], [0.0, 0.0]], [1e308, 1.0], group_size=2),
+            ValueError,
+            r"weights must be 2 finite numbers below 1e\+100 in magnitude, one for each reward, got \[1e\+308",
         ),
         (lambda: whiten([1.0, 2.0], [1]), ValueError, r"mask must have shape \(2,\) as advantages, got \(1,\)"),
         (lambda: whiten([1.0, 2.0], [1, 2]), ValueError, "mask must hold bools or 0/1"),

@@ -12,6 +12,7 @@ import pytest
 from grpo_fast.__main__ import main
 
 ROOT = Path(__file__).parent.parent
+pages = pytest.mark.parametrize("page", ["README.md", "grpo_fast/README.md", "bench/README.md", "tests/README.md"])
 README, GUIDE = ((ROOT / path).read_text(encoding="utf-8") for path in ("README.md", "grpo_fast/README.md"))
 EXTRAS = ("torch", "trl")  # what a block may import beside the package
 
@@ -93,7 +94,13 @@ def test_it_can_be_read_in_one_sitting():
     assert max(map(len, lines)) <= 120
 
 
-@pytest.mark.parametrize("page", ["README.md", "grpo_fast/README.md", "bench/README.md", "tests/README.md"])
+@pages
+def test_no_line_but_of_a_table_is_too_long(page):
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if len(line) > 120 and not line.startswith("|")] == []
+
+
+@pages
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):

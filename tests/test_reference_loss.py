@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from grpo_fast.reference import grpo_loss, k3, kl_term, surrogate_term, times
-from grpo_fast.terms import CISPO, K1, K2, K3, SAPO, Clip
+from grpo_fast.terms import CISPO, GMPO, K1, K2, K3, SAPO, TV, Clip
 
 INF = math.inf
 SURROGATES = [Clip(), Clip(0.1, 0.3, 1.8), SAPO(), SAPO(2.0, 0.7), CISPO(), CISPO(1.2, 0.8)]
@@ -367,6 +367,22 @@ LOGPS = np.zeros((2, 3))
             ValueError,
             "must be one of 'token', 'sequence', 'sequence_token', got 'word'",
         ),
+        (
+            {"importance_sampling_level": "sequence_token", "trust_region": TV(0.1)},
+            ValueError,
+            "trust_region must be a Band or None at importance_sampling_level='sequence_token'",
+        ),
+        (
+            {"kl": K3(0.1, "sequence"), "ref_logps": LOGPS},
+            ValueError,
+            "must be 'sequence' with importance_weighted='sequence' in the KL term, got 'token'",
+        ),
+        ({"surrogate": GMPO()}, ValueError, "must be 'sequence' with a GMPO, which is of whole sequences; got 'token'"),
+        (
+            {"surrogate": GMPO(), "importance_sampling_level": "sequence", "advantages": LOGPS},
+            ValueError,
+            r"advantages must be one per sequence, \(2,\), with a GMPO, got one per token, \(2, 3\)",
+        ),
         ({"aggregation": "mean"}, ValueError, "aggregation must be one of 'token-mean', .* got 'mean'"),
         ({"normalizer": 0}, ValueError, r"normalizer must be above 0 where a token counts, got 0"),
         ({"cu_seqlens": [0, 6]}, ValueError, "cu_seqlens must be 1-D ints beside 1-D logps"),
@@ -375,6 +391,12 @@ LOGPS = np.zeros((2, 3))
 def test_refuses(changes, error, message):
     with pytest.raises(error, match=message):
         grpo_loss(**({"logps": LOGPS, "old_logps": None, "advantages": [1.0, 2.0]} | changes))
+
+
+def test_of_gmpo_a_sequence_of_one_token_has_its_advantage_either_way():
+    options = {"surrogate": GMPO(), "importance_sampling_level": "sequence"}
+    for advantages in ([1.0, 2.0], [[1.0], [2.0]]):
+        assert grpo_loss([[-1.0], [-2.0]], None, advantages, **options).loss == -1.5
 
 
 @pytest.mark.parametrize("bounds", [[0], [1, 6], [0, 5], [0, 4, 3, 6], [0, -1, 6]])

@@ -81,6 +81,26 @@ def test_what_is_shown(tmp_path):
     assert worst(rows)[0].file == "the Table of pyarrow"
 
 
+def test_a_partition_is_shown_as_a_column_is(tmp_path):
+    for step, rank in (("02", "a"), ("10", "7"), ("__HIVE_DEFAULT_PARTITION__", "b")):
+        folder = tmp_path / f"step={step}" / f"rank={rank}"
+        folder.mkdir(parents=True)
+        rows = {"logps": [[-float(len(rank + step))]], "old_logps": [[0.0]], "reward": [0.5]}
+        write(folder / "a.parquet", pa.table(rows | ({"prompt_id": ["x"]} if step == "02" else {})))
+    by_step = {x.shown["step"]: x.shown for x in worst(tmp_path)}  # which is among those that are shown
+    assert by_step == {2: {"step": 2, "prompt_id": "x"}, 10: {"step": 10}, None: {"step": None}}
+    shown = [x.shown for x in worst(tmp_path, show=["rank", "reward", "step"])]
+    assert [list(x) for x in shown] == [["rank", "reward", "step"]] * 3
+    assert {(x["rank"], x["step"]) for x in shown} == {("a", 2), ("7", 10), ("b", None)}
+    with ThreadPoolExecutor(2) as executor:
+        assert [x.shown for x in worst(tmp_path, show=["rank", "reward", "step"], executor=executor)] == shown
+    refused(
+        "column 'rnk' .for show. is missing; .*, step, rank: did you mean 'rank'", tmp_path, call=worst, show=["rnk"]
+    )
+    rows = pa.table({"logps": [[-1.0]], "old_logps": [[-2.0]], "step": [3]})  # a column comes first
+    assert worst(write(tmp_path / "step=02" / "b.parquet", rows), show=["step"])[0].shown == {"step": 3}
+
+
 def test_columns_called_as_what_an_outlier_has_are_shown_too(tmp_path, capsys):
     names = ["token", "row", "file", "tokens", "value", "shown row", "step"]
     rows = pa.table({"logps": [[-1.0]], "old_logps": [[-2.0]]} | {name: [f"my {name}"] for name in names})
