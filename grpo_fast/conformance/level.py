@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import reference, terms
-from ..terms import CISPO, Clip
+from .. import reference
+from ..terms import CISPO, GMPO, SAPO, VESPO, Clip
 from .calling import Batch, Loss, batch
 from .numbers import tidy
 from .policy import Policy
@@ -45,7 +45,7 @@ def read(loss: Loss, policy: Policy, weights: Floats, per_token: bool) -> LevelF
     Only the value is looked at, but for the last question, since one may be right without the other.
     """
     surrogate = policy.surrogate
-    is_vespo = type(surrogate).__name__ == "VESPO"
+    is_vespo = isinstance(surrogate, VESPO)
     if "old_logps" not in loss.takes or policy.kind == "constant" or surrogate is None:
         return LevelFound("sequence" if is_vespo else "token", surrogate)
     low = policy.inside[0] if policy.inside[0] < -1e-6 else -1e-3
@@ -110,7 +110,7 @@ def _total(loss: Loss, surrogate: Any, x: Floats) -> float:
 
 
 def _s(surrogate: Any, log_ratio: Floats, at: Batch) -> Floats:
-    if type(surrogate).__name__ == "VESPO":
+    if isinstance(surrogate, VESPO):
         k, lam = surrogate.k_pos, surrogate.lambda_pos
         value: Floats = np.exp(lam + k * log_ratio - lam * np.exp(log_ratio)) * at.logps[0]
         return value
@@ -137,13 +137,12 @@ def _bounded(surrogate: Any) -> float | None:
         return math.log1p(surrogate.epsilon_high)
     if isinstance(surrogate, CISPO) and 1 < surrogate.ratio_max < math.inf:
         return math.log(surrogate.ratio_max)
-    return 0.5 if type(surrogate).__name__ == "SAPO" else None
+    return 0.5 if isinstance(surrogate, SAPO) else None
 
 
 def _gmpo(loss: Loss, surrogate: Any, weight: Floats, x: Floats) -> Any:
     """GMPO, if what clips each token within a geometric mean is what was found: its ε are of log ρ."""
-    kind = getattr(terms, "GMPO", None)
-    if kind is None or not isinstance(surrogate, Clip) or not surrogate.epsilon_high > 0:
+    if not isinstance(surrogate, Clip) or not surrogate.epsilon_high > 0:
         return None
     high = math.log1p(surrogate.epsilon_high)
     expected = float(weight.sum()) * math.exp(float(np.minimum(x, high).mean()))
@@ -151,7 +150,7 @@ def _gmpo(loss: Loss, surrogate: Any, weight: Floats, x: Floats) -> Any:
         return None
     error = 100 * loss.exactness
     low = -math.log1p(-surrogate.epsilon) if surrogate.epsilon < 1 else math.inf
-    return kind(tidy(low, error), tidy(high, error))
+    return GMPO(tidy(low, error), tidy(high, error))
 
 
 def _whose_advantage(loss: Loss, x: Floats) -> str:
