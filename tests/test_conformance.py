@@ -29,6 +29,8 @@ FAST = {
     "GSPO over the width",
     "max for min",
     "KL in the reward",
+    "floor",
+    "random",
 }
 
 
@@ -173,6 +175,37 @@ def test_the_smallest_input_shows_it():
 def test_a_normalizer_for_all_micro_batches():
     (finding,) = check(dapo, surrogate=Clip(0.2, 0.28), aggregation="token-mean", normalizer=32.0).differs
     assert "micro-batches do not add" in finding.what
+
+
+def test_a_floor_is_no_normalizer():
+    report = check(PLANTED["floor"][0], surrogate=Clip(0.2), aggregation="token-sum", normalizer=64.0)
+    assert not report.ok
+    assert "is a floor" in report.differs[0].what
+    assert check(RIGHT["dr_grpo"][0], surrogate=Clip(0.2), aggregation="token-sum", normalizer=1024.0).ok
+
+
+def test_the_rounding_of_the_ratio_of_gspo_token_is_none_of_its_faults():
+    """The ratio is that of x + log π_θ − log π_θ, whose rounding is relative to log π_θ."""
+    loss, options = RIGHT["gspo_token"]
+
+    def masked(mask, **arrays):
+        arrays = {name: x if name == "advantages" else torch.where(mask > 0, x, 0) for name, x in arrays.items()}
+        return loss(mask=mask, **arrays)
+
+    def given(logps, old_logps, advantages, mask):
+        return masked(mask, logps=logps, old_logps=old_logps, advantages=advantages)
+
+    report = check(given, strict=True, **options)
+    assert report.ok, report
+    assert report.disagreed == 0
+
+
+def test_the_fraction_beside_a_small_difference_is_one_of_it():
+    def loss(logps, old_logps, advantages, mask):
+        return dapo(logps, old_logps, advantages, mask) * (1 + 1e-9)
+
+    (finding,) = [x for x in identify(loss).fragile if "some digits" in x.what]
+    assert "e-09 of it" in finding.amount or "1e-09" in finding.amount
 
 
 @pytest.mark.parametrize("defect", ["value", "gradient"])

@@ -10,6 +10,7 @@ reference, its weights over batches of many shapes, and then everything is compa
     surrogates  regions  slopes        which surrogate, which trust region, what is wrong with the gradient
     policy  kl_weights  kl  remainder  what is read: s(ρ, A), β·k, and what is there beside them;
     measuring  irregular  weights      c_i: measured, what is no product, and what it is;
+    floors                             constants that are none in larger batches;
     level                              whose ratio;
     masking  advantages                what counts, what leaks, how advantages are taken
     cases  comparing  shrinking        the battery beside the reference
@@ -22,7 +23,7 @@ from typing import Any
 
 from .._checks import flag
 from ..terms import Options
-from . import advantages, identifying, naming
+from . import advantages, floors, identifying, naming
 from .calling import CallFailed, Loss
 from .cases import cases
 from .comparing import misses
@@ -148,6 +149,8 @@ def _identified(loss: Loss, line: Progress) -> Report:
     line.stage("comparing with the reference")
     missed, compared = misses(loss, read.options, cases(read.options, loss, read.per_token), line.tick)
     findings = [*read.findings, *naming.of_misses(loss, read.options, missed, read.findings)]
+    if missed and any(finding.severity == "differs" for finding in findings):
+        findings = identifying.is_random(loss, 10) or findings
     report = _report(loss, read.options, findings, list(read.notes))
     return report._replace(compared=compared, disagreed=len(missed))
 
@@ -172,6 +175,10 @@ def _checked_report(loss: Loss, asked: dict[str, Any], strict: bool, line: Progr
             if not serious:  # what was read differs from the usual, not from what was asked for
                 findings = [x for x in findings if x.severity == "fragile"]
         findings += naming.of_misses(loss, asked, missed, findings)
+    if not any(finding.severity == "differs" for finding in findings):
+        of_constant = floors.of_options(loss, asked)
+        findings += of_constant.findings
+        notes += of_constant.notes
     report = _report(loss, asked, findings, notes)
     return report._replace(compared=compared, disagreed=len(missed), strict=strict, asked=True)
 

@@ -154,6 +154,19 @@ class Loss:
         except Exception as error:
             raise CallFailed(at, error) from error
 
+    def value(self, at: Batch) -> float:
+        """The loss alone, without a gradient that would have to be measured.
+
+        Raises
+        ------
+        CallFailed
+            The loss raised an error.
+        """
+        try:
+            return self._raw(at).loss
+        except Exception as error:
+            raise CallFailed(at, error) from error
+
     def _raw(self, at: Batch) -> Answer:
         self.calls += 1
         arrays: dict[str, NDArray[Any]] = at._asdict()

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from .calling import Loss
-from .measuring import Weights, measured, ragged
+from .measuring import Weights, measured, ragged, sizes
 from .numbers import tidy
 from .report import Finding, number
 
@@ -32,6 +32,9 @@ def read(loss: Loss, made: Any, unit: float, rows: Any, what: str) -> Weights:
         i = next(i for i in range(len(mask)) if np.ptp(weights[i][mask[i]]) > 1e-4 * abs(weights[i][mask[i]]).max())
         amount = "c = " + ", ".join(map(number, weights[i][mask[i]][:6]))
         return none._replace(findings=(Finding("differs", text, f"row {i}", amount, made(mask)),))
+    floor = _floor(made, rows, what)
+    if floor is not None:
+        return floor
     chunk = _chunks(loss, made, unit)
     if chunk:
         text = f"micro-batches do not add{what}: mean of means over {chunk} rows at a time"
@@ -53,6 +56,21 @@ def _table(rows: Any) -> str:
         c = [float(number(w[m][0])) for m, w in zip(mask, weights, strict=True)]
         parts.append(f"lengths {mask.sum(axis=1).tolist()}, width {mask.shape[1]}: c = {c}")
     return "; ".join(parts)
+
+
+def _floor(made: Any, rows: Any, what: str) -> Weights | None:
+    """A floor within reach of these batches: 1/max(n, C), n the tokens of the batch, or of each of B sequences."""
+    for name, aggregation in (("N", "token-mean"), ("n_i", "seq-mean-token-mean")):
+        counts = np.concatenate([np.broadcast_to(sizes(mask)[name], mask.shape)[mask] for mask, _ in rows])
+        divided = np.concatenate([1 / (w * (len(mask) if name == "n_i" else 1))[mask] for mask, w in rows])
+        constant = tidy(float(divided.min()), 1e-5)
+        if np.allclose(divided, np.maximum(counts, constant), rtol=1e-5) and (divided > counts + 1e-3).any():
+            of = "the batch" if name == "N" else "a sequence"
+            text = f"divides{what} by {number(constant)} where {of} has fewer tokens: a floor, as by clamp(min=…)"
+            amount = f"1/max({name}, {number(constant)})"
+            finding = Finding("differs", text, f"fewer than {number(constant)} tokens", amount, made(ragged([1])))
+            return Weights(aggregation, None, None, 1.0, (finding,))
+    return None
 
 
 def _chunks(loss: Loss, made: Any, unit: float) -> int | None:

@@ -78,6 +78,19 @@ def measured(loss: Loss, at: Batch, unit: float) -> Floats | None:
     return np.asarray(grad / unit, np.float64)
 
 
+def sizes(mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """What a weight may depend on."""
+    counts = mask.sum(axis=1)
+    return {
+        "n_i": counts[:, None] * np.ones(mask.shape),
+        "N": counts.sum(),
+        "B": len(mask),
+        "T": mask.shape[1],
+        "B′": (counts > 0).sum(),
+        "max n": counts.max(),
+    }
+
+
 def power(name: str, p: float) -> str:
     """A factor as it is written."""
     return name if p == 1 else f"{name}^{p:g}"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from . import irregular
 from .calling import Batch, Loss
-from .measuring import Floats, Normalizer, Weights, measured, power, ragged
+from .measuring import Floats, Normalizer, Weights, measured, power, ragged, sizes
 from .numbers import tidy
 from .report import Finding, number
 
@@ -81,26 +81,14 @@ def for_values(loss: Loss, found: Weights, made: Any, divisor: str) -> Weights:
     return _named(loss, made, kept, found.constant, [], "")
 
 
-def _sizes(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    counts = mask.sum(axis=1)
-    return {
-        "n_i": counts[:, None] * np.ones(mask.shape),
-        "N": counts.sum(),
-        "B": len(mask),
-        "T": mask.shape[1],
-        "B′": (counts > 0).sum(),
-        "max n": counts.max(),
-    }
-
-
 def _fit(rows: list[tuple[NDArray[np.bool_], Floats]], error: float, names: tuple[str, ...]) -> Any:
     """Whole powers of the counts, and the constant, of which all weights are made; None if they are of no such."""
     system, target = [], []
     for mask, weights in rows:
         if (weights[mask] <= 0).any():
             return None
-        sizes = _sizes(mask)
-        columns = [np.broadcast_to(np.log(sizes[name]), mask.shape)[mask] for name in names]
+        counts = sizes(mask)
+        columns = [np.broadcast_to(np.log(counts[name]), mask.shape)[mask] for name in names]
         system.append(np.stack([*columns, np.ones(int(mask.sum()))], axis=1))
         target.append(np.log(weights[mask]))
     A, b = np.concatenate(system), np.concatenate(target)
@@ -121,10 +109,10 @@ def _fit_of_empties(rows: Any, powers: dict[str, float], error: float) -> dict[s
     for choice in choices:
         rest = []
         for mask, weights in rows:
-            sizes = _sizes(mask)
-            total = sum((p * np.log(sizes[name]) for name, p in choice.items() if name != "n_i"), 0.0)
+            counts = sizes(mask)
+            total = sum((p * np.log(counts[name]) for name, p in choice.items() if name != "n_i"), 0.0)
             with np.errstate(all="ignore"):
-                total = total + choice.get("n_i", 0) * np.log(sizes["n_i"])
+                total = total + choice.get("n_i", 0) * np.log(counts["n_i"])
                 rest.append((np.log(weights) - total)[mask])
         flat = np.concatenate(rest)
         if np.abs(flat - flat.mean()).max() <= max(1e-5, 100 * error):

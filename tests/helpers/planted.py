@@ -282,6 +282,7 @@ kl_clamped = _with(lambda p, o, r: k3(p, r).clamp(-10, 10))
 kl_log_clamped = _with(lambda p, o, r: k3(p, p - (p - r).clamp(-5, 5)))
 kl_inverse_weight = _with(lambda p, o, r: (o - p).exp() * k3(p, r))
 kl_clipped_weight = _with(lambda p, o, r: (p - o).exp().clamp(0.8, 1.2) * k3(p, r))
+kl_in_a_band = _with(lambda p, o, r: k3(p, r) * ((p - o).abs() < 0.18))
 kl_of_old = _with(lambda p, o, r: k3(o, r))
 kl_to_old = _with(lambda p, o, r: k3(p, o))
 kl_probs = _with(lambda p, o, r: p.exp() * (p - r))
@@ -344,6 +345,10 @@ other_sequences = _aggregated(
 accumulation = _aggregated(lambda x, m: token_mean(x, m) / 4)
 doubled = _aggregated(lambda x, m: 2 * seq_mean(x, m))
 plus_epsilon = _aggregated(lambda x, m: (x * m).sum() / (m.sum() + 0.01))
+floor = _aggregated(lambda x, m: (x * m).sum() / m.sum().clamp(min=64))
+floor_of_rows = _aggregated(lambda x, m: ((x * m).sum(1) / m.sum(1).clamp(min=20)).mean())
+floor_of_batch = _aggregated(lambda x, m: seq_mean(x, m) * len(m) / max(len(m), 64))
+small_floor = _aggregated(lambda x, m: (x * m).sum() / m.sum().clamp(min=8))
 root_length = _aggregated(lambda x, m: ((x * m).sum(1) / m.sum(1).clamp(min=1).sqrt()).mean())
 square_length = _aggregated(lambda x, m: ((x * m).sum(1) / m.sum(1).clamp(min=1) ** 2).mean())
 mean_and_tokens = _aggregated(lambda x, m: ((x * m).sum(1) / m.sum(1).clamp(min=1)).sum() / m.sum().clamp(min=1))
@@ -377,6 +382,11 @@ def mean_advantage(logps, old_logps, advantages, mask):
 def one_for_all(logps, old_logps, advantages, mask):
     x = ((logps - old_logps) * mask).sum() / mask.sum().clamp(min=1)
     return seq_mean(clipped(x.exp(), advantages) + 0 * logps, mask)
+
+
+def random_tokens(logps, old_logps, advantages, mask):
+    A = advantages[:, None] * (torch.rand_like(logps) > 0.003)
+    return token_mean(clipped((logps - old_logps).exp(), A), mask)
 
 
 PLANTED: dict[str, tuple[Any, str, dict[str, Any] | None]] = {
@@ -429,6 +439,11 @@ PLANTED: dict[str, tuple[Any, str, dict[str, Any] | None]] = {
     ),
     "KL weighted inversely": (kl_inverse_weight, "weighted by 1/ρ", None),
     "KL weighted by the clipped ratio": (kl_clipped_weight, "weighted by .*clipped", None),
+    "KL in a band": (
+        kl_in_a_band,
+        r"KL term is left out where ρ < 0\.83527 or ρ > 1\.19722",
+        {"surrogate": Clip(0.2), "kl": K3(0.04, False), **SEQ},
+    ),
     "KL of the old policy": (kl_of_old, "KL term is of π_old", None),
     "KL to the old policy": (kl_to_old, "KL term to the old policy, π_old", None),
     "KL by probabilities": (kl_probs, "KL term is none that", None),
@@ -451,6 +466,14 @@ PLANTED: dict[str, tuple[Any, str, dict[str, Any] | None]] = {
     "accumulation": (accumulation, "divides by 4 besides", None),
     "doubled": (doubled, "2 times as large", None),
     "plus ε": (plus_epsilon, r"adds 0\.01 to the number of tokens", {"surrogate": Clip(0.2), **MEAN}),
+    "floor": (floor, "64 is a floor: with more tokens.* tokens of the batch", {"surrogate": Clip(0.2), **MEAN}),
+    "floor of rows": (
+        floor_of_rows,
+        "20 is a floor: with more tokens.* tokens of a sequence",
+        {"surrogate": Clip(0.2), **SEQ},
+    ),
+    "floor of a batch": (floor_of_batch, "64 is a floor: with more sequences", None),
+    "small floor": (small_floor, "divides by 8 where the batch has fewer tokens", {"surrogate": Clip(0.2), **MEAN}),
     "square root of length": (root_length, "its tokens to the power −0.5", None),
     "square of length": (square_length, "its tokens to the power −2", None),
     "mean and tokens": (mean_and_tokens, "tokens of the sequence and by those of the batch", None),
@@ -461,6 +484,7 @@ PLANTED: dict[str, tuple[Any, str, dict[str, Any] | None]] = {
     "GSPO product": (gspo_product, "product of its tokens", None),
     "GSPO mean of ratios": (gspo_mean_of_ratios, "mean of its tokens", None),
     "mean of masked advantages": (mean_advantage, "advantages of masked tokens enter the sequence's mean", None),
+    "random": (random_tokens, "it is random", None),
     "one ratio for all": (one_for_all, "rows are mixed", None),
 }
 
