@@ -30,6 +30,8 @@ FAST = {
     "max for min",
     "KL in the reward",
     "floor",
+    "log π ≥ −10",
+    "overlong",
     "random",
 }
 

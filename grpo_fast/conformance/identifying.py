@@ -40,7 +40,10 @@ def read(loss: Loss, progress: Progress) -> Reading:
     random = is_random(loss)
     if random:
         return Reading(None, tuple(random), (), False)
-    reading = _read(loss, progress)
+    try:
+        reading = _read(loss, progress)
+    finally:
+        loss.padded = False
     if any(finding.severity == "differs" for finding in reading.findings):  # is it chance that it looks so?
         random = is_random(loss, 10)
     return Reading(None, tuple(random), (), False) if random else reading
@@ -185,7 +188,7 @@ def kl_ratio(loss: Loss, option: Any, of_level: str, weight: float) -> tuple[Any
     if option is None or option.importance_weighted is False or of_level != "sequence":
         return option, []
     x, l = np.array([-0.2, 0.1, 0.3]), np.array([0.4, -0.7, 1.1])
-    at = level.sequence_of(x, 0.0, l)
+    at = level.sequence_of(loss, x, 0.0, l)
     answer = loss(at)
     assert answer.grad is not None
     tol = max(1e-7, loss.exactness * 100)

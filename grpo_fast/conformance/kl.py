@@ -151,7 +151,7 @@ def _named(loss: Loss, of: Any, ratios: Floats, value: Floats, slope: Floats, to
         findings += more
     if weighted is not None and len(ratios) > 1 and not any("as in a reward" in x.what for x in findings):
         findings += kl_weights.far_away(of, beta * float(k(np.float64(1.0))), weighted, tol, width)
-    findings += _clamps(of, beta, name, k, tol, width)
+    findings += _clamps(of, beta, name, k, tol, width, -loss.least)
     return KLTerm(option(beta, bool(weighted), gradient), True, beta, tuple(findings))
 
 
@@ -197,8 +197,9 @@ def _gradient(
     return "own", [Finding("differs", what, "A = 0, l = 1, ρ = 1", amount, example)]
 
 
-def _clamps(of: Any, beta: float, name: str, k: Any, tol: float, width: int) -> list[Finding]:
-    """Where the estimate or its log-ratio is clamped."""
+def _clamps(of: Any, beta: float, name: str, k: Any, tol: float, width: int, depth: float) -> list[Finding]:
+    """Where the estimate or its log-ratio is clamped, of log-probabilities that are not: above −``depth``."""
+    distances = _FAR[depth - 0.05 > _FAR]
     findings: list[Finding] = []
     bounds = []
     for sign in (1, -1):
@@ -207,9 +208,9 @@ def _clamps(of: Any, beta: float, name: str, k: Any, tol: float, width: int) -> 
             expected = beta * float(k(np.float64(sign * l)))
             return not abs(abs(of(0.0, sign * l)[0]) - abs(expected)) <= 10 * tol * abs(expected)
 
-        first = next((i for i, l in enumerate(_FAR) if off(float(l))), None)
+        first = next((i for i, l in enumerate(distances) if off(float(l))), None)
         if first is not None:
-            edge = bisect(off, float(_FAR[first - 1]) if first else 2.0, float(_FAR[first]))
+            edge = bisect(off, float(distances[first - 1]) if first else 2.0, float(distances[first]))
             bounds.append((sign * edge, abs(of(0.0, sign * 1.2 * edge)[0] / beta)))
     if not bounds:
         return findings

@@ -33,9 +33,9 @@ class LevelFound(NamedTuple):
     divisor: str = "n_i"  # of the sum of a sequence's log-ratios: its tokens, the width of the padding, or 1
 
 
-def sequence_of(x: Floats, A: Any = 1.0, l: Any = 0.0, mask: Any = None) -> Batch:
-    """A batch of one sequence with these log-ratios."""
-    logp = -9.0 - np.maximum(0, -x) - np.maximum(0, -np.asarray(l))
+def sequence_of(loss: Loss, x: Floats, A: Any = 1.0, l: Any = 0.0, mask: Any = None) -> Batch:
+    """A batch of one sequence with these log-ratios, whose tokens are improbable."""
+    logp = loss.improbable - np.maximum(0, -x) - np.maximum(0, -np.asarray(l))
     return batch([logp], [logp - x], [A], [logp - l], None if mask is None else [mask])
 
 
@@ -61,12 +61,12 @@ def read(loss: Loss, policy: Policy, weights: Floats, per_token: bool) -> LevelF
         if "product" in fits:
             return LevelFound("sequence", surrogate)
         text = f"VESPO's weight is of {_whose(fits)} ratio, not of the product over the sequence"
-        return LevelFound("sequence", surrogate, (Finding("differs", text, "", "", sequence_of(x)),))
+        return LevelFound("sequence", surrogate, (Finding("differs", text, "", "", sequence_of(loss, x)),))
     if not fits:
         text = "the ratio of a sequence's tokens is neither each one's own nor a mean of the sequence"
         value = _value(loss, x) / weight.mean()
         amount = f"Σ s = {number(value)} for ρ = {[float(number(r)) for r in np.exp(x)]}"
-        return LevelFound(None, surrogate, (Finding("differs", text, "", amount, sequence_of(x)),))
+        return LevelFound(None, surrogate, (Finding("differs", text, "", amount, sequence_of(loss, x)),))
     bounded = _bounded(surrogate)
     findings: list[Finding] = []
     if bounded is not None:
@@ -77,14 +77,14 @@ def read(loss: Loss, policy: Policy, weights: Floats, per_token: bool) -> LevelF
             return LevelFound("sequence", gmpo)
         if "sequence" in fits and "token" not in fits and "sequence" not in again:
             text = "the ratio is the sequence's where nothing is clipped, and another where a token is"
-            findings.append(Finding("differs", text, "", "", sequence_of(y)))
+            findings.append(Finding("differs", text, "", "", sequence_of(loss, y)))
         fits = [name for name in fits if name in again] or fits
     if fits[0] == "product":
         text = "the sequence's ratio is the product of its tokens' (exp of the sum), not their geometric mean"
-        findings.append(Finding("differs", text, "sequences of two tokens or more", "", sequence_of(x[:2])))
+        findings.append(Finding("differs", text, "sequences of two tokens or more", "", sequence_of(loss, x[:2])))
     if fits[0] == "arithmetic":
         text = "the sequence's ratio is the mean of its tokens' (a mean of exps), not the exp of the mean log-ratio"
-        findings.append(Finding("differs", text, "tokens with different ratios", "", sequence_of(x[:2])))
+        findings.append(Finding("differs", text, "tokens with different ratios", "", sequence_of(loss, x[:2])))
     if fits[0] == "token":
         return LevelFound("token", surrogate, tuple(findings))
     level = "sequence"
@@ -100,12 +100,12 @@ def _whose(fits: list[str]) -> str:
 
 
 def _value(loss: Loss, x: Floats, mask: Any = None) -> float:
-    return loss(sequence_of(x, 0.0, mask=mask)).loss - loss(sequence_of(x, mask=mask)).loss
+    return loss(sequence_of(loss, x, 0.0, mask=mask)).loss - loss(sequence_of(loss, x, mask=mask)).loss
 
 
 def _total(loss: Loss, surrogate: Any, x: Floats) -> float:
     """The sum of the weights, by the value where all ratios are 1, so that the gradient may be wrong."""
-    at = sequence_of(0 * x)
+    at = sequence_of(loss, 0 * x)
     return abs(_value(loss, 0 * x) / float(_s(surrogate, 0 * x, at)[0]))
 
 
@@ -119,7 +119,7 @@ def _s(surrogate: Any, log_ratio: Floats, at: Batch) -> Floats:
 
 
 def _fitting(loss: Loss, surrogate: Any, weight: Floats, x: Floats) -> list[str]:
-    at = sequence_of(x)
+    at = sequence_of(loss, x)
     value = _value(loss, x)
     tol = max(1e-7, loss.exactness * 100)
     found = []
@@ -155,7 +155,7 @@ def _gmpo(loss: Loss, surrogate: Any, weight: Floats, x: Floats) -> Any:
 
 def _whose_advantage(loss: Loss, x: Floats) -> str:
     A = np.array([1.0, 2.0, 4.0])
-    grad, zero = loss(sequence_of(x, A)).grad, loss(sequence_of(x, 0 * A)).grad
+    grad, zero = loss(sequence_of(loss, x, A)).grad, loss(sequence_of(loss, x, 0 * A)).grad
     assert grad is not None
     assert zero is not None
     grad = (grad - zero)[0]
@@ -168,9 +168,9 @@ def _divisor(loss: Loss, surrogate: Any, ratio: str, low: float) -> list[Finding
         return []
     mask = np.array([True, True, False, False])
     x = low * np.array([0.9, 0.5, 0.0, 0.0])
-    one = loss(sequence_of(0 * x, 0.0, mask=mask)).loss - loss(sequence_of(0 * x, mask=mask)).loss
+    one = loss(sequence_of(loss, 0 * x, 0.0, mask=mask)).loss - loss(sequence_of(loss, 0 * x, mask=mask)).loss
     value = _value(loss, x, mask)
-    at = sequence_of(x)
+    at = sequence_of(loss, x)
     scale = _s(surrogate, 0 * x, at)[:2].sum()
     of_tokens, of_width = (
         one * _s(surrogate, np.full(4, x.sum() / by), at)[:2].sum() / scale for by in (x[mask].size, x.size)
@@ -182,4 +182,4 @@ def _divisor(loss: Loss, surrogate: Any, ratio: str, low: float) -> list[Finding
     amount = (
         f"Σ s = {number(value / one * 2)} for ρ = {[float(number(r)) for r in np.exp(x[:2])]} and two masked tokens"
     )
-    return [Finding("differs", text, "every sequence with padding", amount, sequence_of(x, mask=mask))]
+    return [Finding("differs", text, "every sequence with padding", amount, sequence_of(loss, x, mask=mask))]

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..terms import CISPO, SAPO, VESPO, Clip, Unclipped
-from .curves import MIDDLE, Bounds, Curve, Floats, Tokens
+from .curves import Bounds, Curve, Floats, Tokens
 from .numbers import tidy
 from .report import Finding, number
 
@@ -99,7 +99,7 @@ def smooth(tokens: Tokens, curves: dict[int, Curve], kept: dict[int, Mask], tol:
 def _sapo(curves: dict[int, Curve], kept: dict[int, Mask], tol: float) -> Any:
     taus = []
     for sign, curve in curves.items():
-        tau = 2 / curve.value[MIDDLE] if curve.value[MIDDLE] > 0 else math.nan
+        tau = 2 / curve.value[curve.x.size // 2] if curve.value[curve.x.size // 2] > 0 else math.nan
         with np.errstate(all="ignore"):
             expected = 4 / tau / (1 + np.exp(-tau * (np.exp(curve.x) - 1)))
         room = 10 * tol * expected + curve.noise

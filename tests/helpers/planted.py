@@ -218,6 +218,14 @@ def log_ratio_clamped_at_10(logps, old_logps, advantages, mask):
     return token_mean(clipped((logps - old_logps).clamp(-10, 10).exp(), advantages), mask)
 
 
+def _deep(least: float, change_old: bool = True) -> Any:
+    def loss(logps, old_logps, advantages, mask):
+        old = old_logps.clamp(min=least) if change_old else old_logps
+        return token_mean(clipped((logps.clamp(min=least) - old).exp(), advantages), mask)
+
+    return loss
+
+
 def cispo_without_detach(logps, old_logps, advantages, mask):
     return token_mean(-(logps - old_logps).exp().clamp(max=5) * advantages[:, None] * logps, mask)
 
@@ -345,6 +353,7 @@ other_sequences = _aggregated(
 accumulation = _aggregated(lambda x, m: token_mean(x, m) / 4)
 doubled = _aggregated(lambda x, m: 2 * seq_mean(x, m))
 plus_epsilon = _aggregated(lambda x, m: (x * m).sum() / (m.sum() + 0.01))
+overlong = _aggregated(lambda x, m: token_mean(x, m * (m.sum(1) < m.shape[1])[:, None]))
 floor = _aggregated(lambda x, m: (x * m).sum() / m.sum().clamp(min=64))
 floor_of_rows = _aggregated(lambda x, m: ((x * m).sum(1) / m.sum(1).clamp(min=20)).mean())
 floor_of_batch = _aggregated(lambda x, m: seq_mean(x, m) * len(m) / max(len(m), 64))
@@ -405,6 +414,9 @@ PLANTED: dict[str, tuple[Any, str, dict[str, Any] | None]] = {
         "log-ratio is clamped at ±10: no gradient beyond",
         {"surrogate": Clip(0.2), **MEAN},
     ),
+    "log π ≥ −5": (_deep(-5.0), "^log-probabilities below −5 are clamped", {"surrogate": Clip(0.2), **MEAN}),
+    "log π ≥ −10": (_deep(-10.0), "^log-probabilities below −10 are clamped", {"surrogate": Clip(0.2), **MEAN}),
+    "log π_θ ≥ −10": (_deep(-10.0, False), "of π_θ alone below −10 are clamped", {"surrogate": Clip(0.2), **MEAN}),
     "CISPO without detach": (cispo_without_detach, "stop-gradient is missing", {"surrogate": CISPO(5.0), **MEAN}),
     "CISPO that drops": (cispo_that_drops, "at its bound lose their gradient", {"surrogate": CISPO(5.0), **MEAN}),
     "detached clip": (detached_clip_times_log, "other bounds where A < 0", None),
@@ -474,6 +486,7 @@ PLANTED: dict[str, tuple[Any, str, dict[str, Any] | None]] = {
     ),
     "floor of a batch": (floor_of_batch, "64 is a floor: with more sequences", None),
     "small floor": (small_floor, "divides by 8 where the batch has fewer tokens", {"surrogate": Clip(0.2), **MEAN}),
+    "overlong": (overlong, "rows that fill the width are left out", {"surrogate": Clip(0.2), **MEAN}),
     "square root of length": (root_length, "its tokens to the power −0.5", None),
     "square of length": (square_length, "its tokens to the power −2", None),
     "mean and tokens": (mean_and_tokens, "tokens of the sequence and by those of the batch", None),
@@ -509,6 +522,7 @@ def empty_sequence(logps, old_logps, advantages, mask):
 FRAGILE: dict[str, tuple[Any, str]] = {
     "log-ratio ±20": (clamped_at_20, "log-ratio is clamped at ±20: no gradient beyond"),
     "NaN where masked": (nan_through_mask, "NaN or infinity at a masked position makes the loss NaN"),
+    "log π ≥ −50": (_deep(-50.0), "log-probabilities below −50 are clamped"),
     "0/0": (nothing_by_nothing, r"batch without a token makes the loss NaN"),
     "an empty sequence": (empty_sequence, r"sequence without a token makes the loss NaN"),
 }
