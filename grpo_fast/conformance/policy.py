@@ -91,7 +91,7 @@ def _padded(loss: Loss, tokens: Tokens) -> Policy | None:
     example = tokens.at(0.0, 1.0)
     loss.padded = True
     found = read(loss)
-    if found.kind == "none":
+    if found.kind == "none" or not np.any(loss(example).grad):  # it is the masked token that counts
         loss.padded = False
         tokens.width = 6
         return None
