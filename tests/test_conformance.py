@@ -210,6 +210,28 @@ def test_the_fraction_beside_a_small_difference_is_one_of_it():
     assert "e-09 of it" in finding.amount or "1e-09" in finding.amount
 
 
+def test_numbers_of_float32_are_read_as_they_were_meant():
+    def constants(logps, old_logps, advantages, mask):
+        A, ratio = advantages[:, None], (logps - old_logps).exp()
+        s = torch.min(ratio * A, ratio.clamp(float(np.float32(0.8)), float(np.float32(1.2))) * A)
+        return -(s * mask).sum() / mask.sum().clamp(min=1)
+
+    def ratio(logps, old_logps, advantages, mask):
+        return dapo((logps - old_logps).float(), 0 * old_logps.float(), advantages, mask)
+
+    assert identify(constants).options["surrogate"] == Clip(0.2)
+    report = identify(ratio)
+    assert report.options["surrogate"] == Clip(0.2, 0.28)
+    assert any("computed in float32" in note for note in report.notes)
+
+
+def test_the_example_of_a_position_dropped_has_a_token_that_counts():
+    loss, _, _ = PLANTED["first dropped"]
+    (finding,) = identify(loss).differs
+    assert "nan" not in finding.amount
+    assert finding.example.mask[:, 1:].any()
+
+
 @pytest.mark.parametrize("defect", ["value", "gradient"])
 def test_a_difference_beyond_rounding_is_seen_in_value_and_gradient(defect):
     def loss(logps, old_logps, advantages, mask):

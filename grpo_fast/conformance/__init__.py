@@ -6,13 +6,13 @@ reference, its weights over batches of many shapes, and then everything is compa
 
     frameworks  calling                a loss of NumPy, PyTorch or JAX → its value and gradient
     numbers  report                    numbers as they were meant; findings
-    curves  depth                      one token along log ρ, value and gradient apart →
+    curves  depth  precision           one token along log ρ, value and gradient apart →
     surrogates  regions  slopes        which surrogate, which trust region, what is wrong with the gradient
     policy  kl_weights  kl  remainder  what is read: s(ρ, A), β·k, and what is there beside them;
     measuring  irregular  weights      c_i: measured, what is no product, and what it is;
     floors                             constants that are none in larger batches;
     level                              whose ratio;
-    masking  advantages                what counts, what leaks, how advantages are taken
+    masking  advantages  penalised     what counts, what leaks, how advantages are taken
     cases  comparing  shrinking        the battery beside the reference
     naming  progress                   findings; the line on a terminal
     identifying  command               what the readings add up to; ``grpo-fast identify``

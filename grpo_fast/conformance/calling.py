@@ -87,6 +87,8 @@ class Loss:
         self.calls = 0
         #: Whether every batch is padded by one masked token more, for a loss that leaves full rows out.
         self.padded = False
+        #: Whether the reference is the old policy in every batch, for a loss whose KL is told already.
+        self.tied = False
         #: Below it the loss clamps log-probabilities.
         self.least = -math.inf
         tried: list[Framework]
@@ -181,6 +183,8 @@ class Loss:
             advantages = one_each if self.form == "(B, 1)" else np.broadcast_to(one_each, at.logps.shape)
         arrays["advantages"] = np.ascontiguousarray(advantages)
         arrays["mask"] = at.mask.astype(self.mask_dtype)
+        if self.tied:
+            arrays["ref_logps"] = arrays["old_logps"]
         if not self.padded:
             return self._evaluate({name: arrays[name] for name in self.takes})
         last = {name: x[:, -1:] for name, x in arrays.items() if x.ndim == 2 and x.shape == at.logps.shape}

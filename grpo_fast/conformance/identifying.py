@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..terms import DEFAULT_SURROGATE, K1, K2, Options
-from . import advantages, floors, kl, kl_weights, level, masking, measuring, policy, remainder, weights
+from . import advantages, floors, kl, kl_weights, level, masking, measuring, penalised, policy, remainder, weights
 from .calling import Batch, CallFailed, Loss, batch
 from .progress import Progress
 from .report import Finding, number
@@ -43,7 +43,7 @@ def read(loss: Loss, progress: Progress) -> Reading:
     try:
         reading = _read(loss, progress)
     finally:
-        loss.padded = False
+        loss.padded = loss.tied = False
     if any(finding.severity == "differs" for finding in reading.findings):  # is it chance that it looks so?
         random = is_random(loss, 10)
     return Reading(None, tuple(random), (), False) if random else reading
@@ -52,6 +52,8 @@ def read(loss: Loss, progress: Progress) -> Reading:
 def _read(loss: Loss, progress: Progress) -> Reading:
     findings: list[Finding] = []
     notes: list[str] = []
+    findings += penalised.read(loss)
+    loss.tied = bool(findings)
     found = policy.read(loss)
     progress.tick(loss.calls)
     findings += found.findings

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..terms import CISPO, Unclipped
-from . import curves, depth, regions, slopes, surrogates
+from . import curves, depth, precision, regions, slopes, surrogates
 from .calling import Loss
 from .curves import NEAR, Curve, Kind, Tokens
 from .numbers import tidy
@@ -41,6 +41,9 @@ def read(loss: Loss) -> Policy:
             break
     else:
         return _padded(loss, tokens) or nothing._replace(findings=(_no_reaction(loss, tokens),))
+    too_rough, notes = precision.read(tokens)
+    if too_rough:
+        return nothing._replace(findings=tuple(too_rough))
     loss.least, of_depth = depth.read(tokens)
     first = tokens.of(0.0, 1.0)
     tokens.kind = _kind(tokens)
@@ -80,7 +83,7 @@ def read(loss: Loss) -> Policy:
         found = found._replace(scale=found.scale / factor)
         read = {sign: curve._replace(value=curve.value * factor) for sign, curve in read.items()}
     named = _named(tokens, read, found)
-    return named._replace(findings=(*findings, *named.findings))
+    return named._replace(findings=(*findings, *named.findings), notes=(*notes, *named.notes))
 
 
 def _padded(loss: Loss, tokens: Tokens) -> Policy | None:

@@ -46,10 +46,13 @@ def bounded(tokens: Tokens, bounds: dict[int, Bounds]) -> tuple[Any, list[Findin
 
 
 def _below(b: float, error: float) -> float:
+    # First the bound itself, which may be that of float32: 1.2 is 1.20000005 there, and ε no rounding of 0.2.
+    b = tidy(b, error)
     return tidy(1 - b, error / max(1 - b, 1e-3)) if 0 < b < 1 else math.inf
 
 
 def _above(b: float, error: float) -> float:
+    b = tidy(b, error)
     return tidy(b - 1, error / max(b - 1, 1e-3)) if 1 <= b < math.inf else math.inf
 
 

@@ -226,6 +226,20 @@ def _deep(least: float, change_old: bool = True) -> Any:
     return loss
 
 
+def bfloat16_ratio(logps, old_logps, advantages, mask):
+    return token_mean(clipped((logps - old_logps).bfloat16().exp().double(), advantages), mask)
+
+
+def bfloat16_term(logps, old_logps, advantages, mask):
+    return token_mean(clipped((logps - old_logps).exp().bfloat16(), advantages).double(), mask)
+
+
+def sequences_dropped(logps, old_logps, advantages, mask):
+    moved = -mean_log_ratio(logps, old_logps, mask)
+    keep = (advantages[:, None] >= 0) | (moved <= 0.3)
+    return seq_mean(clipped((logps - old_logps).exp(), advantages) * keep, mask)
+
+
 def cispo_without_detach(logps, old_logps, advantages, mask):
     return token_mean(-(logps - old_logps).exp().clamp(max=5) * advantages[:, None] * logps, mask)
 
@@ -306,6 +320,16 @@ def kl_in_reward(logps, old_logps, advantages, ref_logps, mask):
     return seq_mean(clipped((logps - old_logps).exp(), A), mask)
 
 
+def kl_in_advantage(logps, old_logps, advantages, ref_logps, mask):
+    A = advantages[:, None] - 0.04 * (old_logps - ref_logps)
+    return seq_mean(clipped((logps - old_logps).exp(), A), mask)
+
+
+def k3_in_advantage(logps, old_logps, advantages, ref_logps, mask):
+    A = advantages[:, None] - 0.04 * k3(old_logps, ref_logps)
+    return seq_mean(clipped((logps - old_logps).exp(), A), mask)
+
+
 def kl_not_masked(logps, old_logps, advantages, ref_logps, mask):
     policy = seq_mean(clipped((logps - old_logps).exp(), advantages), mask)
     return policy + 0.04 * k3(logps, ref_logps).mean()
@@ -353,6 +377,7 @@ other_sequences = _aggregated(
 accumulation = _aggregated(lambda x, m: token_mean(x, m) / 4)
 doubled = _aggregated(lambda x, m: 2 * seq_mean(x, m))
 plus_epsilon = _aggregated(lambda x, m: (x * m).sum() / (m.sum() + 0.01))
+first_dropped = _aggregated(lambda x, m: (x[:, 1:] * m[:, 1:]).sum() / m[:, 1:].sum())
 overlong = _aggregated(lambda x, m: token_mean(x, m * (m.sum(1) < m.shape[1])[:, None]))
 floor = _aggregated(lambda x, m: (x * m).sum() / m.sum().clamp(min=64))
 floor_of_rows = _aggregated(lambda x, m: ((x * m).sum(1) / m.sum(1).clamp(min=20)).mean())
@@ -417,6 +442,13 @@ PLANTED: dict[str, tuple[Any, str, dict[str, Any] | None]] = {
     "log π ≥ −5": (_deep(-5.0), "^log-probabilities below −5 are clamped", {"surrogate": Clip(0.2), **MEAN}),
     "log π ≥ −10": (_deep(-10.0), "^log-probabilities below −10 are clamped", {"surrogate": Clip(0.2), **MEAN}),
     "log π_θ ≥ −10": (_deep(-10.0, False), "of π_θ alone below −10 are clamped", {"surrogate": Clip(0.2), **MEAN}),
+    "ratio in bfloat16": (bfloat16_ratio, "ratio is computed in bfloat16", None),
+    "term in bfloat16": (bfloat16_term, "ratio is computed in bfloat16", None),
+    "sequences dropped": (
+        sequences_dropped,
+        r"drops whole sequences: .* above 0\.3, as with .*off_policy_sequence_mask",
+        {"surrogate": Clip(0.2), **SEQ},
+    ),
     "CISPO without detach": (cispo_without_detach, "stop-gradient is missing", {"surrogate": CISPO(5.0), **MEAN}),
     "CISPO that drops": (cispo_that_drops, "at its bound lose their gradient", {"surrogate": CISPO(5.0), **MEAN}),
     "detached clip": (detached_clip_times_log, "other bounds where A < 0", None),
@@ -460,6 +492,16 @@ PLANTED: dict[str, tuple[Any, str, dict[str, Any] | None]] = {
     "KL to the old policy": (kl_to_old, "KL term to the old policy, π_old", None),
     "KL by probabilities": (kl_probs, "KL term is none that", None),
     "KL in the reward": (kl_in_reward, "sampling term alone.*as in a reward", None),
+    "KL in the advantage": (
+        kl_in_advantage,
+        r"KL is within the advantages, A − 0\.04·\(log π_old − log π_ref\)",
+        {"surrogate": Clip(0.2), **SEQ},
+    ),
+    "k3 in the advantage": (
+        k3_in_advantage,
+        r"KL is within the advantages, A − 0\.04·k3 of log π_old",
+        {"surrogate": Clip(0.2), **SEQ},
+    ),
     "KL not masked": (kl_not_masked, r"masked tokens count like the others \(KL term\)", None),
     "KL over tokens": (kl_over_tokens, "KL term is averaged otherwise than the policy term", None),
     "KL summed": (kl_summed, "KL term is averaged otherwise than the policy term", None),
@@ -471,6 +513,7 @@ PLANTED: dict[str, tuple[Any, str, dict[str, Any] | None]] = {
     "shifted mask": (shifted_mask, "off by one", None),
     "rolled mask": (rolled_mask, "shifted by one", None),
     "last dropped": (last_dropped, "off by one", None),
+    "first dropped": (first_dropped, "first position of the row is dropped", None),
     "over the longest": (over_longest, "length of the longest sequence", None),
     "mean of positions": (mean_of_positions, "rows of each position first", None),
     "mean of means": (mean_of_means, "micro-batches do not add: mean of means over 2 rows", None),
