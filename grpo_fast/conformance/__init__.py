@@ -149,7 +149,7 @@ def _identified(loss: Loss, line: Progress) -> Report:
     line.stage("comparing with the reference")
     missed, compared = misses(loss, read.options, cases(read.options, loss, read.per_token), line.tick)
     findings = [*read.findings, *naming.of_misses(loss, read.options, missed, read.findings)]
-    if missed and any(finding.severity == "differs" for finding in findings):
+    if any(x.severity == "differs" for x in findings) and not any(x.severity == "differs" for x in read.findings):
         findings = identifying.is_random(loss, 10) or findings
     report = _report(loss, read.options, findings, list(read.notes))
     return report._replace(compared=compared, disagreed=len(missed))
