@@ -59,31 +59,34 @@ def numbers(low, high, digits=3):
     return st.integers(int(low * 10**digits), int(high * 10**digits)).map(lambda n: n / 10**digits)
 
 
+def built(kind, *values):
+    """An option with these values, and its defaults for the others, which `st.builds` would draw for some."""
+    return st.tuples(*values).map(lambda given: kind(*given))
+
+
 @st.composite
 def options(draw):
     """Random options of `grpo_loss`, with numbers as people choose them."""
     level = draw(st.sampled_from(["token", "sequence", "sequence_token"]))
     surrogates = [
-        st.builds(Clip, numbers(0.001, 0.9), numbers(0.001, 0.8)),
-        st.builds(Clip, numbers(0.05, 0.4), numbers(0.05, 0.4), numbers(1.5, 6, 2)),
-        st.builds(CISPO, numbers(1.1, 8), numbers(0, 0.9)),
-        st.builds(CISPO, numbers(1.1, 8)),
-        st.builds(SAPO, numbers(0.3, 3), numbers(0.3, 3)),
+        built(Clip, numbers(0.001, 0.9), numbers(0.001, 0.8)),
+        built(Clip, numbers(0.05, 0.4), numbers(0.05, 0.4), numbers(1.5, 6, 2)),
+        built(CISPO, numbers(1.1, 8), numbers(0, 0.9)),
+        built(CISPO, numbers(1.1, 8)),
+        built(SAPO, numbers(0.3, 3), numbers(0.3, 3)),
         st.just(Unclipped()),
     ]
     if level == "sequence":
         surrogates += [
-            st.builds(VESPO, *[numbers(0.5, 4)] * 4),
-            st.builds(GMPO, numbers(0.1, 0.6), numbers(0.1, 0.6)),
+            built(VESPO, *[numbers(0.5, 4)] * 4),
+            built(GMPO, numbers(0.1, 0.6), numbers(0.1, 0.6)),
         ]
     weightings = [(True, "own"), (False, "own"), (False, "score")] + [("sequence", "own")] * (level == "sequence")
-    terms = [
-        st.builds(kind, numbers(0.001, 0.2), st.just(w), st.just(g)) for kind in (K1, K2, K3) for w, g in weightings
-    ]
-    terms += [st.builds(kind, numbers(0.001, 0.2), st.just(False), st.just("k2")) for kind in (K1, K3)]
-    regions = [st.none(), st.builds(Band, numbers(0.2, 0.8), numbers(1.3, 4))]
+    terms = [built(kind, numbers(0.001, 0.2), st.just(w), st.just(g)) for kind in (K1, K2, K3) for w, g in weightings]
+    terms += [built(kind, numbers(0.001, 0.2), st.just(False), st.just("k2")) for kind in (K1, K3)]
+    regions = [st.none(), built(Band, numbers(0.2, 0.8), numbers(1.3, 4))]
     if level == "token":
-        regions += [st.builds(kind, numbers(0.05, 0.6), numbers(0.05, 0.6)) for kind in (TV, BinaryKL)]
+        regions += [built(kind, numbers(0.05, 0.6), numbers(0.05, 0.6)) for kind in (TV, BinaryKL)]
     aggregation, normalizer = draw(
         st.sampled_from(
             [
