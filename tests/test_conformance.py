@@ -29,6 +29,10 @@ FAST = {
     "GSPO over the width",
     "max for min",
     "KL in the reward",
+    "floor",
+    "log π ≥ −10",
+    "overlong",
+    "random",
 }
 
 
@@ -55,31 +59,34 @@ def numbers(low, high, digits=3):
     return st.integers(int(low * 10**digits), int(high * 10**digits)).map(lambda n: n / 10**digits)
 
 
+def built(kind, *values):
+    """An option with these values, and its defaults for the others, which `st.builds` would draw for some."""
+    return st.tuples(*values).map(lambda given: kind(*given))
+
+
 @st.composite
 def options(draw):
     """Random options of `grpo_loss`, with numbers as people choose them."""
     level = draw(st.sampled_from(["token", "sequence", "sequence_token"]))
     surrogates = [
-        st.builds(Clip, numbers(0.001, 0.9), numbers(0.001, 0.8)),
-        st.builds(Clip, numbers(0.05, 0.4), numbers(0.05, 0.4), numbers(1.5, 6, 2)),
-        st.builds(CISPO, numbers(1.1, 8), numbers(0, 0.9)),
-        st.builds(CISPO, numbers(1.1, 8)),
-        st.builds(SAPO, numbers(0.3, 3), numbers(0.3, 3)),
+        built(Clip, numbers(0.001, 0.9), numbers(0.001, 0.8)),
+        built(Clip, numbers(0.05, 0.4), numbers(0.05, 0.4), numbers(1.5, 6, 2)),
+        built(CISPO, numbers(1.1, 8), numbers(0, 0.9)),
+        built(CISPO, numbers(1.1, 8)),
+        built(SAPO, numbers(0.3, 3), numbers(0.3, 3)),
         st.just(Unclipped()),
     ]
     if level == "sequence":
         surrogates += [
-            st.builds(VESPO, *[numbers(0.5, 4)] * 4),
-            st.builds(GMPO, numbers(0.1, 0.6), numbers(0.1, 0.6)),
+            built(VESPO, *[numbers(0.5, 4)] * 4),
+            built(GMPO, numbers(0.1, 0.6), numbers(0.1, 0.6)),
         ]
     weightings = [(True, "own"), (False, "own"), (False, "score")] + [("sequence", "own")] * (level == "sequence")
-    terms = [
-        st.builds(kind, numbers(0.001, 0.2), st.just(w), st.just(g)) for kind in (K1, K2, K3) for w, g in weightings
-    ]
-    terms += [st.builds(kind, numbers(0.001, 0.2), st.just(False), st.just("k2")) for kind in (K1, K3)]
-    regions = [st.none(), st.builds(Band, numbers(0.2, 0.8), numbers(1.3, 4))]
+    terms = [built(kind, numbers(0.001, 0.2), st.just(w), st.just(g)) for kind in (K1, K2, K3) for w, g in weightings]
+    terms += [built(kind, numbers(0.001, 0.2), st.just(False), st.just("k2")) for kind in (K1, K3)]
+    regions = [st.none(), built(Band, numbers(0.2, 0.8), numbers(1.3, 4))]
     if level == "token":
-        regions += [st.builds(kind, numbers(0.05, 0.6), numbers(0.05, 0.6)) for kind in (TV, BinaryKL)]
+        regions += [built(kind, numbers(0.05, 0.6), numbers(0.05, 0.6)) for kind in (TV, BinaryKL)]
     aggregation, normalizer = draw(
         st.sampled_from(
             [
@@ -116,6 +123,8 @@ def test_any_options_are_identified(options):
     assert report.ok, report
     assert not report.findings
     assert report.disagreed == 0
+    if isinstance(options["surrogate"], CISPO) and options["importance_sampling_level"] == "sequence_token":
+        options = options | {"importance_sampling_level": "sequence"}  # its weight is held constant: they are one
     if options["trust_region"] is None:
         assert as_called(report.options) == options
 
@@ -173,6 +182,59 @@ def test_the_smallest_input_shows_it():
 def test_a_normalizer_for_all_micro_batches():
     (finding,) = check(dapo, surrogate=Clip(0.2, 0.28), aggregation="token-mean", normalizer=32.0).differs
     assert "micro-batches do not add" in finding.what
+
+
+def test_a_floor_is_no_normalizer():
+    report = check(PLANTED["floor"][0], surrogate=Clip(0.2), aggregation="token-sum", normalizer=64.0)
+    assert not report.ok
+    assert "is a floor" in report.differs[0].what
+    assert check(RIGHT["dr_grpo"][0], surrogate=Clip(0.2), aggregation="token-sum", normalizer=1024.0).ok
+
+
+def test_the_rounding_of_the_ratio_of_gspo_token_is_none_of_its_faults():
+    """The ratio is that of x + log π_θ − log π_θ, whose rounding is relative to log π_θ."""
+    loss, options = RIGHT["gspo_token"]
+
+    def masked(mask, **arrays):
+        arrays = {name: x if name == "advantages" else torch.where(mask > 0, x, 0) for name, x in arrays.items()}
+        return loss(mask=mask, **arrays)
+
+    def given(logps, old_logps, advantages, mask):
+        return masked(mask, logps=logps, old_logps=old_logps, advantages=advantages)
+
+    report = check(given, strict=True, **options)
+    assert report.ok, report
+    assert report.disagreed == 0
+
+
+def test_the_fraction_beside_a_small_difference_is_one_of_it():
+    def loss(logps, old_logps, advantages, mask):
+        return dapo(logps, old_logps, advantages, mask) * (1 + 1e-9)
+
+    (finding,) = [x for x in identify(loss).fragile if "some digits" in x.what]
+    assert "e-09 of it" in finding.amount or "1e-09" in finding.amount
+
+
+def test_numbers_of_float32_are_read_as_they_were_meant():
+    def constants(logps, old_logps, advantages, mask):
+        A, ratio = advantages[:, None], (logps - old_logps).exp()
+        s = torch.min(ratio * A, ratio.clamp(float(np.float32(0.8)), float(np.float32(1.2))) * A)
+        return -(s * mask).sum() / mask.sum().clamp(min=1)
+
+    def ratio(logps, old_logps, advantages, mask):
+        return dapo((logps - old_logps).float(), 0 * old_logps.float(), advantages, mask)
+
+    assert identify(constants).options["surrogate"] == Clip(0.2)
+    report = identify(ratio)
+    assert report.options["surrogate"] == Clip(0.2, 0.28)
+    assert any("computed in float32" in note for note in report.notes)
+
+
+def test_the_example_of_a_position_dropped_has_a_token_that_counts():
+    loss, _, _ = PLANTED["first dropped"]
+    (finding,) = identify(loss).differs
+    assert "nan" not in finding.amount
+    assert finding.example.mask[:, 1:].any()
 
 
 @pytest.mark.parametrize("defect", ["value", "gradient"])

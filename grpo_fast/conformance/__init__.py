@@ -6,14 +6,16 @@ reference, its weights over batches of many shapes, and then everything is compa
 
     frameworks  calling                a loss of NumPy, PyTorch or JAX → its value and gradient
     numbers  report                    numbers as they were meant; findings
-    curves                             one token along log ρ, value and gradient apart →
+    curves  depth  precision           one token along log ρ, value and gradient apart →
     surrogates  regions  slopes        which surrogate, which trust region, what is wrong with the gradient
-    policy  kl  remainder              what is read: s(ρ, A), β·k, and what is there beside them;
-    weights  level                     c_i, whose ratio;
-    masking  advantages                what counts, what leaks, how advantages are taken
+    policy  kl_weights  kl  remainder  what is read: s(ρ, A), β·k, and what is there beside them;
+    measuring  irregular  weights      c_i: measured, what is no product, and what it is;
+    floors                             constants that are none in larger batches;
+    level                              whose ratio;
+    masking  advantages  penalised     what counts, what leaks, how advantages are taken
     cases  comparing  shrinking        the battery beside the reference
-    naming  identifying                findings; what the readings add up to
-    progress  command                  the line on a terminal; ``grpo-fast identify``
+    naming  progress                   findings; the line on a terminal
+    identifying  command               what the readings add up to; ``grpo-fast identify``
 """
 
 from collections.abc import Callable
@@ -21,14 +23,14 @@ from typing import Any
 
 from .._checks import flag
 from ..terms import Options
-from . import advantages, identifying, naming
+from . import advantages, floors, identifying, naming
 from .calling import CallFailed, Loss
 from .cases import cases
 from .comparing import misses
 from .frameworks import Framework
+from .measuring import Normalizer
 from .progress import Progress, progress
 from .report import Finding, Report
-from .weights import Normalizer
 
 __all__ = ["Finding", "Normalizer", "Report", "check", "identify"]
 
@@ -92,8 +94,12 @@ def check(
     Loss and gradient are compared with `grpo_fast.reference.grpo_loss` in float64: ragged masks, padding left, right
     and between, an empty sequence, one token, advantages per token, ties at every bound, A = 0, log-ratios from 1e-7 to
     80, KL from 1e-7, NaN and infinity where masked, micro-batches, permuted and padded copies. They agree if they are
-    no further apart than 32·eps·Σ c_i(|s| + β(e^(−l) + |l| + 1)), eps that of the dtype of the loss: what the formula
-    in a textbook can give. If anything differs, the loss is identified, so that the report can say what it is instead.
+    no further apart than 32·eps·Σ c_i·S_i, eps that of the dtype of the loss: what the formula in a textbook can give.
+    S is the size of a token's terms, (|s| + |∂s/∂logp|)·(1 + (|log ρ| + |log π_θ|)/32) + β·w·(e^(−l) + l² + |l| + 1),
+    l = log π_θ − log π_ref and w = max(1, ρ) where ρ weighs the KL or its gradient, else 1. SAPO's s and slope count
+    1 + max(τ)·min(ρ, 10) times, VESPO's 1 + (k⁺ + λ⁺ + k⁻ + λ⁻)·min(1 + ρ, 20) times: the argument of their exp is
+    rounded. In float32 the inputs are, too: the bound is 1 + max |log-probability| times as large.
+    If anything differs, the loss is identified, so that the report can say what it is instead.
 
     Parameters
     ----------
@@ -143,6 +149,8 @@ def _identified(loss: Loss, line: Progress) -> Report:
     line.stage("comparing with the reference")
     missed, compared = misses(loss, read.options, cases(read.options, loss, read.per_token), line.tick)
     findings = [*read.findings, *naming.of_misses(loss, read.options, missed, read.findings)]
+    if any(x.severity == "differs" for x in findings) and not any(x.severity == "differs" for x in read.findings):
+        findings = identifying.is_random(loss, 10) or findings
     report = _report(loss, read.options, findings, list(read.notes))
     return report._replace(compared=compared, disagreed=len(missed))
 
@@ -167,6 +175,10 @@ def _checked_report(loss: Loss, asked: dict[str, Any], strict: bool, line: Progr
             if not serious:  # what was read differs from the usual, not from what was asked for
                 findings = [x for x in findings if x.severity == "fragile"]
         findings += naming.of_misses(loss, asked, missed, findings)
+    if not any(finding.severity == "differs" for finding in findings):
+        of_constant = floors.of_options(loss, asked)
+        findings += of_constant.findings
+        notes += of_constant.notes
     report = _report(loss, asked, findings, notes)
     return report._replace(compared=compared, disagreed=len(missed), strict=strict, asked=True)
 

@@ -4,6 +4,7 @@ How it wants its mask and advantages is found out here once, by a small batch.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
@@ -84,6 +85,12 @@ class Loss:
         self.name = name_of(loss)
         self.takes = _taken_by(loss)
         self.calls = 0
+        #: Whether every batch is padded by one masked token more, for a loss that leaves full rows out.
+        self.padded = False
+        #: Whether the reference is the old policy in every batch, for a loss whose KL is told already.
+        self.tied = False
+        #: Below it the loss clamps log-probabilities.
+        self.least = -math.inf
         tried: list[Framework]
         named: Any = None if framework is None else one_of("framework", framework, FRAMEWORKS)
         tried = frameworks.candidates(loss) if named is None else [named]
@@ -154,6 +161,19 @@ class Loss:
         except Exception as error:
             raise CallFailed(at, error) from error
 
+    def value(self, at: Batch) -> float:
+        """The loss alone, without a gradient that would have to be measured.
+
+        Raises
+        ------
+        CallFailed
+            The loss raised an error.
+        """
+        try:
+            return self._raw(at).loss
+        except Exception as error:
+            raise CallFailed(at, error) from error
+
     def _raw(self, at: Batch) -> Answer:
         self.calls += 1
         arrays: dict[str, NDArray[Any]] = at._asdict()
@@ -163,7 +183,15 @@ class Loss:
             advantages = one_each if self.form == "(B, 1)" else np.broadcast_to(one_each, at.logps.shape)
         arrays["advantages"] = np.ascontiguousarray(advantages)
         arrays["mask"] = at.mask.astype(self.mask_dtype)
-        return self._evaluate({name: arrays[name] for name in self.takes})
+        if self.tied:
+            arrays["ref_logps"] = arrays["old_logps"]
+        if not self.padded:
+            return self._evaluate({name: arrays[name] for name in self.takes})
+        last = {name: x[:, -1:] for name, x in arrays.items() if x.ndim == 2 and x.shape == at.logps.shape}
+        last["mask"] = np.zeros_like(last["mask"])
+        wider = {name: np.concatenate([arrays[name], x], axis=1) for name, x in last.items()}
+        answer = self._evaluate({name: wider.get(name, arrays[name]) for name in self.takes})
+        return answer if answer.grad is None else answer._replace(grad=answer.grad[:, :-1])
 
     @np.errstate(all="ignore")
     def _differences(self, at: Batch) -> Floats:
@@ -178,6 +206,11 @@ class Loss:
             (up, x_up), (down, x_down) = sides
             grad[i] = 0.0 if up == down else (up - down) / (x_up - x_down)
         return grad
+
+    @property
+    def improbable(self) -> float:
+        """A log-probability so far below 0 that no trust region of probabilities acts, and nothing is clamped."""
+        return max(-9.0, self.least / 2)
 
     # --- what it can be told ------------------------------------------------------------------------------------------
     @property

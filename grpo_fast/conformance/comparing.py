@@ -50,10 +50,11 @@ def expected(options: Mapping[str, Any], at: Batch, takes: Iterable[str]) -> tup
 
 @np.errstate(all="ignore")
 def sizes(options: Mapping[str, Any], at: Batch, takes: Iterable[str]) -> tuple[float, Floats]:
-    """Σ c_i·(|w·s| + its slopes + β·(e^(−l) + |l| + 1)), of the whole batch and of each row, at its tokens.
+    """Σ c_i·(|w·s| + its slopes + β·(e^(−l) + l² + |l| + 1)), of the whole batch and of each row, at its tokens.
 
     That is what the terms of the textbook formula are made of, so that rounding in them, and cancellation in k3, is a
-    small multiple of eps times it.
+    small multiple of eps times it. The log-ratio itself is rounded, by eps·|log ρ|, and by eps·|log π_θ| more where
+    log π_θ is added and taken away, as in the ratio of GSPO-token: relative to ρ that is as much.
     """
     given = with_numbers(options, at.mask)
     mask = at.mask if "mask" in takes else np.ones_like(at.mask)
@@ -73,6 +74,7 @@ def sizes(options: Mapping[str, Any], at: Batch, takes: Iterable[str]) -> tuple[
         size = size * (1 + max(surrogate) * np.minimum(rho, 10))
     if isinstance(surrogate, VESPO):
         size = size * (1 + sum(surrogate) * np.minimum(1 + rho, 20))
+    size = size * (1 + (np.abs(x) + np.abs(logp)) / ROUNDING)
     kl = given.get("kl")
     if kl is not None:
         l = logp - tokens.each("ref_logps", at.ref_logps)

@@ -16,13 +16,10 @@ from .numbers import bisect, is_round
 Floats = NDArray[np.float64]
 #: s = f(ρ)·A, w(ρ)·A·log π_θ, without a ρ, or nothing at all.
 Kind: TypeAlias = Literal["ratio", "weight", "constant", "none"]
-#: log π of the more probable of π_θ and π_old: far below 0, where no trust region of probabilities acts; and near 0,
-#: where it has room to.
-FAR = -9.0
+#: log π of the more probable of π_θ and π_old, where a trust region of probabilities has room to act.
 NEAR = -0.01
 _STEPS = np.concatenate([np.arange(1, 61) * 0.05, np.arange(7, 25) * 0.5, [13, 14, 16, 18, 21, 24, 28, 34, 42, 60]])
 GRID = np.concatenate([-_STEPS[::-1], [0.0], _STEPS])
-MIDDLE = int(np.flatnonzero(GRID == 0)[0])
 #: A log-ratio as large as this is not where a surrogate is clipped: bounds there are of the log-ratio itself.
 _CLAMPS = 4.0
 
@@ -64,14 +61,20 @@ class Tokens:
         self.failed: dict[float, CallFailed] = {}  # the errors that it raised, by log ρ
         self._without: dict[tuple[float, float, int], tuple[float, Floats]] = {}
 
-    def at(self, x: float, A: float, anchor: float = FAR) -> Batch:
-        """The batch with this log ρ."""
-        logp, old = pair(x, anchor)
+    @property
+    def far(self) -> float:
+        """log π of the more probable of π_θ and π_old, unless given."""
+        return self.loss.improbable
+
+    def at(self, x: float, A: float, anchor: float | None = None) -> Batch:
+        """The batch with this log ρ; the more probable of the two is ``anchor``, or as improbable as can be."""
+        logp, old = pair(x, self.far if anchor is None else anchor)
         shape = (1, self.width)
         return batch(np.full(shape, logp), np.full(shape, old), [A])
 
-    def of(self, x: float, A: float, anchor: float = FAR) -> tuple[float, float]:
+    def of(self, x: float, A: float, anchor: float | None = None) -> tuple[float, float]:
         """−loss and the sum of −∂loss/∂logps, less those of A = 0."""
+        anchor = self.far if anchor is None else anchor
         found = self.loss(self.at(x, A, anchor))
         assert found.grad is not None
         loss, grad = self._at_0(x, anchor)
@@ -87,44 +90,48 @@ class Tokens:
             self._without[key] = found.loss, found.grad
         return self._without[key]
 
-    def relative(self, x: float, sign: int, anchor: float = FAR) -> tuple[float, float]:
+    def relative(self, x: float, sign: int, anchor: float | None = None) -> tuple[float, float]:
         """Value and slope as in a `Curve`."""
         value, slope = self.of(x, float(sign), anchor)
         value, slope = value / (sign * self.scale[sign]), slope / (sign * self.scale[sign])
-        return (value / pair(x, anchor)[0] if self.kind == "weight" else value), slope * self.slope_scale
+        logp = pair(x, self.far if anchor is None else anchor)[0]
+        return (value / logp if self.kind == "weight" else value), slope * self.slope_scale
 
-    def noise(self, x: float, anchor: float = FAR) -> tuple[float, float]:
+    def noise(self, x: float, anchor: float | None = None) -> tuple[float, float]:
         """The rounding of what value and slope are differences of."""
-        loss, grad = self._at_0(x, anchor)
+        loss, grad = self._at_0(x, self.far if anchor is None else anchor)
         unit = 16 * self.loss.eps / abs(self.scale[1])
         # The gradient of a KL term, which ρ may weigh, is 0 here as the sum of what is not.
         parts = self.loss.eps * math.exp(max(x, 0.0)) if "ref_logps" in self.loss.takes else 0.0
         return unit * abs(loss), unit * float(np.abs(grad).sum()) + parts
 
-    def curve(self, sign: int, anchor: float = FAR) -> Curve:
+    def curve(self, sign: int, anchor: float | None = None) -> Curve:
         """The curve over `GRID`; NaN where the loss raises an error."""
         rows = []
-        for x in GRID:
+        anchor = self.far if anchor is None else anchor
+        grid = GRID[np.abs(GRID) < self.far - self.loss.least - 1e-6]
+        for x in grid:
             try:
                 rows.append((*self.relative(x, sign, anchor), *self.noise(x, anchor)))
             except CallFailed as error:
                 self.failed[float(x)] = error
                 rows.append((math.nan, math.nan, 0.0, 0.0))
         value, slope, noise, slope_noise = np.array(rows).T
-        return Curve(GRID, value, slope, np.where(GRID >= 0, anchor, anchor + GRID), noise, slope_noise)
+        return Curve(grid, value, slope, np.where(grid >= 0, anchor, anchor + grid), noise, slope_noise)
 
 
-def dropped(tokens: Tokens, curve: Curve, sign: int, anchor: float = FAR) -> tuple[float, float]:
+def dropped(tokens: Tokens, curve: Curve, sign: int, anchor: float | None = None) -> tuple[float, float]:
     """Between which log-ratios a token keeps its policy term: where it falls to 0 at once, value and gradient."""
 
     def gone(x: float) -> bool:
         return tokens.of(x, float(sign), anchor) == (0.0, 0.0)
 
     bounds = [-math.inf, math.inf]
+    middle = curve.x.size // 2
     zero = (curve.value == 0) & (curve.slope == 0)
-    for side, places in ((0, range(MIDDLE, -1, -1)), (1, range(MIDDLE, curve.x.size))):
+    for side, places in ((0, range(middle, -1, -1)), (1, range(middle, curve.x.size))):
         first = next((i for i in places if zero[i]), None)
-        if first is None or first == MIDDLE:
+        if first is None or first == middle:
             continue
         last = first + 1 if side == 0 else first - 1
         edge = bisect(gone, float(curve.x[last]), float(curve.x[first]))

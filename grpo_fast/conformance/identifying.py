@@ -4,11 +4,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..terms import DEFAULT_SURROGATE, Options
-from . import advantages, kl, level, masking, policy, remainder, weights
+from ..terms import DEFAULT_SURROGATE, K1, K2, Options
+from . import advantages, floors, kl, kl_weights, level, masking, measuring, penalised, policy, remainder, weights
 from .calling import Batch, CallFailed, Loss, batch
 from .progress import Progress
-from .report import Finding
+from .report import Finding, number
 
 #: What `grpo_loss` does when it is told nothing.
 _DEFAULTS: dict[str, Any] = {
@@ -36,12 +36,24 @@ def read(loss: Loss, progress: Progress) -> Reading:
     CallFailed
         It raised an error on a batch of ordinary numbers.
     """
-    findings: list[Finding] = []
-    notes: list[str] = []
     progress.stage("policy term")
-    random = _deterministic(loss)
+    random = is_random(loss)
     if random:
         return Reading(None, tuple(random), (), False)
+    try:
+        reading = _read(loss, progress)
+    finally:
+        loss.padded = loss.tied = False
+    if any(finding.severity == "differs" for finding in reading.findings):  # is it chance that it looks so?
+        random = is_random(loss, 10)
+    return Reading(None, tuple(random), (), False) if random else reading
+
+
+def _read(loss: Loss, progress: Progress) -> Reading:
+    findings: list[Finding] = []
+    notes: list[str] = []
+    findings += penalised.read(loss)
+    loss.tied = bool(findings)
     found = policy.read(loss)
     progress.tick(loss.calls)
     findings += found.findings
@@ -60,13 +72,13 @@ def read(loss: Loss, progress: Progress) -> Reading:
     findings += remainder.read(loss, found.scale, found.width, term.findings, term.there)
 
     progress.stage("mask")
-    unit = _unit(loss, batch(np.full((1, found.width), weights.LOGP)), found.scale)
-    of_kl = kl.token(0.0, 0.5, 0.0, found.width)
-    unit_of_kl = _unit(loss, weights.of_kl(np.ones((1, found.width), bool)), found.scale) if term.there else 0.0
-    applied, more = masking.effective(loss, weights.of_policy, "policy term")
+    unit = _unit(loss, batch(np.full((1, found.width), measuring.LOGP)), found.scale)
+    of_kl = kl_weights.token(0.0, 0.5, 0.0, found.width)
+    unit_of_kl = _unit(loss, measuring.of_kl(np.ones((1, found.width), bool)), found.scale) if term.there else 0.0
+    applied, more = masking.effective(loss, measuring.of_policy, "policy term")
     findings += more
     if term.there and of_kl is not None:
-        kl_applied, more = masking.effective(loss, weights.of_kl, "KL term")
+        kl_applied, more = masking.effective(loss, measuring.of_kl, "KL term")
         findings += more if applied or not _same_text(findings, more) else []
         applied = applied and kl_applied
     if applied:
@@ -74,9 +86,9 @@ def read(loss: Loss, progress: Progress) -> Reading:
         findings += masking.rows_mixed(loss)
 
     progress.stage("aggregation")
-    found_weights = weights.Weights(None, None, None, 1.0)
+    found_weights = measuring.Weights(None, None, None, 1.0)
     if unit and np.isfinite(unit) and applied:
-        found_weights = weights.read(loss, weights.of_policy, unit)
+        found_weights = weights.read(loss, measuring.of_policy, unit)
         if unit_of_kl and np.isfinite(unit_of_kl) and term.there:
             findings += _kl_aggregation(loss, found_weights, unit_of_kl)
     elif not unit:
@@ -86,16 +98,18 @@ def read(loss: Loss, progress: Progress) -> Reading:
         found_weights = guessed._replace(findings=(), notes=()) if guessed is not None else found_weights
 
     progress.stage("level")
-    one = weights.measured(loss, weights.of_policy(np.ones((1, 3), bool)), unit) if unit else None
+    one = measuring.measured(loss, measuring.of_policy(np.ones((1, 3), bool)), unit) if unit else None
     surrogate, of_level = found.surrogate, "token"
     if one is not None and np.isfinite(one).all() and one.sum() > 0:
         levels = level.read(loss, found, one[0], taken.per_token)
         findings += levels.findings
-        found_weights = weights.for_values(loss, found_weights, weights.of_policy, levels.divisor)
+        found_weights = weights.for_values(loss, found_weights, measuring.of_policy, levels.divisor)
         surrogate, of_level = levels.surrogate, levels.level or ""
         option, more = kl_ratio(loss, term.option, of_level, float(one[0].mean()))
         term = term._replace(option=option)
         findings += more
+    if applied:
+        found_weights = floors.read(loss, found_weights)
     findings += [x for x in found_weights.findings if not _follows(x, findings, surrogate)]
     notes += found_weights.notes
     options = _options(surrogate, found.trust_region, term, of_level, found_weights)
@@ -110,16 +124,31 @@ def _follows(finding: Finding, others: list[Finding], surrogate: Any) -> bool:
     return "in no simple way" in finding.what and any("rows are mixed" in other.what for other in others)
 
 
-def _deterministic(loss: Loss) -> list[Finding]:
-    at = masking.base()
-    try:
-        first, second = loss(at), loss(at)
-    except CallFailed:
-        return []
-    if first.loss == second.loss or np.isnan(first.loss):
-        return []
-    amount = f"{first.loss!r} and {second.loss!r}"
-    return [Finding("differs", "is another number every time: it is random", "the same input twice", amount, at)]
+def _answer(loss: Loss, at: Batch) -> tuple[float, Any]:
+    """Loss and gradient; 0 in place of one that would have to be measured."""
+    if not loss.gives_gradient:
+        return loss.value(at), np.zeros(1)
+    found = loss(at)
+    return found.loss, found.grad
+
+
+def is_random(loss: Loss, times: int = 4) -> list[Finding]:
+    """Whether the same batch, a small one or one with many tokens, has another loss or gradient another time."""
+    for at in (masking.base(), masking.base(np.ones((16, 24), bool))):
+        try:
+            answers = [_answer(loss, at) for _ in range(1 + times)]
+        except CallFailed:
+            return []
+        first, grad = answers[0]
+        # Sums may be added up in another order each time, on some devices.
+        room = 1e3 * loss.eps * (abs(first) + float(np.abs(grad).sum()))
+        for value, other in answers[1:]:
+            of_loss, of_grad = abs(value - first), float(np.abs(other - grad).max())
+            if of_loss > room or of_grad > room:  # and it is not NaN
+                amount = f"{first!r} and {value!r}" if of_loss > room else f"a gradient off by {number(of_grad)}"
+                text = "is another number every time: it is random"
+                return [Finding("differs", text, f"the same input {times + 1} times", amount, at)]
+    return []
 
 
 def _unit(loss: Loss, at: Batch, scale: float) -> float:
@@ -134,26 +163,26 @@ def _same_text(findings: list[Finding], more: list[Finding]) -> bool:
     return all(finding.what.partition(" (")[0] in texts for finding in more)
 
 
-def _aggregation_without_mask(loss: Loss, unit: float) -> weights.Weights | None:
+def _aggregation_without_mask(loss: Loss, unit: float) -> measuring.Weights | None:
     """What it divides by where nothing is masked, for a loss whose mask is wrong."""
     kept, loss.takes = loss.takes, tuple(name for name in loss.takes if name != "mask")
     try:
-        return weights.read(loss, lambda mask: weights.of_policy(np.ones_like(mask)), unit)
+        return weights.read(loss, lambda mask: measuring.of_policy(np.ones_like(mask)), unit)
     except CallFailed:
         return None
     finally:
         loss.takes = kept
 
 
-def _kl_aggregation(loss: Loss, policy_weights: weights.Weights, unit: float) -> list[Finding]:
-    found = weights.read(loss, weights.of_kl, unit, " in the KL term")
+def _kl_aggregation(loss: Loss, policy_weights: measuring.Weights, unit: float) -> list[Finding]:
+    found = weights.read(loss, measuring.of_kl, unit, " in the KL term")
     if found.powers == policy_weights.powers:
         return []
     if found.powers is None and policy_weights.powers is None:
         return []
     how, other = (x.aggregation or "in another way" for x in (found, policy_weights))
     text = f"the KL term is averaged otherwise than the policy term: {how}, the policy term {other}"
-    return [Finding("differs", text, "sequences of unequal length", "", weights.of_kl(weights.ragged([1, 2])))]
+    return [Finding("differs", text, "sequences of unequal length", "", measuring.of_kl(measuring.ragged([1, 2])))]
 
 
 def kl_ratio(loss: Loss, option: Any, of_level: str, weight: float) -> tuple[Any, list[Finding]]:
@@ -161,11 +190,11 @@ def kl_ratio(loss: Loss, option: Any, of_level: str, weight: float) -> tuple[Any
     if option is None or option.importance_weighted is False or of_level != "sequence":
         return option, []
     x, l = np.array([-0.2, 0.1, 0.3]), np.array([0.4, -0.7, 1.1])
-    at = level.sequence_of(x, 0.0, l)
+    at = level.sequence_of(loss, x, 0.0, l)
     answer = loss(at)
     assert answer.grad is not None
     tol = max(1e-7, loss.exactness * 100)
-    k = {"K1": l, "K2": l * l / 2}.get(type(option).__name__, np.expm1(-l) + l)
+    k = l if isinstance(option, K1) else l * l / 2 if isinstance(option, K2) else np.expm1(-l) + l
     for weighted, ratio in ((True, np.exp(x)), ("sequence", np.exp(x.mean()) + 0 * x)):
         value = weight * option.beta * float(np.sum(ratio * k))
         if abs(answer.loss - value) <= tol * weight * option.beta * float(np.sum(np.abs(ratio * k))):
@@ -174,7 +203,7 @@ def kl_ratio(loss: Loss, option: Any, of_level: str, weight: float) -> tuple[Any
     return option, [Finding("differs", text, "a sequence whose tokens have different ratios", "", at)]
 
 
-def _options(surrogate: Any, region: Any, term: kl.KLTerm, of_level: str, found: weights.Weights) -> Any:
+def _options(surrogate: Any, region: Any, term: kl.KLTerm, of_level: str, found: measuring.Weights) -> Any:
     """The keyword arguments of `grpo_loss`, without what is as it is when left out; None if something is missing."""
     if surrogate is None or not of_level or found.aggregation is None or (term.there and term.option is None):
         return None

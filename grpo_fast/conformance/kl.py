@@ -9,19 +9,17 @@ import re
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..terms import K1, K2, K3
-from .calling import Batch, CallFailed, Loss, batch
+from . import kl_weights
+from .calling import Batch, CallFailed, Loss
+from .kl_weights import NEAR, Floats, token
 from .numbers import bisect, is_round, tidy
 from .report import Finding, number
 
-Floats = NDArray[np.float64]
-_NEAR = np.array([-2.0, -1.0, -0.5, -0.1, 0.1, 0.5, 1.0, 2.0])
 _FAR = np.array([2.5, 3, 3.5, 4, 4.5, 5, 6, 8, 9, 11, 14, 16, 19, 21, 24, 30])
 #: log ρ, near 0 so that no clip is met, and where one would be.
 _RATIOS = np.array([-0.04, 0.0, 0.03])
-_FAR_RATIOS = (-1.0, 1.0)
 
 
 class KLTerm(NamedTuple):
@@ -56,13 +54,6 @@ _ESTIMATORS: dict[str, tuple[Any, Any, Any, str]] = {
 }
 
 
-def token(x: float, l: float, A: float, width: int) -> Batch:
-    """A batch of equal tokens with these log ρ and log π_θ − log π_ref."""
-    logp = -0.01 - max(0.0, -x) - max(0.0, -l)
-    shape = (1, width)
-    return batch(np.full(shape, logp), np.full(shape, logp - x), [A], np.full(shape, logp - l))
-
-
 def read(loss: Loss, scale: float, width: int) -> KLTerm:
     """Read the KL term of a loss whose policy term has this scale, as that of so many equal tokens."""
 
@@ -77,7 +68,7 @@ def read(loss: Loss, scale: float, width: int) -> KLTerm:
     if "ref_logps" not in loss.takes:
         return KLTerm(None, False, 0.0)
     ratios = _RATIOS if "old_logps" in loss.takes else np.zeros(1)
-    table = np.array([[of(x, l) for l in _NEAR] for x in ratios])
+    table = np.array([[of(x, l) for l in NEAR] for x in ratios])
     value, slope = table[..., 0], table[..., 1]
     tol = loss.exactness * 100
     if np.abs(table).max() <= tol * 1e-6 or not np.isfinite(table).all():
@@ -129,8 +120,8 @@ def _named(loss: Loss, of: Any, ratios: Floats, value: Floats, slope: Floats, to
     x = ratios[:, None]
     found: tuple[str, float] | None = None
     for name, (_, k, _, _) in _ESTIMATORS.items():
-        beta = float(np.dot(here, k(_NEAR)) / np.dot(k(_NEAR), k(_NEAR)))
-        if beta and np.all(np.abs(here - beta * k(_NEAR)) <= tol * abs(beta) * np.maximum(np.abs(k(_NEAR)), 1e-3)):
+        beta = float(np.dot(here, k(NEAR)) / np.dot(k(NEAR), k(NEAR)))
+        if beta and np.all(np.abs(here - beta * k(NEAR)) <= tol * abs(beta) * np.maximum(np.abs(k(NEAR)), 1e-3)):
             found = name, beta
             break
     if found is None:
@@ -146,61 +137,22 @@ def _named(loss: Loss, of: Any, ratios: Floats, value: Floats, slope: Floats, to
         what = "the sign of the KL term is reversed: it rewards distance from the reference"
         findings.append(Finding("differs", what, "A = 0", f"β = {number(beta)}", token(0.0, 1.0, 0.0, width)))
         beta, value, slope = -beta, -value, -slope
-    weighted = _weighting(value / here / math.copysign(1.0, float((value / here)[len(ratios) // 2, 0])), x, tol)
+    weighted = kl_weights.near_one(
+        value / here / math.copysign(1.0, float((value / here)[len(ratios) // 2, 0])), x, tol
+    )
     if weighted is None:
-        findings.append(_otherwise_weighted(value / beta, ratios, k, tol, width))
+        left_out = kl_weights.left_out(of, (float(ratios[0]), float(ratios[-1])), tol, width)
+        findings += left_out or [kl_weights.otherwise(value / beta, ratios, k, tol, width)]
     rho = np.exp(x) if weighted else np.ones_like(x)
     beta = tidy(beta, tol)
     gradient: Literal["own", "score", "k2"] = "own"
     if loss.gives_gradient and weighted is not None:
-        gradient, more = _gradient(beta, name, k(_NEAR), dk(_NEAR), rho, np.exp(x), slope, bool(weighted), tol, width)
+        gradient, more = _gradient(beta, name, k(NEAR), dk(NEAR), rho, np.exp(x), slope, bool(weighted), tol, width)
         findings += more
     if weighted is not None and len(ratios) > 1 and not any("as in a reward" in x.what for x in findings):
-        findings += _weight_far_away(of, beta * float(k(np.float64(1.0))), weighted, tol, width)
-    findings += _clamps(of, beta, name, k, tol, width)
-    return KLTerm(_option(option, beta, bool(weighted), gradient), True, beta, tuple(findings))
-
-
-def _weighting(relative: Floats, x: Floats, tol: float) -> bool | None:
-    """Whether ρ multiplies the estimate; None if something else does."""
-    if np.allclose(relative, 1, rtol=tol, atol=0):
-        return False
-    if np.allclose(relative, np.exp(x), rtol=tol, atol=0):
-        return True
-    return None
-
-
-def _otherwise_weighted(k_found: Floats, ratios: Floats, k: Any, tol: float, width: int) -> Finding:
-    """What weighs the KL term, near ρ = 1, if it is not ρ."""
-    x = ratios[:, None]
-    i = 6  # l = 1
-    what = "the KL term is weighted by something other than ρ"
-    if np.allclose(k_found, np.exp(-x) * k(_NEAR), rtol=tol, atol=tol):
-        what = "the KL term is weighted by 1/ρ, not by ρ"
-    elif np.allclose(k_found, k(_NEAR - x), rtol=tol, atol=tol):
-        what = "the KL term is of π_old, not of π_θ: it holds log π_old − log π_ref, and has no gradient"
-    amount = (
-        f"{number(k_found[0, i] / k_found[len(ratios) // 2, i])} times as large at ρ = {number(math.exp(ratios[0]))}"
-    )
-    return Finding("differs", what, "A = 0, l = 1", amount, token(float(ratios[0]), 1.0, 0.0, width))
-
-
-def _weight_far_away(of: Any, at_one: float, weighted: bool, tol: float, width: int) -> list[Finding]:
-    """Whether the weight is, far from ρ = 1, what it is near it."""
-    found = {x: abs(of(x, 1.0)[0] / at_one) for x in _FAR_RATIOS}
-    wrong = {x: v for x, v in found.items() if not abs(v - math.exp(x * weighted)) <= 10 * tol * math.exp(x)}
-    if not wrong:
-        return []
-    bounds = " and ".join(f"{number(tidy(v, 10 * tol))}" for v in wrong.values())
-    what = f"the KL term is weighted by the clipped ratio: by {bounds} and no ρ beyond"
-    amount = "; ".join(f"{number(v)} at ρ = {number(math.exp(x))}" for x, v in wrong.items())
-    return [Finding("differs", what, "far from ρ = 1", amount, token(next(iter(wrong)), 1.0, 0.0, width))]
-
-
-def _option(kind: Any, beta: float, weighted: bool, gradient: str) -> Any:
-    if gradient == "own":
-        return kind(beta, weighted)
-    return kind(beta, weighted, gradient)
+        findings += kl_weights.far_away(of, beta * float(k(np.float64(1.0))), weighted, tol, width)
+    findings += _clamps(of, beta, name, k, tol, width, -loss.least)
+    return KLTerm(option(beta, bool(weighted), gradient), True, beta, tuple(findings))
 
 
 def _gradient(
@@ -223,14 +175,13 @@ def _gradient(
 
     if is_(rho * (dk + (k if weighted else 0))):
         return "own", []
-    known = {"gradient"} <= set(getattr(K3, "_fields", ()))
-    if not weighted and known and not np.allclose(ratio, 1) and is_(ratio * (k + dk)):
+    if not weighted and not np.allclose(ratio, 1) and is_(ratio * (k + dk)):
         return "score", []
-    if not weighted and known and is_(_NEAR + 0 * ratio):
+    if not weighted and is_(NEAR + 0 * ratio):
         return "k2", []
     i = (len(slope) // 2, 6)
     amount = f"∂(βk)/∂logp = {number(slope[i])} instead of {number(float((beta * (rho * (dk + weighted * k)))[i]))}"
-    example = token(0.0, float(_NEAR[6]), 0.0, width)
+    example = token(0.0, float(NEAR[6]), 0.0, width)
     if not slope.any():
         what = "the KL term has no gradient: it is detached (a stop-gradient too many)"
     elif weighted and is_(ratio * dk):
@@ -246,8 +197,9 @@ def _gradient(
     return "own", [Finding("differs", what, "A = 0, l = 1, ρ = 1", amount, example)]
 
 
-def _clamps(of: Any, beta: float, name: str, k: Any, tol: float, width: int) -> list[Finding]:
-    """Where the estimate or its log-ratio is clamped."""
+def _clamps(of: Any, beta: float, name: str, k: Any, tol: float, width: int, depth: float) -> list[Finding]:
+    """Where the estimate or its log-ratio is clamped, of log-probabilities that are not: above −``depth``."""
+    distances = _FAR[depth - 0.05 > _FAR]
     findings: list[Finding] = []
     bounds = []
     for sign in (1, -1):
@@ -256,9 +208,9 @@ def _clamps(of: Any, beta: float, name: str, k: Any, tol: float, width: int) -> 
             expected = beta * float(k(np.float64(sign * l)))
             return not abs(abs(of(0.0, sign * l)[0]) - abs(expected)) <= 10 * tol * abs(expected)
 
-        first = next((i for i, l in enumerate(_FAR) if off(float(l))), None)
+        first = next((i for i, l in enumerate(distances) if off(float(l))), None)
         if first is not None:
-            edge = bisect(off, float(_FAR[first - 1]) if first else 2.0, float(_FAR[first]))
+            edge = bisect(off, float(distances[first - 1]) if first else 2.0, float(distances[first]))
             bounds.append((sign * edge, abs(of(0.0, sign * 1.2 * edge)[0] / beta)))
     if not bounds:
         return findings
@@ -278,7 +230,7 @@ def _clamps(of: Any, beta: float, name: str, k: Any, tol: float, width: int) -> 
 
 def _rows(value: Floats) -> str:
     return "β·k = " + ", ".join(
-        f"{number(v)} at l = {number(l)}" for l, v in zip(_NEAR[[0, 2, 5, 7]], value[[0, 2, 5, 7]], strict=True)
+        f"{number(v)} at l = {number(l)}" for l, v in zip(NEAR[[0, 2, 5, 7]], value[[0, 2, 5, 7]], strict=True)
     )
 
 

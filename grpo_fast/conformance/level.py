@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import reference, terms
-from ..terms import CISPO, Clip
+from .. import reference
+from ..terms import CISPO, GMPO, SAPO, VESPO, Clip
 from .calling import Batch, Loss, batch
 from .numbers import tidy
 from .policy import Policy
@@ -33,9 +33,9 @@ class LevelFound(NamedTuple):
     divisor: str = "n_i"  # of the sum of a sequence's log-ratios: its tokens, the width of the padding, or 1
 
 
-def sequence_of(x: Floats, A: Any = 1.0, l: Any = 0.0, mask: Any = None) -> Batch:
-    """A batch of one sequence with these log-ratios."""
-    logp = -9.0 - np.maximum(0, -x) - np.maximum(0, -np.asarray(l))
+def sequence_of(loss: Loss, x: Floats, A: Any = 1.0, l: Any = 0.0, mask: Any = None) -> Batch:
+    """A batch of one sequence with these log-ratios, whose tokens are improbable."""
+    logp = loss.improbable - np.maximum(0, -x) - np.maximum(0, -np.asarray(l))
     return batch([logp], [logp - x], [A], [logp - l], None if mask is None else [mask])
 
 
@@ -45,7 +45,7 @@ def read(loss: Loss, policy: Policy, weights: Floats, per_token: bool) -> LevelF
     Only the value is looked at, but for the last question, since one may be right without the other.
     """
     surrogate = policy.surrogate
-    is_vespo = type(surrogate).__name__ == "VESPO"
+    is_vespo = isinstance(surrogate, VESPO)
     if "old_logps" not in loss.takes or policy.kind == "constant" or surrogate is None:
         return LevelFound("sequence" if is_vespo else "token", surrogate)
     low = policy.inside[0] if policy.inside[0] < -1e-6 else -1e-3
@@ -61,12 +61,12 @@ def read(loss: Loss, policy: Policy, weights: Floats, per_token: bool) -> LevelF
         if "product" in fits:
             return LevelFound("sequence", surrogate)
         text = f"VESPO's weight is of {_whose(fits)} ratio, not of the product over the sequence"
-        return LevelFound("sequence", surrogate, (Finding("differs", text, "", "", sequence_of(x)),))
+        return LevelFound("sequence", surrogate, (Finding("differs", text, "", "", sequence_of(loss, x)),))
     if not fits:
         text = "the ratio of a sequence's tokens is neither each one's own nor a mean of the sequence"
         value = _value(loss, x) / weight.mean()
         amount = f"Σ s = {number(value)} for ρ = {[float(number(r)) for r in np.exp(x)]}"
-        return LevelFound(None, surrogate, (Finding("differs", text, "", amount, sequence_of(x)),))
+        return LevelFound(None, surrogate, (Finding("differs", text, "", amount, sequence_of(loss, x)),))
     bounded = _bounded(surrogate)
     findings: list[Finding] = []
     if bounded is not None:
@@ -77,14 +77,14 @@ def read(loss: Loss, policy: Policy, weights: Floats, per_token: bool) -> LevelF
             return LevelFound("sequence", gmpo)
         if "sequence" in fits and "token" not in fits and "sequence" not in again:
             text = "the ratio is the sequence's where nothing is clipped, and another where a token is"
-            findings.append(Finding("differs", text, "", "", sequence_of(y)))
+            findings.append(Finding("differs", text, "", "", sequence_of(loss, y)))
         fits = [name for name in fits if name in again] or fits
     if fits[0] == "product":
         text = "the sequence's ratio is the product of its tokens' (exp of the sum), not their geometric mean"
-        findings.append(Finding("differs", text, "sequences of two tokens or more", "", sequence_of(x[:2])))
+        findings.append(Finding("differs", text, "sequences of two tokens or more", "", sequence_of(loss, x[:2])))
     if fits[0] == "arithmetic":
         text = "the sequence's ratio is the mean of its tokens' (a mean of exps), not the exp of the mean log-ratio"
-        findings.append(Finding("differs", text, "tokens with different ratios", "", sequence_of(x[:2])))
+        findings.append(Finding("differs", text, "tokens with different ratios", "", sequence_of(loss, x[:2])))
     if fits[0] == "token":
         return LevelFound("token", surrogate, tuple(findings))
     level = "sequence"
@@ -100,17 +100,17 @@ def _whose(fits: list[str]) -> str:
 
 
 def _value(loss: Loss, x: Floats, mask: Any = None) -> float:
-    return loss(sequence_of(x, 0.0, mask=mask)).loss - loss(sequence_of(x, mask=mask)).loss
+    return loss(sequence_of(loss, x, 0.0, mask=mask)).loss - loss(sequence_of(loss, x, mask=mask)).loss
 
 
 def _total(loss: Loss, surrogate: Any, x: Floats) -> float:
     """The sum of the weights, by the value where all ratios are 1, so that the gradient may be wrong."""
-    at = sequence_of(0 * x)
+    at = sequence_of(loss, 0 * x)
     return abs(_value(loss, 0 * x) / float(_s(surrogate, 0 * x, at)[0]))
 
 
 def _s(surrogate: Any, log_ratio: Floats, at: Batch) -> Floats:
-    if type(surrogate).__name__ == "VESPO":
+    if isinstance(surrogate, VESPO):
         k, lam = surrogate.k_pos, surrogate.lambda_pos
         value: Floats = np.exp(lam + k * log_ratio - lam * np.exp(log_ratio)) * at.logps[0]
         return value
@@ -119,7 +119,7 @@ def _s(surrogate: Any, log_ratio: Floats, at: Batch) -> Floats:
 
 
 def _fitting(loss: Loss, surrogate: Any, weight: Floats, x: Floats) -> list[str]:
-    at = sequence_of(x)
+    at = sequence_of(loss, x)
     value = _value(loss, x)
     tol = max(1e-7, loss.exactness * 100)
     found = []
@@ -137,13 +137,12 @@ def _bounded(surrogate: Any) -> float | None:
         return math.log1p(surrogate.epsilon_high)
     if isinstance(surrogate, CISPO) and 1 < surrogate.ratio_max < math.inf:
         return math.log(surrogate.ratio_max)
-    return 0.5 if type(surrogate).__name__ == "SAPO" else None
+    return 0.5 if isinstance(surrogate, SAPO) else None
 
 
 def _gmpo(loss: Loss, surrogate: Any, weight: Floats, x: Floats) -> Any:
     """GMPO, if what clips each token within a geometric mean is what was found: its ε are of log ρ."""
-    kind = getattr(terms, "GMPO", None)
-    if kind is None or not isinstance(surrogate, Clip) or not surrogate.epsilon_high > 0:
+    if not isinstance(surrogate, Clip) or not surrogate.epsilon_high > 0:
         return None
     high = math.log1p(surrogate.epsilon_high)
     expected = float(weight.sum()) * math.exp(float(np.minimum(x, high).mean()))
@@ -151,12 +150,12 @@ def _gmpo(loss: Loss, surrogate: Any, weight: Floats, x: Floats) -> Any:
         return None
     error = 100 * loss.exactness
     low = -math.log1p(-surrogate.epsilon) if surrogate.epsilon < 1 else math.inf
-    return kind(tidy(low, error), tidy(high, error))
+    return GMPO(tidy(low, error), tidy(high, error))
 
 
 def _whose_advantage(loss: Loss, x: Floats) -> str:
     A = np.array([1.0, 2.0, 4.0])
-    grad, zero = loss(sequence_of(x, A)).grad, loss(sequence_of(x, 0 * A)).grad
+    grad, zero = loss(sequence_of(loss, x, A)).grad, loss(sequence_of(loss, x, 0 * A)).grad
     assert grad is not None
     assert zero is not None
     grad = (grad - zero)[0]
@@ -169,9 +168,9 @@ def _divisor(loss: Loss, surrogate: Any, ratio: str, low: float) -> list[Finding
         return []
     mask = np.array([True, True, False, False])
     x = low * np.array([0.9, 0.5, 0.0, 0.0])
-    one = loss(sequence_of(0 * x, 0.0, mask=mask)).loss - loss(sequence_of(0 * x, mask=mask)).loss
+    one = loss(sequence_of(loss, 0 * x, 0.0, mask=mask)).loss - loss(sequence_of(loss, 0 * x, mask=mask)).loss
     value = _value(loss, x, mask)
-    at = sequence_of(x)
+    at = sequence_of(loss, x)
     scale = _s(surrogate, 0 * x, at)[:2].sum()
     of_tokens, of_width = (
         one * _s(surrogate, np.full(4, x.sum() / by), at)[:2].sum() / scale for by in (x[mask].size, x.size)
@@ -183,4 +182,4 @@ def _divisor(loss: Loss, surrogate: Any, ratio: str, low: float) -> list[Finding
     amount = (
         f"Σ s = {number(value / one * 2)} for ρ = {[float(number(r)) for r in np.exp(x[:2])]} and two masked tokens"
     )
-    return [Finding("differs", text, "every sequence with padding", amount, sequence_of(x, mask=mask))]
+    return [Finding("differs", text, "every sequence with padding", amount, sequence_of(loss, x, mask=mask))]

@@ -86,7 +86,9 @@ def _smallest(loss: Loss, made: Any, mask: NDArray[np.bool_]) -> NDArray[np.bool
     for rows in ([[1, 0]], [[0, 1]], [[1, 1, 0]], [[0, 1, 1]], [[1, 1]]):
         small = np.array(rows, bool)
         grad = loss(made(small)).grad
-        if grad is not None and not np.array_equal(grad != 0, small):
+        if grad is None or not np.isfinite(grad).all() or not grad.any():  # it is as of no token at all
+            continue
+        if not np.array_equal(grad != 0, small):
             return small
     return mask
 

@@ -114,10 +114,14 @@ def _of_empty(misses: Sequence[Miss]) -> list[Finding]:
 def _of_small(loss: Loss, options: Mapping[str, Any], misses: Sequence[Miss]) -> list[Finding]:
     if not misses:
         return []
-    worst = max(misses, key=lambda m: abs(m.found - m.expected) / max(abs(m.expected), 1e-12))
-    relative = abs(worst.found - worst.expected) / max(abs(worst.expected), 1e-12)
+
+    def relative(miss: Miss) -> float:
+        return abs((miss.found - miss.expected) / miss.expected) if miss.expected else 0.0
+
+    worst = max(misses, key=relative)
     text = "agrees to some digits only: a small constant in a denominator or a log, or a part computed in float32"
-    amount = f"{number(worst.found)} off by {number(worst.found - worst.expected)}, {number(relative)} of it"
+    amount = f"{number(worst.found)} off by {number(worst.found - worst.expected)}"
+    amount += f", {number(relative(worst))} of it" if worst.expected else ""
     finding = _one(loss, options, [worst], "fragile", text)
     return [finding._replace(amount=f"at most {amount}, {worst.where}")]
 

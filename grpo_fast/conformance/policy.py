@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..terms import CISPO, Unclipped
-from . import curves, regions, slopes, surrogates
+from . import curves, depth, precision, regions, slopes, surrogates
 from .calling import Loss
-from .curves import FAR, NEAR, Curve, Kind, Tokens
+from .curves import NEAR, Curve, Kind, Tokens
 from .numbers import tidy
 from .report import Finding, Severity, number
 
@@ -40,14 +40,19 @@ def read(loss: Loss) -> Policy:
         if all(map(math.isfinite, first)) and any(first):
             break
     else:
-        return nothing._replace(findings=(_no_reaction(loss, tokens),))
+        return _padded(loss, tokens) or nothing._replace(findings=(_no_reaction(loss, tokens),))
+    too_rough, notes = precision.read(tokens)
+    if too_rough:
+        return nothing._replace(findings=tuple(too_rough))
+    loss.least, of_depth = depth.read(tokens)
+    first = tokens.of(0.0, 1.0)
     tokens.kind = _kind(tokens)
-    scale = first[0] / FAR if tokens.kind == "weight" else first[1] or first[0]
+    scale = first[0] / tokens.far if tokens.kind == "weight" else first[1] or first[0]
     found = nothing._replace(scale=abs(scale), kind=tokens.kind, width=tokens.width)
     if tokens.kind == "ratio" and first[0] * first[1] < 0:
         upside_down = _upside_down(tokens, first)
         return found._replace(sign=math.copysign(1.0, first[0]), findings=(upside_down,))
-    findings = [*_sign(tokens, scale), *_linearity(tokens)]
+    findings = [*of_depth, *_sign(tokens, scale), *_linearity(tokens)]
     factor, more = _other_sign(tokens)
     findings += more
     found = found._replace(sign=math.copysign(1.0, scale), findings=tuple(findings))
@@ -78,7 +83,25 @@ def read(loss: Loss) -> Policy:
         found = found._replace(scale=found.scale / factor)
         read = {sign: curve._replace(value=curve.value * factor) for sign, curve in read.items()}
     named = _named(tokens, read, found)
-    return named._replace(findings=(*findings, *named.findings))
+    return named._replace(findings=(*findings, *named.findings), notes=(*notes, *named.notes))
+
+
+def _padded(loss: Loss, tokens: Tokens) -> Policy | None:
+    """The policy term of a loss that leaves rows out which fill the width, read from rows that do not."""
+    if loss.padded or "mask" not in loss.takes:
+        return None
+    tokens.width = 1
+    example = tokens.at(0.0, 1.0)
+    loss.padded = True
+    found = read(loss)
+    if found.kind == "none" or not np.any(loss(example).grad):  # it is the masked token that counts
+        loss.padded = False
+        tokens.width = 6
+        return None
+    what = "rows that fill the width are left out, as by a filter of what is overlong"
+    amount = "neither loss nor gradient changes with A; with one masked token more both do"
+    finding = Finding("differs", what, "a row without padding", amount, example)
+    return found._replace(findings=(finding, *found.findings))
 
 
 # --- before the curves ------------------------------------------------------------------------------------------------
@@ -106,7 +129,7 @@ def _kind(tokens: Tokens) -> Kind:
 def _upside_down(tokens: Tokens, first: tuple[float, float]) -> Finding:
     """Of a policy term that has the sign of A, and a gradient that has not."""
     what = "the ratio is upside down, π_old/π_θ: its gradient lowers the probability of what is rewarded"
-    if abs(first[1] / first[0] * FAR - 1) < 1e-3:
+    if abs(first[1] / first[0] * tokens.far - 1) < 1e-3:
         what = "the ratio is of log-probabilities, log π_θ/log π_old, not of probabilities: the exp is missing"
     amount = f"s/A = {number(first[0])} and its gradient {number(first[1])}, instead of the same number"
     return Finding("differs", what, "A = 1, ρ = 1", amount, tokens.at(0.0, 1.0))

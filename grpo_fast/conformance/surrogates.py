@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..terms import CISPO, SAPO, VESPO, Clip, Unclipped
-from .curves import MIDDLE, Bounds, Curve, Floats, Tokens
+from .curves import Bounds, Curve, Floats, Tokens
 from .numbers import tidy
 from .report import Finding, number
 
@@ -46,10 +46,13 @@ def bounded(tokens: Tokens, bounds: dict[int, Bounds]) -> tuple[Any, list[Findin
 
 
 def _below(b: float, error: float) -> float:
+    # First the bound itself, which may be that of float32: 1.2 is 1.20000005 there, and ε no rounding of 0.2.
+    b = tidy(b, error)
     return tidy(1 - b, error / max(1 - b, 1e-3)) if 0 < b < 1 else math.inf
 
 
 def _above(b: float, error: float) -> float:
+    b = tidy(b, error)
     return tidy(b - 1, error / max(b - 1, 1e-3)) if 1 <= b < math.inf else math.inf
 
 
@@ -99,7 +102,7 @@ def smooth(tokens: Tokens, curves: dict[int, Curve], kept: dict[int, Mask], tol:
 def _sapo(curves: dict[int, Curve], kept: dict[int, Mask], tol: float) -> Any:
     taus = []
     for sign, curve in curves.items():
-        tau = 2 / curve.value[MIDDLE] if curve.value[MIDDLE] > 0 else math.nan
+        tau = 2 / curve.value[curve.x.size // 2] if curve.value[curve.x.size // 2] > 0 else math.nan
         with np.errstate(all="ignore"):
             expected = 4 / tau / (1 + np.exp(-tau * (np.exp(curve.x) - 1)))
         room = 10 * tol * expected + curve.noise

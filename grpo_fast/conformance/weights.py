@@ -5,19 +5,18 @@ log c = log K − a·log n_i − b·log N − …. Exponents that are whole numb
 anything else is looked into: whose tokens a row's weight depends on, and whether it differs within a row.
 """
 
-import math
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .calling import Batch, CallFailed, Loss, batch
+from . import irregular
+from .calling import Batch, Loss
+from .measuring import Floats, Normalizer, Weights, measured, power, ragged, sizes
 from .numbers import tidy
 from .report import Finding, number
 
-Floats = NDArray[np.float64]
-LOGP = -0.5
 #: What a weight may depend on.
 COUNTS = ("n_i", "N", "B", "T", "B′", "max n")
 _LENGTHS = (
@@ -34,57 +33,6 @@ _LENGTHS = (
     [2, 3, 1, 4, 2, 6, 3, 5, 2],
 )
 _PADDING = (0, 2, 1, 0, 4, 3, 1, 0, 2, 5, 1)
-
-
-class Normalizer(NamedTuple):
-    """A denominator that is a function of the batch: call it with the mask to have the number for `grpo_loss`.
-
-    It is ``constant``·(B if ``rows``)·(T if ``width``)·(sequences with a token if ``begun``)·….
-    """
-
-    constant: float
-    factors: tuple[tuple[str, float], ...]
-
-    def __call__(self, mask: Any) -> float:
-        """The denominator for a batch with this mask (B, T)."""
-        keep = np.asarray(mask) != 0
-        counts = keep.sum(axis=1)
-        sizes = {"B": len(keep), "T": keep.shape[1], "N": counts.sum(), "B′": (counts > 0).sum()}
-        sizes["max n"] = counts.max(initial=0)
-        return float(self.constant * math.prod(max(float(sizes[name]), 1.0) ** power for name, power in self.factors))
-
-    def __repr__(self) -> str:
-        parts = [_power(name, power) for name, power in self.factors]
-        constant = [] if self.constant == 1 and parts else [f"{self.constant:g}"]
-        return f"<{' · '.join(constant + parts)}, of each batch>"
-
-
-class Weights(NamedTuple):
-    """What was read of the weights."""
-
-    aggregation: str | None
-    normalizer: Any
-    powers: dict[str, float] | None
-    constant: float
-    findings: tuple[Finding, ...] = ()
-    notes: tuple[str, ...] = ()
-
-
-def ragged(lengths: Iterable[int], padding: int = 0) -> NDArray[np.bool_]:
-    """The mask of sequences of these lengths, padded on the right by so much more."""
-    lengths = np.array(list(lengths))
-    return np.arange(lengths.max(initial=0) + padding) < lengths[:, None]
-
-
-def of_policy(mask: NDArray[np.bool_]) -> Batch:
-    """A batch whose gradient is −c_i·A, A = 1, ρ = 1, l = 0."""
-    return batch(np.full(mask.shape, LOGP), advantages=np.ones(len(mask)), mask=mask)
-
-
-def of_kl(mask: NDArray[np.bool_]) -> Batch:
-    """A batch whose gradient is that of the KL term alone, the same for all tokens but for c_i."""
-    logps = np.full(mask.shape, LOGP)
-    return batch(logps, advantages=np.zeros(len(mask)), ref_logps=logps - 0.5, mask=mask)
 
 
 def read(loss: Loss, made: Callable[[NDArray[np.bool_]], Batch], unit: float, what: str = "") -> Weights:
@@ -105,7 +53,7 @@ def read(loss: Loss, made: Callable[[NDArray[np.bool_]], Batch], unit: float, wh
     names = ("n_i", "N", "B", "T", "max n") if "mask" in loss.takes else ("B", "T")  # without a mask n_i is T
     fitted = _fit(full, loss.exactness, names)
     if fitted is None:
-        return _unfitted(loss, made, unit, full, what)
+        return irregular.read(loss, made, unit, full, what)
     powers, constant = fitted
     whole = _fit_of_empties(rows, powers, loss.exactness)
     findings: list[Finding] = []
@@ -133,36 +81,14 @@ def for_values(loss: Loss, found: Weights, made: Any, divisor: str) -> Weights:
     return _named(loss, made, kept, found.constant, [], "")
 
 
-def measured(loss: Loss, at: Batch, unit: float) -> Floats | None:
-    """The weight of every position, or None if the loss raises an error there."""
-    try:
-        grad = loss(at).grad
-    except CallFailed:
-        return None
-    assert grad is not None
-    return np.asarray(grad / unit, np.float64)
-
-
-def _sizes(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    counts = mask.sum(axis=1)
-    return {
-        "n_i": counts[:, None] * np.ones(mask.shape),
-        "N": counts.sum(),
-        "B": len(mask),
-        "T": mask.shape[1],
-        "B′": (counts > 0).sum(),
-        "max n": counts.max(),
-    }
-
-
 def _fit(rows: list[tuple[NDArray[np.bool_], Floats]], error: float, names: tuple[str, ...]) -> Any:
     """Whole powers of the counts, and the constant, of which all weights are made; None if they are of no such."""
     system, target = [], []
     for mask, weights in rows:
         if (weights[mask] <= 0).any():
             return None
-        sizes = _sizes(mask)
-        columns = [np.broadcast_to(np.log(sizes[name]), mask.shape)[mask] for name in names]
+        counts = sizes(mask)
+        columns = [np.broadcast_to(np.log(counts[name]), mask.shape)[mask] for name in names]
         system.append(np.stack([*columns, np.ones(int(mask.sum()))], axis=1))
         target.append(np.log(weights[mask]))
     A, b = np.concatenate(system), np.concatenate(target)
@@ -183,10 +109,10 @@ def _fit_of_empties(rows: Any, powers: dict[str, float], error: float) -> dict[s
     for choice in choices:
         rest = []
         for mask, weights in rows:
-            sizes = _sizes(mask)
-            total = sum((p * np.log(sizes[name]) for name, p in choice.items() if name != "n_i"), 0.0)
+            counts = sizes(mask)
+            total = sum((p * np.log(counts[name]) for name, p in choice.items() if name != "n_i"), 0.0)
             with np.errstate(all="ignore"):
-                total = total + choice.get("n_i", 0) * np.log(sizes["n_i"])
+                total = total + choice.get("n_i", 0) * np.log(counts["n_i"])
                 rest.append((np.log(weights) - total)[mask])
         flat = np.concatenate(rest)
         if np.abs(flat - flat.mean()).max() <= max(1e-5, 100 * error):
@@ -270,99 +196,8 @@ def _wrong(made: Any, rest: dict[str, float], mean: bool, scale: float, formula:
 
 
 def _formula(powers: dict[str, float], scale: float) -> str:
-    above = [_power(name, p) for name, p in powers.items() if p > 0]
-    below = [_power(name, -p) for name, p in powers.items() if p < 0]
+    above = [power(name, p) for name, p in powers.items() if p > 0]
+    below = [power(name, -p) for name, p in powers.items() if p < 0]
     if scale != 1 or not below:
         below.insert(0, number(scale))
     return f"{' · '.join(above) or '1'}/({' · '.join(below)})" if below != ["1"] else (" · ".join(above) or "1")
-
-
-def _power(name: str, p: float) -> str:
-    return name if p == 1 else f"{name}^{p:g}"
-
-
-# --- what is no product -----------------------------------------------------------------------------------------------
-def _unfitted(loss: Loss, made: Any, unit: float, rows: Any, what: str) -> Weights:
-    """Look into weights that are no product of powers."""
-    none = Weights(None, None, None, 1.0)
-    idle = next(((m, w, i) for m, w in rows for i in range(len(m)) if m[i].any() and not w[i].any()), None)
-    if idle is not None:
-        mask, weights, i = idle
-        text = f"some rows do not count{what}: their tokens have no gradient"
-        amount = f"row {i} of {len(mask)}" + (", and all behind it" if not weights[i:].any() else "")
-        return none._replace(findings=(Finding("differs", text, f"{len(mask)} rows", amount, made(mask)),))
-    uneven = next(
-        ((m, w) for m, w in rows if any(np.ptp(w[i][m[i]]) > 1e-4 * abs(w[i][m[i]]).max() for i in range(len(m)))), None
-    )
-    if uneven is not None:
-        mask, weights = uneven
-        columns = mask.sum(axis=0)
-        product = (weights * columns)[mask]
-        text = f"tokens of one sequence weigh differently{what}"
-        if np.ptp(product) <= 1e-4 * product.max():
-            text = f"averages over the rows of each position first{what}, then over positions: a mean of means"
-        i = next(i for i in range(len(mask)) if np.ptp(weights[i][mask[i]]) > 1e-4 * abs(weights[i][mask[i]]).max())
-        amount = "c = " + ", ".join(map(number, weights[i][mask[i]][:6]))
-        return none._replace(findings=(Finding("differs", text, f"row {i}", amount, made(mask)),))
-    chunk = _chunks(loss, made, unit)
-    if chunk:
-        text = f"micro-batches do not add{what}: mean of means over {chunk} rows at a time"
-        return none._replace(
-            findings=(Finding("differs", text, f"more than {chunk} rows", "", made(ragged([1, 2, 4, 3]))),)
-        )
-    offset = _offset(loss, made, unit)
-    if offset is not None:
-        return offset._replace(findings=tuple(x._replace(what=x.what + what) for x in offset.findings))
-    rest = _table(rows)
-    return none._replace(
-        findings=(Finding("differs", f"the weights of tokens{what} are none of the usual ones", "", rest),)
-    )
-
-
-def _table(rows: Any) -> str:
-    parts = []
-    for mask, weights in rows[:3]:
-        c = [float(number(w[m][0])) for m, w in zip(mask, weights, strict=True)]
-        parts.append(f"lengths {mask.sum(axis=1).tolist()}, width {mask.shape[1]}: c = {c}")
-    return "; ".join(parts)
-
-
-def _chunks(loss: Loss, made: Any, unit: float) -> int | None:
-    """How many rows are averaged together, where the weights of a row depend on those of its neighbours alone."""
-    lengths = [3, 5, 4, 6, 2, 7, 5, 3]
-    mask = ragged(lengths)
-    base = measured(loss, made(mask), unit)
-    if base is None:
-        return None
-    depends = np.zeros((8, 8), bool)
-    for j in range(8):
-        fewer = mask.copy()
-        fewer[j, lengths[j] - 1] = False
-        moved = measured(loss, made(fewer), unit)
-        if moved is None:
-            return None
-        depends[:, j] = np.abs(moved[:, 0] - base[:, 0]) > 1e-6 * np.abs(base[:, 0])
-    for size in (2, 3, 4):  # that a row depends on itself alone is as it should be
-        block = np.arange(8)[:, None] // size == np.arange(8) // size
-        if np.array_equal(depends, block):
-            return size
-    return None
-
-
-def _offset(loss: Loss, made: Any, unit: float) -> Weights | None:
-    """A constant added to a denominator that is a number of tokens: 1/(n + ε)."""
-    sizes = np.array([1, 2, 3, 5, 8])
-    inverse = []
-    for n in sizes:
-        weights = measured(loss, made(ragged([n, 3])), unit)
-        if weights is None:
-            return None
-        inverse.append(1 / weights[0, 0])
-    for name, aggregation, more, rows in (("n_i", "seq-mean-token-mean", 0, 2), ("N", "token-mean", 3, 1)):
-        constants = np.array(inverse) / rows - sizes - more
-        constant = float(np.median(constants))
-        if np.ptp(constants) < 1e-6 and constant > 1e-6:
-            text = f"adds {number(tidy(constant, 1e-5))} to the number of tokens it divides by"
-            finding = Finding("differs", text, "", f"1/({name} + {number(constant)})", made(ragged([1])))
-            return Weights(aggregation, None, None, 1.0, (finding,))
-    return None

@@ -218,6 +218,28 @@ def log_ratio_clamped_at_10(logps, old_logps, advantages, mask):
     return token_mean(clipped((logps - old_logps).clamp(-10, 10).exp(), advantages), mask)
 
 
+def _deep(least: float, change_old: bool = True) -> Any:
+    def loss(logps, old_logps, advantages, mask):
+        old = old_logps.clamp(min=least) if change_old else old_logps
+        return token_mean(clipped((logps.clamp(min=least) - old).exp(), advantages), mask)
+
+    return loss
+
+
+def bfloat16_ratio(logps, old_logps, advantages, mask):
+    return token_mean(clipped((logps - old_logps).bfloat16().exp().double(), advantages), mask)
+
+
+def bfloat16_term(logps, old_logps, advantages, mask):
+    return token_mean(clipped((logps - old_logps).exp().bfloat16(), advantages).double(), mask)
+
+
+def sequences_dropped(logps, old_logps, advantages, mask):
+    moved = -mean_log_ratio(logps, old_logps, mask)
+    keep = (advantages[:, None] >= 0) | (moved <= 0.3)
+    return seq_mean(clipped((logps - old_logps).exp(), advantages) * keep, mask)
+
+
 def cispo_without_detach(logps, old_logps, advantages, mask):
     return token_mean(-(logps - old_logps).exp().clamp(max=5) * advantages[:, None] * logps, mask)
 
@@ -282,6 +304,7 @@ kl_clamped = _with(lambda p, o, r: k3(p, r).clamp(-10, 10))
 kl_log_clamped = _with(lambda p, o, r: k3(p, p - (p - r).clamp(-5, 5)))
 kl_inverse_weight = _with(lambda p, o, r: (o - p).exp() * k3(p, r))
 kl_clipped_weight = _with(lambda p, o, r: (p - o).exp().clamp(0.8, 1.2) * k3(p, r))
+kl_in_a_band = _with(lambda p, o, r: k3(p, r) * ((p - o).abs() < 0.18))
 kl_of_old = _with(lambda p, o, r: k3(o, r))
 kl_to_old = _with(lambda p, o, r: k3(p, o))
 kl_probs = _with(lambda p, o, r: p.exp() * (p - r))
@@ -294,6 +317,16 @@ def kl_where_rewarded(logps, old_logps, advantages, ref_logps, mask):
 
 def kl_in_reward(logps, old_logps, advantages, ref_logps, mask):
     A = advantages[:, None] - 0.04 * k3(logps, ref_logps).detach()
+    return seq_mean(clipped((logps - old_logps).exp(), A), mask)
+
+
+def kl_in_advantage(logps, old_logps, advantages, ref_logps, mask):
+    A = advantages[:, None] - 0.04 * (old_logps - ref_logps)
+    return seq_mean(clipped((logps - old_logps).exp(), A), mask)
+
+
+def k3_in_advantage(logps, old_logps, advantages, ref_logps, mask):
+    A = advantages[:, None] - 0.04 * k3(old_logps, ref_logps)
     return seq_mean(clipped((logps - old_logps).exp(), A), mask)
 
 
@@ -344,6 +377,12 @@ other_sequences = _aggregated(
 accumulation = _aggregated(lambda x, m: token_mean(x, m) / 4)
 doubled = _aggregated(lambda x, m: 2 * seq_mean(x, m))
 plus_epsilon = _aggregated(lambda x, m: (x * m).sum() / (m.sum() + 0.01))
+first_dropped = _aggregated(lambda x, m: (x[:, 1:] * m[:, 1:]).sum() / m[:, 1:].sum())
+overlong = _aggregated(lambda x, m: token_mean(x, m * (m.sum(1) < m.shape[1])[:, None]))
+floor = _aggregated(lambda x, m: (x * m).sum() / m.sum().clamp(min=64))
+floor_of_rows = _aggregated(lambda x, m: ((x * m).sum(1) / m.sum(1).clamp(min=20)).mean())
+floor_of_batch = _aggregated(lambda x, m: seq_mean(x, m) * len(m) / max(len(m), 64))
+small_floor = _aggregated(lambda x, m: (x * m).sum() / m.sum().clamp(min=8))
 root_length = _aggregated(lambda x, m: ((x * m).sum(1) / m.sum(1).clamp(min=1).sqrt()).mean())
 square_length = _aggregated(lambda x, m: ((x * m).sum(1) / m.sum(1).clamp(min=1) ** 2).mean())
 mean_and_tokens = _aggregated(lambda x, m: ((x * m).sum(1) / m.sum(1).clamp(min=1)).sum() / m.sum().clamp(min=1))
@@ -379,6 +418,11 @@ def one_for_all(logps, old_logps, advantages, mask):
     return seq_mean(clipped(x.exp(), advantages) + 0 * logps, mask)
 
 
+def random_tokens(logps, old_logps, advantages, mask):
+    A = advantages[:, None] * (torch.rand_like(logps) > 0.003)
+    return token_mean(clipped((logps - old_logps).exp(), A), mask)
+
+
 PLANTED: dict[str, tuple[Any, str, dict[str, Any] | None]] = {
     "detached self": (detached_self, "against its own detached self.*never clips", None),
     "detached ratio": (detached_ratio, "no gradient: the ratio is detached", None),
@@ -394,6 +438,16 @@ PLANTED: dict[str, tuple[Any, str, dict[str, Any] | None]] = {
         log_ratio_clamped_at_10,
         "log-ratio is clamped at ±10: no gradient beyond",
         {"surrogate": Clip(0.2), **MEAN},
+    ),
+    "log π ≥ −5": (_deep(-5.0), "^log-probabilities below −5 are clamped", {"surrogate": Clip(0.2), **MEAN}),
+    "log π ≥ −10": (_deep(-10.0), "^log-probabilities below −10 are clamped", {"surrogate": Clip(0.2), **MEAN}),
+    "log π_θ ≥ −10": (_deep(-10.0, False), "of π_θ alone below −10 are clamped", {"surrogate": Clip(0.2), **MEAN}),
+    "ratio in bfloat16": (bfloat16_ratio, "ratio is computed in bfloat16", None),
+    "term in bfloat16": (bfloat16_term, "ratio is computed in bfloat16", None),
+    "sequences dropped": (
+        sequences_dropped,
+        r"drops whole sequences: .* above 0\.3, as with .*off_policy_sequence_mask",
+        {"surrogate": Clip(0.2), **SEQ},
     ),
     "CISPO without detach": (cispo_without_detach, "stop-gradient is missing", {"surrogate": CISPO(5.0), **MEAN}),
     "CISPO that drops": (cispo_that_drops, "at its bound lose their gradient", {"surrogate": CISPO(5.0), **MEAN}),
@@ -429,10 +483,25 @@ PLANTED: dict[str, tuple[Any, str, dict[str, Any] | None]] = {
     ),
     "KL weighted inversely": (kl_inverse_weight, "weighted by 1/ρ", None),
     "KL weighted by the clipped ratio": (kl_clipped_weight, "weighted by .*clipped", None),
+    "KL in a band": (
+        kl_in_a_band,
+        r"KL term is left out where ρ < 0\.83527 or ρ > 1\.19722",
+        {"surrogate": Clip(0.2), "kl": K3(0.04, False), **SEQ},
+    ),
     "KL of the old policy": (kl_of_old, "KL term is of π_old", None),
     "KL to the old policy": (kl_to_old, "KL term to the old policy, π_old", None),
     "KL by probabilities": (kl_probs, "KL term is none that", None),
     "KL in the reward": (kl_in_reward, "sampling term alone.*as in a reward", None),
+    "KL in the advantage": (
+        kl_in_advantage,
+        r"KL is within the advantages, A − 0\.04·\(log π_old − log π_ref\)",
+        {"surrogate": Clip(0.2), **SEQ},
+    ),
+    "k3 in the advantage": (
+        k3_in_advantage,
+        r"KL is within the advantages, A − 0\.04·k3 of log π_old",
+        {"surrogate": Clip(0.2), **SEQ},
+    ),
     "KL not masked": (kl_not_masked, r"masked tokens count like the others \(KL term\)", None),
     "KL over tokens": (kl_over_tokens, "KL term is averaged otherwise than the policy term", None),
     "KL summed": (kl_summed, "KL term is averaged otherwise than the policy term", None),
@@ -444,6 +513,7 @@ PLANTED: dict[str, tuple[Any, str, dict[str, Any] | None]] = {
     "shifted mask": (shifted_mask, "off by one", None),
     "rolled mask": (rolled_mask, "shifted by one", None),
     "last dropped": (last_dropped, "off by one", None),
+    "first dropped": (first_dropped, "first position of the row is dropped", None),
     "over the longest": (over_longest, "length of the longest sequence", None),
     "mean of positions": (mean_of_positions, "rows of each position first", None),
     "mean of means": (mean_of_means, "micro-batches do not add: mean of means over 2 rows", None),
@@ -451,6 +521,15 @@ PLANTED: dict[str, tuple[Any, str, dict[str, Any] | None]] = {
     "accumulation": (accumulation, "divides by 4 besides", None),
     "doubled": (doubled, "2 times as large", None),
     "plus ε": (plus_epsilon, r"adds 0\.01 to the number of tokens", {"surrogate": Clip(0.2), **MEAN}),
+    "floor": (floor, "64 is a floor: with more tokens.* tokens of the batch", {"surrogate": Clip(0.2), **MEAN}),
+    "floor of rows": (
+        floor_of_rows,
+        "20 is a floor: with more tokens.* tokens of a sequence",
+        {"surrogate": Clip(0.2), **SEQ},
+    ),
+    "floor of a batch": (floor_of_batch, "64 is a floor: with more sequences", None),
+    "small floor": (small_floor, "divides by 8 where the batch has fewer tokens", {"surrogate": Clip(0.2), **MEAN}),
+    "overlong": (overlong, "rows that fill the width are left out", {"surrogate": Clip(0.2), **MEAN}),
     "square root of length": (root_length, "its tokens to the power −0.5", None),
     "square of length": (square_length, "its tokens to the power −2", None),
     "mean and tokens": (mean_and_tokens, "tokens of the sequence and by those of the batch", None),
@@ -461,6 +540,7 @@ PLANTED: dict[str, tuple[Any, str, dict[str, Any] | None]] = {
     "GSPO product": (gspo_product, "product of its tokens", None),
     "GSPO mean of ratios": (gspo_mean_of_ratios, "mean of its tokens", None),
     "mean of masked advantages": (mean_advantage, "advantages of masked tokens enter the sequence's mean", None),
+    "random": (random_tokens, "it is random", None),
     "one ratio for all": (one_for_all, "rows are mixed", None),
 }
 
@@ -485,6 +565,7 @@ def empty_sequence(logps, old_logps, advantages, mask):
 FRAGILE: dict[str, tuple[Any, str]] = {
     "log-ratio ±20": (clamped_at_20, "log-ratio is clamped at ±20: no gradient beyond"),
     "NaN where masked": (nan_through_mask, "NaN or infinity at a masked position makes the loss NaN"),
+    "log π ≥ −50": (_deep(-50.0), "log-probabilities below −50 are clamped"),
     "0/0": (nothing_by_nothing, r"batch without a token makes the loss NaN"),
     "an empty sequence": (empty_sequence, r"sequence without a token makes the loss NaN"),
 }
