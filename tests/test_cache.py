@@ -322,12 +322,16 @@ class Finder(importlib.abc.MetaPathFinder):
         file = Path({clone!r}).joinpath(*name.split("."))
         for path in (file / "__init__.py", file.with_suffix(".py")):
             if name.startswith("grpo_fast") and path.is_file():
-                return importlib.util.spec_from_loader(name, Frozen(path), origin=str(path))
+                spec = importlib.util.spec_from_loader(name, Frozen(path), origin=str(path))
+                if path.name == "__init__.py":
+                    spec.submodule_search_locations = [str(file)]
+                return spec
 
 from pathlib import Path
 sys.meta_path.insert(0, Finder())
 pkgutil.iter_modules = lambda path: [
-    pkgutil.ModuleInfo(None, file.stem, False) for file in Path({clone!r}, "grpo_fast", "_kernels").glob("*.py")
+    pkgutil.ModuleInfo(None, file.stem, False)
+    for file in Path(path[0]).glob("*.py") if file.stem != "__init__"
 ]
 """
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -636,7 +637,9 @@ def test_ctrl_c_ends_the_process_while_it_compiles(workers, rollouts, tmp_path):
     cache = tmp_path / "cache"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "NUMBA_CACHE_DIR": str(cache)}
     line = [sys.executable, "-m", "grpo_fast", "evaluate", rollouts, "--workers", workers]
-    process = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # in the background a shell has it ignored
+    process = subprocess.Popen(line, env=environment, preexec_fn=heard, **pipes)
     said = ""
     while ("compiling" if workers == "0" else "first row groups") not in said:
         said += process.stderr.read(1)

@@ -20,9 +20,8 @@ MANY = WORTH_SHARING + 5 * BLOCK
 def test_importing_where_nothing_can_be_written(tmp_path):
     # Files stand where each folder for compiled code would be made, Python's and ours: that stops root as well.
     package = os.path.dirname(__import__("grpo_fast").__file__)
-    os.mkdir(tmp_path / "grpo_fast")
-    os.mkdir(tmp_path / "grpo_fast" / "_kernels")
-    for folder in (".", "_kernels"):
+    for folder in (".", "_kernels", "terms"):
+        os.makedirs(tmp_path / "grpo_fast" / folder, exist_ok=True)
         for name in os.listdir(os.path.join(package, folder)):
             if name.endswith(".py"):
                 shutil.copy(os.path.join(package, folder, name), tmp_path / "grpo_fast" / folder / name)
