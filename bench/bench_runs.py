@@ -19,8 +19,8 @@ from grpo_fast.files import RolloutWriter
 
 pa = pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[data]'")
 import rollouts  # noqa: E402 - which needs pyarrow
-from pyarrow import json as arrow_json  # noqa: E402
-from pyarrow import parquet  # noqa: E402
+from pyarrow import json as arrow_json  # noqa: E402 - as here
+from pyarrow import parquet  # noqa: E402 - as here
 
 BY = ("whole", "by step", "by prompt_id")
 LINES = ("grpo_fast", "pyarrow, read only")

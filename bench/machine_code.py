@@ -31,7 +31,7 @@ from processes import fresh_process
 
 from grpo_fast import K3, Clip
 from grpo_fast._kernels import sample_blocks
-from grpo_fast._kernels.formulas import kl_for_kernels
+from grpo_fast._kernels.penalties import kl_for_kernels
 from grpo_fast._kernels.sums import empty_accumulators
 from grpo_fast._kernels.token_level import token_level
 from grpo_fast._kernels.tokens import Batch, LossTerms
@@ -120,7 +120,7 @@ def hot_loops(name: str, dtype: str) -> list[Loop]:
     """
     x = np.ones(4096, dtype)
     batch = Batch(x, x, x[:1], x, None, None, None, x.copy(), np.array([0, x.size]), False, False, False)
-    terms = LossTerms(Clip(), None, *kl_for_kernels(K3(0.04)), 1.0, True, True, False)
+    terms = LossTerms(Clip(), None, *kl_for_kernels(K3(0.04)), 1.0, True, False)
     sequences, room = np.array([[0, 1]]), np.empty(0, np.uint8)
     kernel, arguments = {
         "objective": (sample_blocks.objective_block, (x, x, x, x, 0.8, 1.2)),

@@ -13,6 +13,7 @@ How the data flows, file by file; each imports only from lines below its own::
                                   (_rollouts, _formats, _json_lines, _arrow, _other_formats) → jobs (_jobs, _histograms,
                                   _worst) → sums (_summing, _workers); `RolloutWriter` (_writer, _atomic)
     prompt_weights                weights that make the loss a mean over prompts (_loss_inputs, _groups)
+    rollout_masks                 `off_policy_sequence_mask`, `high_entropy_mask`
     objective  loss  rollout      arrays → checked arrays (_loss_inputs) → tasks (_shares) → kernels → `Stats`
     stats                         exact sums (_additive) → diagnostics
     rollout_stats                 those of trainer and sampler
@@ -31,7 +32,8 @@ from .files import evaluate
 from .loss import LossResult, grpo_loss
 from .objective import grpo_objective, grpo_stats, grpo_sweep
 from .prompt_weights import prompt_mean_weights
-from .rollout import RolloutCorrection, high_entropy_mask, off_policy_sequence_mask, rollout_correction
+from .rollout import RolloutCorrection, rollout_correction
+from .rollout_masks import high_entropy_mask, off_policy_sequence_mask
 from .rollout_stats import RolloutStats
 from .rollout_terms import Reject
 from .stats import Stats, Sweep

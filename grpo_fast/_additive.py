@@ -24,7 +24,7 @@ class Additive:
         if type(other) is not type(self):
             return NotImplemented
         total = {}
-        for f in fields(self):  # type: ignore[arg-type]
+        for f in fields(self):  # type: ignore[arg-type]  # those that inherit it are dataclasses
             a, b = getattr(self, f.name), getattr(other, f.name)
             how = f.metadata.get("added_by")
             if how is same and a != b:

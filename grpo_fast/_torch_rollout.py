@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Never
 
 import torch
 
-from . import rollout
+from . import rollout, rollout_masks
 from ._checks import hides_unknown, refuse_unknown
 from ._tensors import CAN_BE_SAID, Tensor, array, constant
 from .rollout_stats import RolloutStats
@@ -103,7 +103,7 @@ def off_policy_sequence_mask(
     TypeError, ValueError
         As there, and: an argument is not a tensor, not dense, or not on the CPU.
     """
-    result = rollout.off_policy_sequence_mask(
+    result = rollout_masks.off_policy_sequence_mask(
         array(constant("logps", logps, optional=False)),
         array(constant("rollout_logps", rollout_logps, optional=False)),
         array(constant("advantages", advantages, optional=False)),
@@ -126,4 +126,4 @@ def high_entropy_mask(entropies: Tensor, quantile: float, *, mask: Tensor | None
         As there, and: an argument is not a tensor, not dense, or not on the CPU.
     """
     constants = constant("entropies", entropies, optional=False), constant("mask", mask)
-    return torch.from_numpy(rollout.high_entropy_mask(array(constants[0]), quantile, mask=array(constants[1])))
+    return torch.from_numpy(rollout_masks.high_entropy_mask(array(constants[0]), quantile, mask=array(constants[1])))

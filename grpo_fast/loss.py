@@ -11,7 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 from ._checks import Array, hides_unknown, refuse_unknown
 from ._kernels import sequence_level, threads, token_level
 from ._kernels.blocks import BLOCK, blocks_in
-from ._kernels.formulas import HELD_CONSTANT, kl_for_kernels
+from ._kernels.formulas import HELD_CONSTANT
+from ._kernels.penalties import kl_for_kernels
 from ._kernels.sums import empty_accumulators, merged
 from ._kernels.tasks import perform
 from ._kernels.tokens import Batch, LossTerms
@@ -230,7 +231,6 @@ def _compute(inputs: Inputs, options: Options) -> Stats:
     """The `Stats` of a batch; writes the gradient on the way."""
     batch = inputs.batch
     kl, weighting = kl_for_kernels(options.kl)
-    numerator_apart = options.mean_within or batch.loss_weights is not None
     terms = LossTerms(
         options.surrogate,
         options.trust_region,
@@ -238,14 +238,13 @@ def _compute(inputs: Inputs, options: Options) -> Stats:
         weighting,
         denominator=math.nan if batch.grad is None else _denominator(batch, options),
         mean_within=options.mean_within,
-        numerator_apart=numerator_apart,
         own_slopes=(options.importance_sampling_level == "sequence_token" or type(options.surrogate) in HELD_CONSTANT),
     )
     compute = _at_token_level if options.importance_sampling_level == "token" else _at_sequence_level
     with threads.tasks(2 * batch.logps.size) as tasks:  # a token costs what two samples of probabilities do
         accumulators = empty_accumulators(tasks)
         compute(batch, terms, accumulators)
-    totals = merged(accumulators, numerator_apart)
+    totals = merged(accumulators, numerator_apart=options.mean_within or batch.loss_weights is not None)
     if totals.suspect:
         refuse_if_not_finite(inputs)
     inputs.deliver_gradient()

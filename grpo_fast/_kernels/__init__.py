@@ -5,7 +5,7 @@ Each file imports only from lines below its own::
     token_level  sequence_level   log-probabilities: a run → sums and gradient; or collect → ρ → gradient
     rollout                       trainer and sampler: collect → conclude → weights and what is kept
     tokens  runs                  a batch, and which tokens count; where a run is read and its gradient written
-    formulas                      s, k and their slopes, picked by the class of the option
+    formulas  penalties           s and M, k, and their slopes, picked by the class of the option
     ways                          near, far, careful: how a run is computed, by how far its log-ratios are from 0
 
     sample_blocks  sweep_blocks   probabilities: all blocks, for one ε (`grpo_objective`, `grpo_stats`), or for many

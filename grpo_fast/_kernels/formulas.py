@@ -1,19 +1,18 @@
-"""The terms of the loss on vectors of tokens: one function for each idea, whose formula the class of the option picks.
+"""The policy term on vectors of tokens: one function for each idea, whose formula the class of the option picks.
 
 While a kernel is compiled, `inlined_by_type` looks at that class and takes the one body for it; the option's numbers
 stay run-time values. Formulas and sources are in `terms`; what an overflow becomes is in the header of `reference`.
 """
 
 import math
-from functools import lru_cache
 from typing import Any, NamedTuple
 
-from ..terms import CISPO, GMPO, K1, K2, K3, KL, SAPO, TV, VESPO, Band, BinaryKL, Clip, Unclipped
+from ..terms import CISPO, GMPO, SAPO, TV, VESPO, Band, BinaryKL, Clip, Unclipped
 from .compiling import inlined, inlined_by_type
 from .elementary import NEAR_RATIO, exp, exp_of_any, k3_of_any_log, layout, log_of_any
-from .simd import constant, every, fma, full_like, tally, where
+from .simd import every, full_like, tally, where
 from .sums import Clipped
-from .ways import Near, k3_in, plus_in, plus_product_in, times_in
+from .ways import Near, times_in
 
 # --- the policy term --------------------------------------------------------------------------------------------------
 #: Surrogates with a slope by log π_θ, whose ratio is held constant; that of the others is by log ρ.
@@ -286,13 +285,6 @@ def excess(trust_region, rho, a, logp, old):
 
 
 @inlined_by_type
-def may_keep_all(trust_region):
-    """Whether `keeps_all` is ever true: of such a trust region the log-ratios may show that it drops nothing."""
-    answer = getattr(trust_region, "instance_class", None) is TV
-    return lambda trust_region: answer
-
-
-@inlined_by_type
 def unless_all_kept(trust_region):
     """The trust region where `keeps_all` is true: None; that itself where it never is, so as to be no other type."""
     if getattr(trust_region, "instance_class", None) is TV:
@@ -334,136 +326,3 @@ def _beyond_bounds(trust_region, a, rise, fall):
     up = where(rise > full_like(a, trust_region.delta), one, zero)
     down = where(fall > full_like(a, trust_region.delta_low), one, zero)
     return where(a > 0.0, up, where(a < 0.0, down, zero))
-
-
-# --- the KL term ------------------------------------------------------------------------------------------------------
-class K1Penalty(NamedTuple):
-    """What kernels know of a K1."""
-
-    beta: float
-
-
-class K2Penalty(NamedTuple):
-    """What kernels know of a K2."""
-
-    beta: float
-
-
-class K3Penalty(NamedTuple):
-    """What kernels know of a K3."""
-
-    beta: float
-
-
-class Unweighted(NamedTuple):
-    """k as it is."""
-
-
-class Weighted(NamedTuple):
-    """k, times the token's own ρ."""
-
-
-class WeightedBySequence(NamedTuple):
-    """k, times the ρ of its sequence."""
-
-
-class Score(NamedTuple):
-    """k as it is, with the gradient of k times the token's own ρ."""
-
-
-class SlopeOfK2(NamedTuple):
-    """k as it is, with the gradient of k2."""
-
-
-_PENALTIES = {K1: K1Penalty, K2: K2Penalty, K3: K3Penalty}
-_WEIGHTED = {True: Weighted(), "sequence": WeightedBySequence()}
-_BY_GRADIENT = {"own": Unweighted(), "score": Score(), "k2": SlopeOfK2()}
-
-
-@lru_cache(maxsize=64)
-def kl_for_kernels(kl: KL | None) -> tuple[Any, Any]:
-    """What kernels know of a KL term: its β, of a class for each estimator, or None; and how it is weighted.
-
-    Each is a class, which picks the formula when a kernel is compiled: asked for in a loop, a bool keeps LLVM from
-    making the loop's constants before it.
-    """
-    if kl is None:
-        return None, Unweighted()
-    weighting = _WEIGHTED.get(kl.importance_weighted, _BY_GRADIENT[kl.gradient])
-    return _PENALTIES[type(kl)](kl.beta), weighting
-
-
-class KLTerm(NamedTuple):
-    """k; ∂k/∂l; and, written down instead of summed, k + ∂k/∂l, which is what the token's own ρ multiplies."""
-
-    value: Any
-    slope: Any
-    value_and_slope: Any
-
-
-@inlined_by_type
-def kl_term(way, kl, l):
-    """The `KLTerm` of each token, without β and ρ."""
-    option = kl.instance_class
-
-    if option is K1Penalty:
-
-        def term(way, kl, l):
-            one = full_like(l, 1.0)
-            return KLTerm(l, one, l + one)
-
-    elif option is K2Penalty:
-
-        def term(way, kl, l):
-            half = constant(l, 0.5) * l
-            return KLTerm(half * l, l, fma(half, l, l))
-
-    else:
-        assert option is K3Penalty
-
-        def term(way, kl, l):
-            d = k3_in(way, -l)
-            return KLTerm(d.k3, -d.expm1, l)
-
-    return term
-
-
-@inlined_by_type
-def has_own_ratio(weighting):
-    """Whether the token's own ρ multiplies k, or its gradient."""
-    answer = weighting.instance_class in (Weighted, Score)
-    return lambda weighting: answer
-
-
-@inlined_by_type
-def has_ratio_of_sequence(weighting):
-    """Whether the ρ of its sequence multiplies k, which is in neither of the following."""
-    answer = weighting.instance_class is WeightedBySequence
-    return lambda weighting: answer
-
-
-@inlined_by_type
-def penalty(way, weighting, rho, term):
-    """The KL term as penalised, of a `KLTerm` and the token's own ρ."""
-    if weighting.instance_class is Weighted:
-        return lambda way, weighting, rho, term: times_in(way, rho, term.value)
-    return lambda way, weighting, rho, term: term.value
-
-
-@inlined_by_type
-def plus_penalty(way, weighting, rho, term, total):
-    """``total`` + `penalty`; of a product, in one rounding."""
-    if weighting.instance_class is Weighted:
-        return lambda way, weighting, rho, term, total: plus_product_in(way, total, rho, term.value)
-    return lambda way, weighting, rho, term, total: plus_in(way, total, term.value)
-
-
-@inlined_by_type
-def penalty_slope(way, weighting, rho, l, term):
-    """The derivative by log π_θ that goes with `penalty`."""
-    kind = weighting.instance_class
-    if kind in (Weighted, Score):
-        return lambda way, weighting, rho, l, term: times_in(way, rho, term.value_and_slope)
-    if kind is SlopeOfK2:
-        return lambda way, weighting, rho, l, term: l
-    return lambda way, weighting, rho, l, term: term.slope

@@ -4,7 +4,8 @@ For one ρ the policy term is linear in A on either side of 0. So one pass colle
 the slope of the KL term in the gradient's place (`collect`); `conclude` makes ρ, the sums and what the gradient
 consists of; `spread` writes that, while the sequence is still in the cache.
 
-The formulas are in `formulas`. One file, though a long one: what the three leave for each other is in no other.
+The formulas are in `formulas` and `penalties`. One file, though a long one: what the three leave for each other is in
+no other.
 """
 
 from typing import Any, NamedTuple
@@ -21,16 +22,12 @@ from .formulas import (
     count_bounded,
     count_clipped,
     excess,
-    has_own_ratio,
-    has_ratio_of_sequence,
-    kl_term,
     linear_factor,
-    penalty,
-    penalty_slope,
     ratio_of_sequence,
     surrogate_term,
     tokens_are_cut,
 )
+from .penalties import has_own_ratio, has_ratio_of_sequence, penalised_term, plus_weighted_penalty
 from .runs import (
     Scratch,
     absent_lanes,
@@ -71,7 +68,7 @@ from .simd import (
 from .sums import Clipped, Contribution, Numerator, Sums, accumulate, accumulate_numerator
 from .tasks import run
 from .tokens import Batch, LossTerms, begin_sequence, numerator_within, weight_of_token
-from .ways import CAREFUL, FAR, NEAR, exp_in, far_enough, near_enough, plus_in, times, times_in, weighted_in, zero_in
+from .ways import CAREFUL, FAR, NEAR, exp_in, far_enough, near_enough, plus_in, times, weighted_in, zero_in
 
 # --- collect ----------------------------------------------------------------------------------------------------------
 #: What is collected from each block of a sequence: sums, of tokens with A > 0 and with A < 0 apart where it says so.
@@ -144,10 +141,10 @@ def _collect_run(way, terms, tokens, vectors, like):
         log_ratio += wide(log_rho)
         bounded += wide(bounded_log_ratio(terms.surrogate, log_rho, a))
         clipped = count_bounded(terms.surrogate, log_rho, a, clipped)
-        penalised = _penalise(terms.kl, way, terms.weighting, log_rho, l)
+        penalised = penalised_term(terms.kl, way, terms.weighting, _own_ratio(way, terms.weighting, log_rho), l)
         _store_slope(penalised, way, u, tokens.grad, v)
         k = _plus_kl(penalised, way, k)
-        weighted_k = _plus_weighted_kl(u, way, penalised, weighted_k)
+        weighted_k = plus_weighted_penalty(u, way, penalised, weighted_k)
         policy = _plus_policy(policy, a, weighted)
         weighted_policy = _plus_weighted_policy(u, weighted_policy, a, weighted)
         positive_count = tally(positive_count, a > 0.0)
@@ -186,21 +183,6 @@ def _plus_weighted_policy(u, policy, a, x):
     return _plus_policy(policy, a, times(u, x))
 
 
-class _Penalised(NamedTuple):
-    """The KL term of a vector as penalised, but for β and the ρ of the sequence; and its derivative by log π_θ."""
-
-    value: Any
-    slope: Any
-
-
-@inlined_or_none
-def _penalise(kl, way, weighting, log_rho, l):
-    """The `_Penalised` KL term; None without one."""
-    term = kl_term(way, kl, l)
-    rho = _own_ratio(way, weighting, log_rho)
-    return _Penalised(penalty(way, weighting, rho, term), penalty_slope(way, weighting, rho, l, term))
-
-
 @inlined
 def _own_ratio(way, weighting, log_rho):
     """The token's own ρ, if it is needed."""
@@ -221,20 +203,6 @@ def _plus_kl(penalised, way, total):
     if penalised is None:
         return total
     return plus_in(way, total, penalised.value)
-
-
-@inlined
-def _plus_weighted_kl(u, way, penalised, total):
-    if u is None:
-        return total
-    return _plus_times_u(penalised, way, u, total)
-
-
-@inlined
-def _plus_times_u(penalised, way, u, total):
-    if penalised is None:
-        return total
-    return total + wide(times_in(way, u, penalised.value))
 
 
 @inlined
@@ -382,7 +350,7 @@ def _dropped(beyond, none):
 
 
 @inlined
-def _of_ratio(kl, weighting, ratio, k):
+def _of_ratio(weighting, ratio, k):
     """Σ of the KL term, of that without the ρ of the sequence."""
     if has_ratio_of_sequence(weighting):
         return _scalar_product(ratio, k)
@@ -441,7 +409,7 @@ def conclude(batch, terms, tokens, collected, accumulators, task, scratch):
     clipped = count_clipped(CAREFUL, terms.surrogate, rho, a, Clipped(none, none, none, none))
     sums = Sums(
         surrogate=_policy_sum(term.value, total.positive, total.negative),
-        kl=_of_ratio(terms.kl, terms.weighting, ratio, total.k),
+        kl=_of_ratio(terms.weighting, ratio, total.k),
         ratio=tokens * ratio,
         ratio_squared=tokens * ratio * ratio,
         log_ratio=total.log_ratio,
@@ -458,10 +426,10 @@ def conclude(batch, terms, tokens, collected, accumulators, task, scratch):
     if batch.loss_weights is not None:
         numerator = Numerator(
             _policy_sum(term.value, total.weighted_positive, total.weighted_negative),
-            _of_ratio(terms.kl, terms.weighting, ratio, total.weighted_k),
+            _of_ratio(terms.weighting, ratio, total.weighted_k),
         )
         slope = _policy_sum(term.slope, total.weighted_positive, total.weighted_negative)
-    if terms.numerator_apart:
+    if terms.mean_within or batch.loss_weights is not None:
         accumulate_numerator(accumulators[task], numerator_within(terms, numerator, tokens))
 
     factor = weight_of_token(terms, tokens)
@@ -580,7 +548,6 @@ def sequence_level(
     weighting,
     denominator,
     mean_within,
-    numerator_apart,
     own_slopes,
     ranges,
     limit,
@@ -608,7 +575,7 @@ def sequence_level(
         weights_per_token,
         loss_weights_per_token,
     )
-    terms = LossTerms(surrogate, trust_region, kl, weighting, denominator, mean_within, numerator_apart, own_slopes)
+    terms = LossTerms(surrogate, trust_region, kl, weighting, denominator, mean_within, own_slopes)
     return run(_task, (batch, terms, ranges, limit, accumulators), room)
 
 

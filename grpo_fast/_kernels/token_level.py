@@ -2,8 +2,8 @@
 
 A run goes through one loop, in which a vector of tokens goes from memory to the sums and the gradient: for the loss,
 short loops with a scratch array between them (as `samples` has for probabilities) took 1.5 to 2 times as long. In which
-way a run is computed, `ways` says; the formulas are in `formulas`. One file, though a long one: what a run leaves for
-the block, and when that is right, is agreed here alone.
+way a run is computed, `ways` says; the formulas are in `formulas` and `penalties`. One file, though a long one: what a
+run leaves for the block, and when that is right, is agreed here alone.
 """
 
 from typing import Any, NamedTuple
@@ -20,15 +20,11 @@ from .formulas import (
     excess,
     gradient_may_be_nan,
     keeps_all,
-    kl_term,
-    may_keep_all,
     near_holds,
-    penalty,
-    penalty_slope,
-    plus_penalty,
     surrogate_term,
     unless_all_kept,
 )
+from .penalties import penalised_term, plus_penalty, plus_weighted_penalty
 from .runs import (
     TAKEN_VECTORS,
     Scratch,
@@ -151,7 +147,7 @@ def _run(way, terms, tokens, vectors, factor, scratch):
         ratio = plus_in(way, ratio, present)
         squared = plus_square_in(way, squared, present)
         clipped = count_clipped(way, terms.surrogate, rho, a, clipped)
-        penalised = _penalised(terms.kl, way, terms.weighting, rho, l)
+        penalised = penalised_term(terms.kl, way, terms.weighting, rho, l)
         kl = _plus_kl(penalised, way, terms.weighting, rho, kl)
 
         logp = zero_where(absent, logp)
@@ -222,21 +218,6 @@ def _count_dropped(beyond, clipped):
     return Clipped(clipped.low, clipped.high, clipped.hard, tally(clipped.dropped, beyond > 0.0))
 
 
-class _Penalised(NamedTuple):
-    """The KL term of a vector as penalised, without β: what of it is summed, and its derivative by log π_θ."""
-
-    term: Any  # `formulas.KLTerm`
-    value: Any
-    slope: Any
-
-
-@inlined_or_none
-def _penalised(kl, way, weighting, rho, l):
-    """The `_Penalised` KL term; None without one."""
-    term = kl_term(way, kl, l)
-    return _Penalised(term, penalty(way, weighting, rho, term), penalty_slope(way, weighting, rho, l, term))
-
-
 @inlined
 def _plus_kl(penalised, way, weighting, rho, total):
     """``total`` with the KL term as penalised, if there is one."""
@@ -251,14 +232,7 @@ def _plus_weighted(u, way, value, penalised, numerator):
     if u is None:
         return numerator
     surrogate = numerator.surrogate + wide(times_in(way, u, value))
-    return Numerator(surrogate, _plus_weighted_kl(u, way, penalised, numerator.kl))
-
-
-@inlined
-def _plus_weighted_kl(u, way, penalised, total):
-    if penalised is None:
-        return total
-    return total + wide(times_in(way, u, penalised.value))
+    return Numerator(surrogate, plus_weighted_penalty(u, way, penalised, numerator.kl))
 
 
 @inlined
@@ -379,7 +353,6 @@ def _terms_if_all_are_kept(terms):
         terms.weighting,
         terms.denominator,
         terms.mean_within,
-        terms.numerator_apart,
         terms.own_slopes,
     )
 
@@ -402,7 +375,7 @@ def token_block(batch, terms, factor, sequence, start, stop, scratch):
     may_be_nan = gradient_may_be_nan(terms.surrogate) or batch.loss_weights is not None or not every(largest <= 1.0)
     may_be_near = is_finite_factor and near_holds(terms.surrogate)
     near = may_be_near
-    kept = may_keep_all(terms.trust_region)
+    kept = keeps_all(terms.trust_region, block.least, block.most)  # of no tokens: whether it may ever hold
     without = _terms_if_all_are_kept(terms)
     i = start
     while i < stop:
@@ -524,7 +497,7 @@ def _task(task, batch, terms, spans, ranges, limit, accumulators):
                 stop = min(start + BLOCK, span.stop)
                 contribution, numerator = token_block(batch, terms, factor, span.sequence, start, stop, scratch)
                 accumulate(accumulator, contribution)
-                if terms.numerator_apart:
+                if terms.mean_within or batch.loss_weights is not None:
                     accumulate_numerator(accumulator, numerator_within(terms, numerator, span.tokens))
     end_ordinary_floats(host_mode)
 
@@ -549,7 +522,6 @@ def token_level(
     weighting,
     denominator,
     mean_within,
-    numerator_apart,
     own_slopes,
     spans,
     ranges,
@@ -578,5 +550,5 @@ def token_level(
         weights_per_token,
         loss_weights_per_token,
     )
-    terms = LossTerms(surrogate, trust_region, kl, weighting, denominator, mean_within, numerator_apart, own_slopes)
+    terms = LossTerms(surrogate, trust_region, kl, weighting, denominator, mean_within, own_slopes)
     return run(_task, (batch, terms, spans, ranges, limit, accumulators), room)

@@ -35,10 +35,9 @@ class LossTerms(NamedTuple):
     surrogate: Any
     trust_region: Any  # or None
     kl: Any  # or None
-    weighting: Any  # of the KL term, see `formulas.kl_for_kernels`
+    weighting: Any  # of the KL term, see `penalties.kl_for_kernels`
     denominator: float  # NaN without a gradient: nothing else depends on it here
     mean_within: bool  # whether a sequence's sum is also divided by the number of its tokens
-    numerator_apart: bool  # whether the objective's numerator is another than the sums: with that, or loss weights
     own_slopes: bool  # of a sequence: whether a token's slope is its own, and not the mean over all
 
 

@@ -17,9 +17,6 @@ REJECTS = st.sampled_from([(statistic, level) for statistic, levels in REJECT_LE
 
 
 # --- calls ------------------------------------------------------------------------------------------------------------
-REJECTS = st.sampled_from([(statistic, level) for statistic, levels in REJECT_LEVELS.items() for level in levels])
-
-
 #: Of sequences: any, and mostly short ones.
 OF_MANY_LENGTHS = st.sampled_from([9, 300]).flatmap(lambda n: st.lists(st.integers(0, n), min_size=1, max_size=5))
 
