@@ -7,6 +7,7 @@ How the data flows, file by file; each imports only from lines below its own::
     trl                           `FastGRPOTrainer`: TRL's, with the loss below (_trl_metrics, _trl_options)
     torch                         `grpo_loss`, `rollout_correction` for tensors (_torch_rollout, _tensors)
     conformance                   `identify`, `check`: what does another loss compute?
+    _words                        what words on the command line mean
     _warm_up                      `warm_up`: compiling beforehand
     files                         `evaluate`, `sweep`, `histogram`, `worst`: files (_paths, _directories, _filesystems)
                                   and tables (_sources) → columns (_plan, _layouts, _columns, _keys) → batches

@@ -9,7 +9,8 @@ from typing import Any, Never
 from . import _command, _demonstration
 from ._advice import AdvisedError
 from ._kernels.notices import is_compiling
-from ._parser import UsageError, parsed
+from ._parser import parsed
+from ._words import UsageError
 
 
 def _identify(arguments: Any) -> int:

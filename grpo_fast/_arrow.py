@@ -99,10 +99,10 @@ def without_string_views(records: Any) -> Any:
 
 
 # --- rows in parts ----------------------------------------------------------------------------------------------------
-def in_parts(records: Any, batch_size: int | None) -> Iterator[Any]:
-    """Yield the rows in parts of ``batch_size``, or of about `BATCH_BYTES`; of flat columns multiples of `BLOCK`."""
+def in_parts(records: Any, columns: list[str], batch_size: int | None) -> Iterator[Any]:
+    """Yield the rows in parts of ``batch_size``, or of about `BATCH_BYTES`; of flat ``columns`` in `BLOCK`s."""
     size = batch_size or max(1, records.num_rows * BATCH_BYTES // max(records.nbytes, BATCH_BYTES))
-    if not any(is_list(field.type) for field in records.schema):
+    if not any(is_list(column_type(records.schema, column)) for column in columns):
         size = whole_blocks(size)
     for first in range(0, records.num_rows, size):
         yield records.slice(first, size)

@@ -5,6 +5,7 @@ Values in arrays are looked at here only after a kernel has found that something
 
 import inspect
 import math
+import operator
 import sys
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from numbers import Real
@@ -47,6 +48,17 @@ def number(name: str, value: object, allowed: str, is_allowed: Callable[[float],
 def positive(name: str, value: object) -> float:
     """``value`` as a float above 0 and finite, or the error, as in `number`."""
     return number(name, value, "in (0, inf)", lambda x: 0 < x < math.inf)
+
+
+def whole(name: str, value: Any, least: int) -> int:
+    """``value`` as an int of at least that; or the ValueError."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least or isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+    return number
 
 
 def not_negative(name: str, value: object) -> float:
@@ -236,6 +248,12 @@ def unmasked(name: str, array: Array, mask: ArrayLike | None) -> Array:
         raise ValueError(f"mask must have shape {array.shape} as {name}, got {given.shape}")
     refuse_unless_mask(given, array.shape)
     return given.astype(np.bool_)
+
+
+def counts_of(keep: Array, bounds: Array) -> NDArray[np.int64]:
+    """How many of the flat bools are set between each two of the bounds."""
+    counts: NDArray[np.int64] = np.diff(np.append(0, np.cumsum(keep, dtype=np.int64))[bounds])
+    return counts
 
 
 def refuse_unless_finite(name: str, array: Array, keep: Array, below: float = math.inf) -> None:

@@ -23,12 +23,13 @@ from ._jobs import Work
 from ._kernels.notices import untold
 from ._kernels.threads import WORTH_SHARING
 from ._measure import read
-from ._parser import BY_NAME, KL_TERMS, PICTURES, SURROGATES, UsageError, in_terms_of_the_shell
+from ._parser import PICTURES
 from ._pictures import draw_sweep
 from ._run_pictures import draw_run
 from ._summing import Reading, evaluated
 from ._tables import as_csv, as_json, key_name, of_outliers, of_values, rows_of
 from ._warm_up import ARRAYS, DTYPES, PAPERS, calls_with, steps
+from ._words import BY_NAME, KL_TERMS, OF_SURROGATES, SURROGATES, UsageError, in_terms_of_the_shell
 from .files import evaluate, sweep, worst
 from .terms import BETA, Clip, Options
 
@@ -259,8 +260,7 @@ def _refuse_for_probabilities(arguments: argparse.Namespace, allowed: Iterable[s
         raise UsageError("--kl none: probability columns have a KL term unless its weight is 0: --beta 0")
     if arguments.kl in ("k1", "k2"):
         raise UsageError(f"--kl {arguments.kl}: not for probability columns, whose KL term is k3")
-    of_surrogates = [name for surrogate in SURROGATES.values() for name in surrogate._fields]
-    names = [name for name in ("surrogate", *of_surrogates, *BY_NAME) if name not in allowed]
+    names = [name for name in ("surrogate", *OF_SURROGATES, *BY_NAME) if name not in allowed]
     given = _given(arguments, [name for name in names if hasattr(arguments, name)])
     if given:
         flags = ", ".join(map(flag_of, given))

@@ -12,7 +12,7 @@ from . import Stats, __version__, grpo_objective, grpo_stats, reference
 from ._checks import Array
 from ._kernels.notices import untold
 from ._measure import median_ratio, read, side_by_side
-from ._parser import in_terms_of_the_shell
+from ._words import in_terms_of_the_shell
 from .terms import K3, Clip
 
 #: ρ, A, π_old, π_ref.

@@ -19,6 +19,7 @@ from ._checks import Array, refuse_unless_mask
 from ._columns import Form
 from ._jobs import Work
 from ._loss_inputs import Inputs, refuse_if_not_finite
+from .rollout import refuse_bad_logps
 from .terms import Level, Options
 
 #: Arguments that say nothing about log-ratios.
@@ -158,7 +159,7 @@ def histogram_of(arrays: dict[str, Array], *, level: str) -> Histogram:
     if level != "token":
         log_ratio = _means(log_ratio, keep, arrays["cu_seqlens"])
     rollout = arrays.get("rollout_logps")
-    mismatch = None if rollout is None else mismatch_of(arrays)[keep]
+    mismatch = None if rollout is None else mismatch_of(arrays, keep)[keep]
     log_ratio = log_ratio[keep]
     return Histogram(
         tokens=log_ratio.size,
@@ -186,16 +187,11 @@ def difference(a: Array, b: Array) -> NDArray[np.float64]:
     return found
 
 
-def mismatch_of(arrays: dict[str, Array]) -> NDArray[np.float64]:
-    """log π_old − log π_rollout, NaN where the latter is not known; a ValueError where it is infinite."""
-    old = arrays.get("old_logps", arrays["logps"])
-    rollout = arrays["rollout_logps"]
-    wrong = np.isinf(rollout) & unmasked(arrays)
-    if wrong.any():
-        i = int(wrong.argmax())
-        raise ValueError(
-            f"rollout_logps must be finite, or NaN, where not masked, got rollout_logps[{i}] = {rollout[i]}"
-        )
+def mismatch_of(arrays: dict[str, Array], keep: Array) -> NDArray[np.float64]:
+    """log π_old − log π_rollout, NaN where the latter is not known; or the ValueError of `rollout_correction`."""
+    name = "old_logps" if "old_logps" in arrays else "logps"  # on-policy, they are the same
+    old, rollout = arrays[name], arrays["rollout_logps"]
+    refuse_bad_logps(name, old, rollout, keep, old.shape)
     return difference(old, rollout)
 
 
@@ -212,11 +208,15 @@ def refuse_not_finite(arrays: dict[str, Array], keep: Array, *differences: Array
 
 def _means(values: NDArray[np.float64], keep: Array, bounds: Array) -> NDArray[np.float64]:
     """The mean over the unmasked tokens of a sequence, at each of its tokens."""
+    means = sums_of(np.where(keep, values, 0.0), bounds) / np.maximum(sums_of(keep, bounds), 1)
+    return np.repeat(means, np.diff(bounds))
+
+
+def sums_of(values: Array, bounds: Array) -> NDArray[np.float64]:
+    """The sums over sequences."""
     lengths = np.diff(bounds)
-    sequence = np.repeat(np.arange(len(lengths)), lengths)
-    totals = np.bincount(sequence, np.where(keep, values, 0.0), len(lengths))
-    means: NDArray[np.float64] = (totals / np.maximum(np.bincount(sequence, keep, len(lengths)), 1))[sequence]
-    return means
+    sums = np.bincount(np.repeat(np.arange(len(lengths)), lengths), values, len(lengths))
+    return sums.astype(np.float64, copy=False)  # of no tokens NumPy's are ints
 
 
 # --- beside other results ---------------------------------------------------------------------------------------------
@@ -231,9 +231,10 @@ class WithHistogram(Additive):
 def beside_histogram(work: Work, level: str) -> Work:
     """The same work, whose job computes the histogram, too."""
     optional = ("ref_logps",) if "ref_logps" in work.unread else ()
-    return Work(partial(_both, job=work.job, level=level, unread=work.unread), set(), work.options, optional)
+    job = partial(_both, job=work.job, level=level, unread=work.unread)
+    return Work(job, work.unread - {"ref_logps", "rollout_logps"}, work.options, optional)
 
 
 def _both(arrays: dict[str, Array], *, job: Callable[..., Any], level: str, unread: set[str]) -> Any:
     result = job({name: x for name, x in arrays.items() if name not in unread})
-    return None if result is None else WithHistogram(result=result, histogram=histogram_of(arrays, level=level))
+    return WithHistogram(result=result, histogram=histogram_of(arrays, level=level))

@@ -7,7 +7,7 @@ from functools import reduce
 from json import loads
 from typing import Any, Self
 
-from ._arrow import column_type, in_parts, is_list, pa, top_level, types
+from ._arrow import in_parts, pa, top_level, types
 from ._sources import File
 
 from pyarrow import json  # isort: skip - behind what says that it is missing
@@ -67,7 +67,6 @@ class JsonLinesFile:
         """
         tops = list(dict.fromkeys(top_level(self.schema, column) for column in columns))
         wanted = pa.schema([_only(self.schema.field(top), columns) for top in tops])
-        flat = not any(is_list(column_type(self.schema, column)) for column in columns)
         rows = 0
         for piece in self._pieces(_PIECE):
             try:
@@ -77,9 +76,8 @@ class JsonLinesFile:
                 wanted = pa.schema([_fitting(field, piece) for field in wanted])
                 table = _parsed(piece, wanted, use_threads, first_row=rows)
             rows += table.num_rows
-            records = table.combine_chunks().to_batches(max_chunksize=None)
-            for part in records:
-                yield from in_parts(part, batch_size) if batch_size or flat else [part]
+            for records in table.combine_chunks().to_batches():
+                yield from in_parts(records, columns, batch_size)
 
     def _pieces(self, size: int) -> Iterator[memoryview]:
         """Yield the text in pieces of whole lines, of about so many bytes unless a line is longer."""

@@ -1,55 +1,43 @@
 """The arguments of the command: a parser for each subcommand, whose options are named as the functions' arguments.
 
-What they make of files is in `_command`; here is what may be written, and the help.
+What they make of files is in `_command`, what single words mean in `_words`; here is what may be written, and the
+help.
 """
 
 import argparse
-import math
 import os
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Never
 
 from . import __version__
 from ._advice import flag_of
 from ._checks import did_you_mean
-from ._columns import ARGUMENTS, REQUIRED
 from ._warm_up import DTYPES
+from ._words import (
+    KL_TERMS,
+    SURROGATES,
+    arguments_and_columns,
+    count,
+    count_or_none,
+    floats,
+    names,
+    rollout_correction_of,
+    trust_region_of,
+)
 from ._worst import RANKS, SHOWN
-from .rollout_terms import LOWER, UPPER, WEIGHT_LEVELS, WEIGHT_MODES, Reject, RolloutOptions
+from .rollout_terms import LOWER, UPPER, WEIGHT_LEVELS, WEIGHT_MODES
 from .terms import (
     AGGREGATIONS,
     BETA,
     CISPO,
     EPSILON,
     GMPO,
-    K1,
-    K2,
-    K3,
     KL_GRADIENTS,
     LEVELS,
     SAPO,
-    TV,
     VESPO,
-    Band,
-    BinaryKL,
-    Clip,
-    Unclipped,
 )
 
-SURROGATES: dict[str, Any] = {
-    "clip": Clip,
-    "cispo": CISPO,
-    "sapo": SAPO,
-    "unclipped": Unclipped,
-    "vespo": VESPO,
-    "gmpo": GMPO,
-}
-TRUST_REGIONS: dict[str, Any] = {"tv": TV, "binary-kl": BinaryKL, "band": Band}
-KL_TERMS: dict[str, Any] = {"k1": K1, "k2": K2, "k3": K3}
-#: Options that are named as the arguments of `grpo_loss` and go there as they are.
-BY_NAME = ("importance_sampling_level", "aggregation", "normalizer", "trust_region")
 PICTURES = (".png", ".svg", ".pdf")
 EPSILONS = [0.1, 0.2, 0.3]
 
@@ -132,20 +120,6 @@ _ABOUT = {
     "k_neg": f"power of the sequence's ratio where A < 0 ({VESPO().k_neg:g})",
     "lambda_neg": f"its decay ({VESPO().lambda_neg:g})",
 }
-
-
-class UsageError(Exception):
-    """What is on the command line cannot be meant, as the message says in its terms."""
-
-
-@contextmanager
-def in_terms_of_the_shell() -> Iterator[None]:
-    """A context in which errors of options, which call them as Python does, become those of the command line."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        options = {*_ABOUT, "beta", *BY_NAME}
-        raise UsageError(re.sub(rf"\b({'|'.join(options)})\b", lambda m: flag_of(m[0]), str(error))) from error
 
 
 class Parser(argparse.ArgumentParser):
@@ -254,9 +228,9 @@ def _add_worst(subparsers: Any) -> None:
         default=RANKS[0],
         help="by a token's log-ratio, the mean KL term, or a token's mismatch with the sampler (ratio)",
     )
-    parser.add_argument("-n", type=_count, default=20, metavar="N", help="how many (20)")
+    parser.add_argument("-n", type=count, default=20, metavar="N", help="how many (20)")
     parser.add_argument(
-        "--show", type=_names, metavar="COLUMN,…", help=f"columns to show beside ({', '.join(SHOWN)}, if there)"
+        "--show", type=names, metavar="COLUMN,…", help=f"columns to show beside ({', '.join(SHOWN)}, if there)"
     )
     _add_reading(parser)
 
@@ -266,9 +240,9 @@ def _add_sweep(subparsers: Any) -> None:
     parser = _subparser(subparsers, "sweep", about, "FILE… [OPTION…]", _COLUMNS + _EXAMPLE_SWEEP)
     _add_files(parser)
     grid = parser.add_argument_group("grid")
-    grid.add_argument("--epsilons", "--epsilon", type=_floats, default=EPSILONS, metavar="E,E,…", help="(0.1,0.2,0.3)")
+    grid.add_argument("--epsilons", "--epsilon", type=floats, default=EPSILONS, metavar="E,E,…", help="(0.1,0.2,0.3)")
     grid.add_argument(
-        "--betas", "--beta", type=_floats, metavar="B,B,…", help=f"(0,{BETA}; of log-probabilities 0, unless --kl)"
+        "--betas", "--beta", type=floats, metavar="B,B,…", help=f"(0,{BETA}; of log-probabilities 0, unless --kl)"
     )
     fixed = parser.add_argument_group("the same over the grid, of log-probabilities")
     for name in ("epsilon_high", "delta"):
@@ -317,7 +291,7 @@ def _add_identify(subparsers: Any) -> None:
 def _add_demo(subparsers: Any) -> None:
     about = "the objective of synthetic samples, and how long it takes beside NumPy; needs no file"
     parser = _subparser(subparsers, "demo", about, "[OPTION…]")
-    parser.add_argument("--samples", type=_count, default=10_000_000, metavar="N", help="how many (10 million)")
+    parser.add_argument("--samples", type=count, default=10_000_000, metavar="N", help="how many (10 million)")
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="(float64)")
     parser.add_argument("--epsilon", type=float, default=EPSILON, metavar="E", help="(%(default)s)")
     parser.add_argument("--beta", type=float, default=BETA, metavar="B", help="(%(default)s)")
@@ -330,7 +304,7 @@ def _add_files(parser: Any) -> None:
     parser.add_argument(
         "--columns",
         action="append",
-        type=_arguments_and_columns,
+        type=arguments_and_columns,
         default=[],
         metavar="NAME=COLUMN,…",
         help="what other columns than those below are called; may be given again",
@@ -350,7 +324,7 @@ def _add_policy_term(parser: Any) -> None:
 def _add_trust_region(group: Any) -> None:
     group.add_argument(
         "--trust-region",
-        type=_trust_region,
+        type=trust_region_of,
         metavar="NAME,X,…",
         help="which tokens keep their policy term: tv,DELTA or binary-kl,DELTA, also with a DELTA_LOW; "
         "band,RATIO_MIN,RATIO_MAX (all)",
@@ -403,7 +377,7 @@ def _add_rollout_correction(parser: Any) -> None:
     group = parser.add_argument_group("between trainer and sampler, of log-probabilities")
     group.add_argument(
         "--rollout-correction",
-        type=_rollout_correction,
+        type=rollout_correction_of,
         metavar="NAME=X,…",
         help="weigh the policy term by old_logps over rollout_logps: "
         f"level={'|'.join(WEIGHT_LEVELS)}, mode={'|'.join(WEIGHT_MODES)}, lower=X, upper=X "
@@ -415,8 +389,8 @@ def _add_rollout_correction(parser: Any) -> None:
 
 def _add_reading(parser: Any) -> None:
     group = parser.add_argument_group("reading and printing")
-    group.add_argument("--batch-size", type=_count, metavar="ROWS", help="rows read at a time (about 16 MiB)")
-    group.add_argument("--workers", type=_count_or_none, default=0, metavar="N", help="processes (this one)")
+    group.add_argument("--batch-size", type=count, metavar="ROWS", help="rows read at a time (about 16 MiB)")
+    group.add_argument("--workers", type=count_or_none, default=0, metavar="N", help="processes (this one)")
     group.add_argument("--no-progress", dest="progress", action="store_false", help="no bar on stderr")
     form = group.add_mutually_exclusive_group()
     form.add_argument(
@@ -433,109 +407,3 @@ def _add_by(parser: Any) -> None:
 
 def _add_plot(parser: Any, what: str) -> None:
     parser.add_argument("--plot", metavar="PICTURE", help=f"{what}, into a file: {', '.join(PICTURES)}")
-
-
-# --- types of values --------------------------------------------------------------------------------------------------
-def _floats(text: str) -> list[float]:
-    try:
-        return [float(number) for number in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be numbers with commas between, got {text!r}") from None
-
-
-def _names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
-
-
-def _trust_region(text: str) -> Any:
-    name, *numbers = text.split(",")
-    if name not in TRUST_REGIONS:
-        meant = did_you_mean(name, list(TRUST_REGIONS))
-        raise argparse.ArgumentTypeError(f"must begin with one of {', '.join(TRUST_REGIONS)}, got {text!r}{meant}")
-    try:
-        return TRUST_REGIONS[name](*_floats(",".join(numbers)))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{name}: {error}") from None
-    except TypeError:
-        raise argparse.ArgumentTypeError(f"{name}: of other numbers than the help says, got {text!r}") from None
-
-
-def _rollout_correction(text: str) -> dict[str, Any]:
-    """The options in ``NAME=X,NAME=X``, checked."""
-    options: dict[str, Any] = {"reject": []}
-    allowed = RolloutOptions._fields
-    for part in text.split(","):
-        name, _, value = part.partition("=")
-        if not value or name not in allowed:
-            several = ", ".join(f"{name}=…" for name in allowed)
-            wanted = f": NAME=VALUE is wanted, as in {name}=…"
-            meant = wanted if name in allowed else did_you_mean(name, allowed)
-            raise argparse.ArgumentTypeError(f"must be {several}, with commas between several, got {part!r}{meant}")
-        if name == "reject":
-            options["reject"].append(_reject(value))
-        elif name in options:
-            raise argparse.ArgumentTypeError(f"must name {name} once, got {text!r}")
-        else:
-            options[name] = value if name in ("level", "mode") else _floats(value)[0]
-    with _as_type_error():
-        RolloutOptions(**options)
-    return options
-
-
-def _reject(text: str) -> Reject:
-    statistic, _, rest = text.partition(":")
-    level, *bounds = rest.split(":")
-    if not 1 <= len(bounds) <= 2:
-        raise argparse.ArgumentTypeError(f"must have reject=STATISTIC:LEVEL:LOWER:UPPER, got {text!r}")
-    low, high = (_floats(bound)[0] if bound else None for bound in (*bounds, "")[:2])
-    which: Any = {"statistic": statistic, "level": level}
-    with _as_type_error():
-        return Reject(**which, lower=-math.inf if low is None else low, upper=math.inf if high is None else high)
-
-
-@contextmanager
-def _as_type_error() -> Iterator[None]:
-    """A context in which an option's ValueError becomes that of its text."""
-    try:
-        yield
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _whole(text: str, least: int) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = least - 1
-    if number < least:
-        raise argparse.ArgumentTypeError(f"must be a whole number, at least {least}, got {text!r}")
-    return number
-
-
-def _count(text: str) -> int:
-    return _whole(text, 1)
-
-
-def _count_or_none(text: str) -> int:
-    return _whole(text, 0)
-
-
-def _arguments_and_columns(text: str) -> list[tuple[str, str | None]]:
-    """The pairs of names in ``NAME=COLUMN,NAME=COLUMN``; in ``NAME=``, None as the column.
-
-    A comma behind a backslash is part of the name.
-    """
-    pairs = []
-    for part in re.split(r"(?<!\\),", text):
-        name, equals, column = part.replace("\\,", ",").partition("=")
-        if not equals:
-            raise argparse.ArgumentTypeError(
-                f"must be NAME=COLUMN, with commas between several, got {part!r}; a comma within a name is \\,"
-            )
-        if name not in ARGUMENTS:
-            meant = did_you_mean(name, ARGUMENTS)
-            raise argparse.ArgumentTypeError(f"NAME must be one of {', '.join(ARGUMENTS)}, got {name!r}{meant}")
-        if not column and name in REQUIRED:
-            raise argparse.ArgumentTypeError(f"{name} must be a column, got {part!r}")
-        pairs.append((name, column or None))
-    return pairs

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeAlias
 from ._checks import closest
 from ._directories import files_below
 from ._filesystems import is_uri, of_uri, remote_files
-from ._sources import File, Source, printable, table_of
+from ._sources import File, Source, Table, printable, table_of
 
 
 class ArrowStream(Protocol):
@@ -72,7 +72,7 @@ def _identity(source: Source, others: Mapping[object, Source]) -> object:
 def _found(path: Any, filesystem: Any) -> list[Source]:
     """The files that one of the paths names, or the table that it is."""
     if not isinstance(path, (str, bytes, os.PathLike)):
-        table = path if not isinstance(path, (str, bytes)) and hasattr(path, "row_group_count") else table_of(path)
+        table = path if isinstance(path, Table) else table_of(path)
         if table is None:
             what = _instead_of_paths(path) or repr(path)
             raise TypeError(f"paths must be a path or an iterable of them, got {what} among them")

@@ -151,7 +151,7 @@ def plan(
         name, schema = str(source), file.schema
         nothing = holds_nothing(schema, *wanted[form.arguments[0]])
         marked = MARK in (schema.metadata or {})  # without a mask where nothing is masked
-        explicit = set() if nothing else set(columns or {}) - ({"mask"} if marked else set())
+        explicit = set() if nothing else {*(columns or {}), *needs} - ({"mask"} if marked else set())
         layout = layout_of(name, schema, wanted, {*OPTIONAL, *beside.optional} - explicit, others, needs)
         if isinstance(named.get("mask", ""), str):  # neither None nor a list, which say that there are no others
             refuse_unused_masks(name, schema, form, layout)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ._arrow import UNREADABLE, column_of, is_list, is_list_view, types
-from ._checks import Array, refuse_unless_mask
+from ._checks import Array, counts_of, refuse_unless_mask
 from ._columns import MAY_BE_NULL, PER_SEQUENCE
 from ._formats import OpenFile, opened
 from ._layouts import ColumnLayout, layout_of
@@ -124,7 +124,7 @@ def arrays_of(records: Any, layout: ColumnLayout) -> dict[str, Array]:
     for argument, is_null in nulls.items():
         keep = arguments["mask"] != 0 if "mask" in arguments else np.ones(arguments[first].size, np.bool_)
         if bounds is not None and not in_lists[argument]:  # one for each sequence, of which some have no tokens
-            keep = np.diff(np.append(0, np.cumsum(keep, dtype=np.int64))[bounds]) > 0
+            keep = counts_of(keep, bounds) > 0
         if (is_null & keep).any():
             within = " in a list" if in_lists[argument] else ""
             masked = ", which is not masked" if "mask" in arguments else ""

@@ -77,30 +77,23 @@ class Table:
         from ._arrow import in_parts, select  # which needs pyarrow
 
         for records in self._read():
-            yield from in_parts(select(records, columns), batch_size)
+            yield from in_parts(select(records, columns), columns, batch_size)
 
     def pieces(self) -> Iterator["Table"]:
         """The table batch by batch: what can be handed to another process."""
         for records in self._read():
-            yield Table.of_records(self._name, records)
+            yield _table_of_batches(self._name, records.schema, [records])
 
     def _read(self) -> Any:
         if self._stream is not None:
             _READ.add(self._stream)
         return self._reader
 
-    @classmethod
-    def of_records(cls, name: str, records: Any) -> "Table":
-        import pyarrow
-
-        return cls(name, pyarrow.RecordBatchReader.from_batches(records.schema, [records]), records.num_rows)
-
     def __reduce__(self) -> Any:
-        records = list(self._read())
-        return _unpickled, (self._name, self.schema, records)
+        return _table_of_batches, (self._name, self.schema, list(self._read()))
 
 
-def _unpickled(name: str, schema: Any, records: list[Any]) -> Table:
+def _table_of_batches(name: str, schema: Any, records: list[Any]) -> Table:
     import pyarrow
 
     reader = pyarrow.RecordBatchReader.from_batches(schema, records)

@@ -1,6 +1,6 @@
 """The results of all batches of files, added: batches in turns with reading, row groups spread over an executor.
 
-What is computed of one batch is a `Task`, of which `_jobs` has the common ones.
+What is computed of one batch is a `Task`: here are the common ones, which hand its arrays to a job of `_jobs`.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def of_each_value(batch: RowBatch, *, job: Job, key: str) -> Any:
         records, parts = by_value(records, key)
     arrays = arrays_of(records, layout)
     results = ((value, job(rows_of(arrays, start, stop))) for value, start, stop in parts)
-    return ByValue({value: result for value, result in results if result is not None})
+    return ByValue({value: result for value, result in results if result is not None}) or None
 
 
 def _sum_over_row_group(row_group: RowGroup, *, batch_size: int | None, task: Task) -> tuple[int, Any]:

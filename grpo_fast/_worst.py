@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from ._advice import Keywords
 from ._checks import Array, one_of
 from ._columns import Form
-from ._histograms import UNREAD, difference, mismatch_of, refuse_not_finite, unmasked
+from ._histograms import UNREAD, difference, mismatch_of, refuse_not_finite, sums_of, unmasked
 from ._jobs import Work
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 #: By what sequences are ranked.
 Rank: TypeAlias = Literal["ratio", "kl", "mismatch"]
-RANKS = ("ratio", "kl", "mismatch")
+RANKS: tuple[str, ...] = get_args(Rank)
 #: Columns that are shown where files have them, unless others are asked for.
 SHOWN = ("step", "prompt_id")
 _NEEDS = {"ratio": "old_logps", "kl": "ref_logps", "mismatch": "rollout_logps"}
@@ -114,14 +113,11 @@ def ranking(form: Form, *, rank: str) -> Work:
 def _numbers(arrays: dict[str, Array], *, rank: str) -> Numbers:
     keep = unmasked(arrays)
     logps = arrays["logps"]
-    if _NEEDS[rank] not in arrays and rank != "ratio":  # without old_logps all is on-policy
-        if keep.any():
-            raise ValueError(f"rank={rank!r} needs {_NEEDS[rank]}, of which there is no column")
-        arrays = arrays | {_NEEDS[rank]: np.full(logps.shape, np.nan)}  # of a shard of empty lists
+    if _NEEDS[rank] not in arrays and rank != "ratio":  # of a shard of empty lists; without old_logps all is on-policy
+        arrays = arrays | {_NEEDS[rank]: np.full(logps.shape, np.nan)}
     old = arrays.get("old_logps", logps)
     if rank == "mismatch":
-        values = mismatch_of(arrays)
-        refuse_not_finite(arrays, keep, difference(old, old))
+        values = mismatch_of(arrays, keep)
         values[np.isnan(values)] = 0.0
     else:
         values = difference(logps, arrays["ref_logps"] if rank == "kl" else old)
@@ -141,12 +137,12 @@ def of_a_batch(
 
     there = batch.row_group.layout.beside
     numbers = job(batch.arrays())
-    counts = _sums(numbers.keep, numbers.bounds)
+    counts = sums_of(numbers.keep, numbers.bounds)
     size = np.abs(numbers.per_token)
     rows = np.flatnonzero(counts)
     starts = numbers.bounds[:-1][rows]
     if numbers.mean:
-        largest = _sums(numbers.per_token, numbers.bounds)[rows] / counts[rows]
+        largest = sums_of(numbers.per_token, numbers.bounds)[rows] / counts[rows]
     else:  # between two sequences that have tokens, others have none
         largest = np.maximum.reduceat(size, starts) if len(rows) else size[:0]
     first = np.argsort(-largest, kind="stable")[:n]
@@ -169,20 +165,3 @@ def of_a_batch(
             )
         )
     return Outliers(found, n)
-
-
-def _sums(values: Array, bounds: Array) -> Any:
-    """The sums over sequences."""
-    lengths = np.diff(bounds)
-    return np.bincount(np.repeat(np.arange(len(lengths)), lengths), values, len(lengths))
-
-
-def checked_count(n: Any) -> int:
-    """``n`` as the number of sequences to name; a ValueError unless it is an int of at least 1."""
-    try:
-        count = operator.index(n)
-    except TypeError:
-        count = 0
-    if count < 1 or isinstance(n, (bool, np.bool_)):
-        raise ValueError(f"n must be an int of at least 1, got {n!r}")
-    return count

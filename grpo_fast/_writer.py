@@ -8,7 +8,6 @@ from __future__ import annotations
 import glob
 import json
 import logging
-import operator
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ._atomic import replaced_when_complete
-from ._checks import Array, as_array
+from ._checks import Array, as_array, whole
 from ._loss_inputs import Expected, Inputs
 
 #: Under this key the metadata of a file that `RolloutWriter` has written hold the version of what is in it.
@@ -61,7 +60,7 @@ class RolloutWriter:
     def __init__(self, folder: str | os.PathLike[str], *, rank: int | None = None) -> None:
         _pyarrow()
         self.folder = Path(folder)
-        self.rank = _count("rank", _rank_of_process() if rank is None else rank)
+        self.rank = whole("rank", _rank_of_process() if rank is None else rank, 0)
         if "://" in str(folder):
             raise ValueError(f"folder must be one of this machine, got {folder}")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -142,7 +141,7 @@ class RolloutWriter:
             The file cannot be written. There is none then, not a part of one, and the rows of this call are not taken:
             it can be repeated. What was held before it is held still, unless it has been written.
         """
-        step = _count("step", step)
+        step = whole("step", step, 0)
         loss = (logps, old_logps, advantages, ref_logps, mask, cu_seqlens, rollout_is_weights, loss_weights)
         table = _table(
             Arguments(*loss, rollout_logps),
@@ -174,9 +173,8 @@ class RolloutWriter:
                 write_statistics=False,
                 write_page_checksum=True,
             )
-            if (
-                not part
-            ):  # what is left is gone before the first file is there: a run is never read with another's parts
+            # What is left is gone before the first file is there: a run is never read with another's parts.
+            if not part:
                 for leftover in glob.glob(f"{glob.escape(str(self.folder / name))}-part-*.parquet"):
                     os.remove(leftover)
         self._files[step] = part + 1  # now that it is there: one that failed is written anew under the same name
@@ -191,16 +189,6 @@ def _pyarrow() -> Any:
     except ImportError as error:
         raise ImportError("writing rollouts needs pyarrow: pip install 'grpo_fast[data]'") from error
     return pyarrow
-
-
-def _count(name: str, value: Any) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = -1
-    if number < 0 or isinstance(value, (bool, np.bool_)):
-        raise ValueError(f"{name} must be an int of at least 0, got {value!r}")
-    return number
 
 
 # --- arguments → rows -------------------------------------------------------------------------------------------------
@@ -245,7 +233,7 @@ def _table(given: Arguments, per_sequence: dict[str, Any], constants: dict[str, 
     bounds = np.append(0, np.cumsum(stops - starts, dtype=np.int64))
     count = len(starts)
     for name, value in per_sequence.items():
-        if name in (*given._fields, *_OWN) or (name in sequences):
+        if name in (*given._fields, *_OWN):
             raise ValueError(f"columns must have other names than those of the arguments, got {name!r}")
         sequences[name] = _one_per_sequence(name, value, count)
     small = bounds[-1] < 2**31

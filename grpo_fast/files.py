@@ -15,13 +15,13 @@ from typing import Any, Never, TypedDict, Unpack, overload
 
 from numpy.typing import ArrayLike
 
-from ._checks import hides_unknown, refuse_unknown
-from ._columns import Columns, check_mapping
+from ._checks import hides_unknown, refuse_unknown, whole
+from ._columns import Columns
 from ._histograms import Histogram, counting
 from ._jobs import sweeping
 from ._paths import Paths
 from ._summing import Reading, evaluated, sum_over_files, summed
-from ._worst import SHOWN, Outlier, Rank, checked_count, needs_of, of_a_batch, ranking
+from ._worst import SHOWN, Outlier, Rank, needs_of, of_a_batch, ranking
 from ._writer import RolloutWriter
 from .objective import grid_of
 from .rollout_terms import RolloutKeywords
@@ -369,12 +369,9 @@ def worst(
         refuse_unknown(worst, unknown)
     if isinstance(show, str) or not all(isinstance(name, str) for name in show or ()):
         raise TypeError(f"show must be a sequence of names of columns, got {show!r}")
-    n = checked_count(n)
+    n = whole("n", n, 1)
     from ._plan import Beside  # which needs pyarrow
 
-    if rank == "mismatch":  # which cannot do without what others can
-        check_mapping(columns)
-        columns = {"rollout_logps": "rollout_logps", **(columns or {})}
     reading = Reading(paths, columns, batch_size, executor, progress, filesystem)
     shown = SHOWN if show is None else tuple(show)
     beside = Beside(

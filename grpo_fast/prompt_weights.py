@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ._checks import as_given, positive, real, refuse_unless_mask
+from ._checks import as_given, counts_of, positive, real, refuse_unless_mask
 from ._groups import groups_of
 from ._loss_inputs import bounds_of
 
@@ -82,5 +82,4 @@ def _tokens_of_each(mask: ArrayLike | None, cu_seqlens: ArrayLike | None) -> NDA
         raise ValueError(f"mask must be (B, T), or (N,) with cu_seqlens, got shape {array.shape}")
     refuse_unless_mask(array, array.shape)
     bounds = bounds_of(array.shape, cu_seqlens, beside="mask")
-    counted: NDArray[np.int64] = np.diff(np.append(0, np.cumsum(array.reshape(-1) != 0, dtype=np.int64))[bounds])
-    return counted
+    return counts_of(array.reshape(-1) != 0, bounds)

@@ -157,7 +157,7 @@ def rollout_correction(
     totals = _compute(batch, options, kept)
     if totals.counts.suspect:
         counts = np.broadcast_to(np.True_ if batch.mask is None else batch.mask.view(np.bool_), batch.logps.shape)
-        refuse_if_not_finite("old_logps", batch.logps, batch.old_logps, counts, expected.shape)
+        refuse_bad_logps("old_logps", batch.logps, batch.old_logps, counts, expected.shape)
     stats = RolloutStats.of(options, totals, len(batch.bounds) - 1)
     if normalize:
         _divide(batch.grad, stats.mean_to_divide_by)
@@ -211,7 +211,7 @@ def _compute(batch: Batch, options: RolloutOptions, kept: Array) -> RolloutTotal
     return merged(accumulators)
 
 
-def refuse_if_not_finite(name: str, logps: Array, rollout_logps: Array, keep: Array, shape: tuple[int, ...]) -> None:
+def refuse_bad_logps(name: str, logps: Array, rollout_logps: Array, keep: Array, shape: tuple[int, ...]) -> None:
     """Raise the ValueError for the first token that counts and is not finite, if any; ``logps`` has that name."""
     messages = (
         f"{name} must be finite where it is not masked, got {name}[{{i}}] = {{values[1]!r}}",

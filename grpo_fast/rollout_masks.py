@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ._checks import as_given, float_dtype, number, real, refuse_unless_finite, unmasked
+from ._checks import as_given, counts_of, float_dtype, number, real, refuse_unless_finite, unmasked
 from ._loss_inputs import expected_beside
-from .rollout import refuse_if_not_finite
+from .rollout import refuse_bad_logps
 
 
 @np.errstate(all="ignore")
@@ -61,8 +61,8 @@ def off_policy_sequence_mask(
     delta = number("delta", delta, "in [0, inf]", lambda x: x >= 0)
     counts = np.ones(array.size, np.bool_) if mask is None else expected.mask(mask).view(np.bool_)
     logp, rollout_logp = expected.per_token("logps", array), expected.per_token("rollout_logps", rollout_logps)
-    refuse_if_not_finite("logps", logp, rollout_logp, counts, expected.shape)
-    lengths = np.diff(np.append(0, np.cumsum(counts, dtype=np.int64))[expected.bounds])  # unmasked tokens
+    refuse_bad_logps("logps", logp, rollout_logp, counts, expected.shape)
+    lengths = counts_of(counts, expected.bounds)
     a = expected.per_sequence("advantages", advantages)
     refuse_unless_finite("advantages", a, lengths > 0)
 

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from grpo_fast import BLOCK, evaluate, grpo_loss
+from grpo_fast.__main__ import main
 from grpo_fast.files import sweep
 
 pa = pytest.importorskip("pyarrow", reason="files need pip install 'grpo_fast[data]'")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
-from rollout_files import FORMATS, GRID, OPTIONS, lists, probabilities, refused, table, tokens, write  # noqa: E402
+from rollout_files import FORMATS, GRID, OPTIONS, PROBABILITIES, lists, probabilities, refused, table, tokens, write  # noqa: E402
 
 from grpo_fast import _json_lines  # noqa: E402
 
@@ -260,6 +261,16 @@ def test_and_beside_partitions(tmp_path):
         [of_nothing(), keyed(tokens(2), [1, 2]), tmp_path / "step=3"],
         by="step",
     )
+
+
+def test_by_over_nothing_is_no_samples(tmp_path, capsys):
+    empty = pa.array([[], []], pa.list_(pa.float64()))
+    path = write(tmp_path / "a.parquet", pa.table(dict.fromkeys(PROBABILITIES, empty) | {"step": [0, 1]}))
+    for by in (None, "step"):
+        with pytest.raises(ValueError, match="a.parquet: no samples"):
+            evaluate(path, by=by)
+    assert main(["evaluate", str(path), "--by", "step", "--json"]) == 2
+    assert "no samples" in capsys.readouterr().err
 
 
 def test_keys_of_json_lines_that_are_null_at_first(tmp_path, monkeypatch):

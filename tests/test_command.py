@@ -33,6 +33,7 @@ from grpo_fast import (
     _demonstration,
     _jobs,
     _parser,
+    _words,
     evaluate,
     grpo_loss,
     grpo_stats,
@@ -582,7 +583,7 @@ def test_options_are_named_and_default_as_the_arguments(capsys):
     for subcommand, names in keywords.items():
         parsed = vars(_parser.parsed([subcommand, "x.parquet"]))
         assert names <= set(parsed)
-        of_surrogates = {name for surrogate in _parser.SURROGATES.values() for name in surrogate._fields}
+        of_surrogates = {name for surrogate in _words.SURROGATES.values() for name in surrogate._fields}
         assert set(parsed) - names - of_surrogates <= {
             *("subcommand", "files", "workers", "json", "csv", "plot", "kl_gradient")
         }

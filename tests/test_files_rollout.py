@@ -144,6 +144,9 @@ def test_weights_of_the_file_are_not_read(tmp_path):
     path = write(tmp_path / "rollouts.parquet", whole.append_column("rollout_is_weights", pa.array(["?"] * len(whole))))
     assert evaluate(path, rollout_correction=CORRECTION) == expected_of(arrays)
     refused("column 'rollout_is_weights' must hold real numbers", path)
+    pytest.importorskip("matplotlib", reason="pictures need pip install 'grpo_fast[plot]'")
+    line = f"evaluate {path} --rollout-correction level=token --plot {tmp_path}/run.svg"
+    assert main(line.split()) == 0
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

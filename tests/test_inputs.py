@@ -28,11 +28,6 @@ def expected():
     return grpo_loss(**ARRAYS, **OPTIONS).stats
 
 
-@pytest.fixture(scope="module")
-def packages():
-    return {}
-
-
 # --- directories ------------------------------------------------------------------------------------------------------
 def test_a_directory_is_its_files_and_those_below(expected, tmp_path):
     whole = table(ARRAYS)
@@ -402,6 +397,16 @@ def test_fields_of_structs(suffix, expected, tmp_path):
         missing = pa.array([None if k == 3 else x for k, x in enumerate(nested["r"].to_pylist())], nested["r"].type)
         path = write(path, nested.set_column(0, "r", missing))
         refused("row 3: column 'r.logps' has a null", path, columns=columns, **OPTIONS)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_lists_are_read_in_parts_wherever_they_stand(nested):
+    from grpo_fast._arrow import in_parts
+
+    column = pa.array([[-1.0]] * 100)
+    records = pa.record_batch({"r": pa.StructArray.from_arrays([column], ["logps"])} if nested else {"logps": column})
+    columns = ["r.logps" if nested else "logps"]
+    assert [len(part) for part in in_parts(records, columns, 7)] == [7] * 14 + [2]
 
 
 def test_structs_in_structs(tmp_path):

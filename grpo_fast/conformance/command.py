@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .._checks import did_you_mean
-from .._parser import UsageError
+from .._words import UsageError
 from . import identify
 
 
