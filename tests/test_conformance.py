@@ -191,6 +191,33 @@ def test_a_floor_is_no_normalizer():
     assert check(RIGHT["dr_grpo"][0], surrogate=Clip(0.2), aggregation="token-sum", normalizer=1024.0).ok
 
 
+def without_mask(aggregation, normalizer):
+    """A right loss in NumPy that takes no mask."""
+
+    def loss(logps, old_logps, advantages):
+        options = {"aggregation": aggregation, "normalizer": normalizer}
+        result = reference.grpo_loss(logps, old_logps, advantages, grad=True, **options)
+        return result.loss, result.grad
+
+    return loss
+
+
+@pytest.mark.parametrize("aggregation", ["token-sum", "seq-mean-token-mean", "seq-mean-token-sum"])
+def test_a_constant_is_one_without_a_mask_too(aggregation):
+    options = {"aggregation": aggregation, "normalizer": 64.0}
+    report = check(without_mask(**options), **options)
+    assert report.ok, report
+    assert not report.findings
+
+
+def test_a_floor_is_none_without_a_mask_either():
+    def loss(logps, old_logps, advantages):
+        return without_mask("token-sum", max(logps.size, 64))(logps, old_logps, advantages)
+
+    (finding,) = check(loss, aggregation="token-sum", normalizer=64.0).differs
+    assert "64 is a floor: with more tokens it is the number of tokens of the batch" in finding.what
+
+
 def test_the_rounding_of_the_ratio_of_gspo_token_is_none_of_its_faults():
     """The ratio is that of x + log π_θ − log π_θ, whose rounding is relative to log π_θ."""
     loss, options = RIGHT["gspo_token"]
