@@ -35,7 +35,7 @@ def wrong(
         elif smooth is not None:
             with np.errstate(all="ignore"):
                 slope = reference.surrogate_term(smooth, rho, np.full_like(rho, sign), curve.logp)[1]
-            expected = sign * slope.astype(np.float64)
+            expected = np.abs(slope).astype(np.float64)  # over A = ±1, which it has the sign of
             size = (1 + rho) * expected + rho / (1 + rho) ** 2
         else:
             free &= (bounds[sign].low < rho) & (rho < bounds[sign].high)
