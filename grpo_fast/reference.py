@@ -53,6 +53,7 @@ from .terms import (
     TrustRegion,
     Unclipped,
 )
+from .terms.surrogates import OF_SEQUENCES
 
 Floats: TypeAlias = NDArray[np.floating]
 
@@ -174,10 +175,7 @@ def grpo_loss(
     rho = np.exp(shared(log_ratio, tokens, level))
 
     keeps = kept(trust_region, rho, A, logp, old)
-    if isinstance(surrogate, (VESPO, GMPO)):
-        terms = surrogate_term_of_sequence(surrogate, log_ratio, A, logp, tokens, level)
-    else:
-        terms = surrogate_term(surrogate, rho, A, logp)
+    terms = policy_term(surrogate, log_ratio, A, logp, tokens, level)
     s, s_through_ratio, s_direct = (np.where(keeps, times(w, part), 0) for part in terms)
     k = k_through_ratio = k_direct = np.zeros_like(logp)
     beta = 0.0
@@ -224,8 +222,20 @@ def shared(x: Floats, tokens: "_Tokens", level: Level) -> Floats:
     return tokens.spread((tokens.sums(x) / np.maximum(tokens.counts, 1)).astype(x.dtype))
 
 
+def policy_term(
+    surrogate: Surrogate, log_ratio: Floats, A: Floats, logp: Floats, tokens: "_Tokens", level: Level
+) -> tuple[Floats, Floats, Floats]:
+    """The policy term s, ∂s/∂log ρ, and the part of ∂s/∂logp that does not pass through ρ, of every surrogate.
+
+    ``log_ratio`` is log π_θ − log π_old of each token.
+    """
+    if isinstance(surrogate, OF_SEQUENCES):
+        return surrogate_term_of_sequence(surrogate, log_ratio, A, logp, tokens, level)
+    return surrogate_term(surrogate, np.exp(shared(log_ratio, tokens, level)), A, logp)
+
+
 def surrogate_term(surrogate: Surrogate, rho: Floats, A: Floats, logp: Floats) -> tuple[Floats, Floats, Floats]:
-    """The policy term s, ∂s/∂log ρ, and the part of ∂s/∂logp that does not pass through ρ; sources: ``terms``.
+    """As ``policy_term``, of those that are made of the ρ of each token; sources: ``terms``.
 
     Bounds are Python floats, summed in float64; NumPy rounds them once, to the dtype of ρ.
     """
@@ -253,7 +263,7 @@ def surrogate_term(surrogate: Surrogate, rho: Floats, A: Floats, logp: Floats) -
 def surrogate_term_of_sequence(
     surrogate: VESPO | GMPO, log_ratio: Floats, A: Floats, logp: Floats, tokens: "_Tokens", level: Level
 ) -> tuple[Floats, Floats, Floats]:
-    """As ``surrogate_term``, of those that are made of all log-ratios of a sequence."""
+    """As ``policy_term``, of those that are made of all log-ratios of a sequence."""
     zero = np.zeros_like(logp)
     match surrogate:
         case VESPO(k_pos, lambda_pos, k_neg, lambda_neg):
@@ -285,8 +295,7 @@ def kept(trust_region: TrustRegion | None, rho: Floats, A: Floats, logp: Floats,
             moved = np.exp(logp) - np.exp(old)
             dropped = ((A > 0) & (moved > delta)) | ((A < 0) & (moved < -delta_low))
         case BinaryKL(delta, delta_low):
-            other, other_old = 0 - np.expm1(logp), 0 - np.expm1(old)  # never −0, whose reciprocal is −∞
-            divergence = np.exp(old) * (old - logp) + times(other_old, np.log(other_old / other))
+            divergence = binary_kl(logp, old)
             up, down = (A > 0) & (logp > old), (A < 0) & (logp < old)
             dropped = (up & (divergence > delta)) | (down & (divergence > delta_low))
         case Band(ratio_min, ratio_max):
@@ -294,6 +303,13 @@ def kept(trust_region: TrustRegion | None, rho: Floats, A: Floats, logp: Floats,
         case _:
             raise TypeError(f"trust_region must be a TV, BinaryKL, Band or None, got {trust_region!r}")
     return ~dropped
+
+
+def binary_kl(logp: Floats, old: Floats) -> Floats:
+    """KL(π_old ‖ π_θ) of the choice between a token and all others, of ``BinaryKL``; both log π are at most 0."""
+    other, other_old = 0 - np.expm1(logp), 0 - np.expm1(old)  # never −0, whose reciprocal is −∞
+    divergence: Floats = np.exp(old) * (old - logp) + times(other_old, np.log(other_old / other))
+    return divergence
 
 
 def sigmoid(x: Floats) -> Floats:

@@ -1,5 +1,6 @@
 """`identify` names what a loss computes, and what is wrong with it; `check` holds it to what it should compute."""
 
+import importlib
 import re
 
 import numpy as np
@@ -157,7 +158,7 @@ def test_what_has_no_name_is_reported_with_numbers():
 
     (finding,) = identify(odd).differs
     assert "none that grpo_loss has" in finding.what
-    assert "1: 1, " in finding.amount or "0.904837" in finding.amount
+    assert f"1: {np.sinh(1) * np.cosh(1):.6g}, 1;" in finding.amount  # tanh ρ, in units of its slope at ρ = 1
     assert finding.example is not None
 
 
@@ -191,6 +192,33 @@ def test_a_floor_is_no_normalizer():
     assert check(RIGHT["dr_grpo"][0], surrogate=Clip(0.2), aggregation="token-sum", normalizer=1024.0).ok
 
 
+def without_mask(aggregation, normalizer):
+    """A right loss in NumPy that takes no mask."""
+
+    def loss(logps, old_logps, advantages):
+        options = {"aggregation": aggregation, "normalizer": normalizer}
+        result = reference.grpo_loss(logps, old_logps, advantages, grad=True, **options)
+        return result.loss, result.grad
+
+    return loss
+
+
+@pytest.mark.parametrize("aggregation", ["token-sum", "seq-mean-token-mean", "seq-mean-token-sum"])
+def test_a_constant_is_one_without_a_mask_too(aggregation):
+    options = {"aggregation": aggregation, "normalizer": 64.0}
+    report = check(without_mask(**options), **options)
+    assert report.ok, report
+    assert not report.findings
+
+
+def test_a_floor_is_none_without_a_mask_either():
+    def loss(logps, old_logps, advantages):
+        return without_mask("token-sum", max(logps.size, 64))(logps, old_logps, advantages)
+
+    (finding,) = check(loss, aggregation="token-sum", normalizer=64.0).differs
+    assert "64 is a floor: with more tokens it is the number of tokens of the batch" in finding.what
+
+
 def test_the_rounding_of_the_ratio_of_gspo_token_is_none_of_its_faults():
     """The ratio is that of x + log π_θ − log π_θ, whose rounding is relative to log π_θ."""
     loss, options = RIGHT["gspo_token"]
@@ -212,7 +240,7 @@ def test_the_fraction_beside_a_small_difference_is_one_of_it():
         return dapo(logps, old_logps, advantages, mask) * (1 + 1e-9)
 
     (finding,) = [x for x in identify(loss).fragile if "some digits" in x.what]
-    assert "e-09 of it" in finding.amount or "1e-09" in finding.amount
+    assert ", 1e-09 of it, " in finding.amount
 
 
 def test_numbers_of_float32_are_read_as_they_were_meant():
@@ -260,6 +288,27 @@ def test_bad_arguments():
         identify(lambda logps, advantages: (logps * advantages[:, None]).sum().bfloat16(), framework="torch")
     with pytest.raises(TypeError, match=r"ask for its \.ok"):
         bool(identify(gspo))
+
+
+def test_the_line_says_how_often_the_loss_was_called(monkeypatch, capsys):
+    calls = []
+
+    def loss(logps, old_logps, advantages, mask):
+        calls.append(None)
+        return dapo(logps, old_logps, advantages, mask)
+
+    def shown():
+        return [int(x) for x in re.findall(r", (\d+) calls", capsys.readouterr().err)]
+
+    # By its name the package has the function.
+    monkeypatch.setattr(importlib.import_module("grpo_fast.conformance.progress"), "_EVERY", 0.0)
+    for probe in (identify, lambda *given, **more: check(*given, surrogate=Clip(0.1), **more)):
+        calls.clear()
+        probe(loss, show_progress=True)
+        counts = shown()
+        assert counts == sorted(counts)
+        assert 0 < counts[0] < len(calls) / 10
+        assert len(calls) / 3 < counts[-1] <= len(calls)
 
 
 # --- other frameworks -------------------------------------------------------------------------------------------------

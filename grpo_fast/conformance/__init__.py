@@ -26,7 +26,7 @@ from ..terms import Options
 from . import advantages, floors, identifying, naming
 from .calling import CallFailed, Loss
 from .cases import cases
-from .comparing import misses
+from .comparing import checked, misses
 from .frameworks import Framework
 from .measuring import Normalizer
 from .progress import Progress, progress
@@ -76,7 +76,7 @@ def identify(
         ``framework`` is none of the three.
     """
     called = Loss(loss, framework, device)
-    with progress(f"identify {called.name}", show_progress) as line:
+    with progress(f"identify {called.name}", lambda: called.calls, show_progress) as line:
         return _identified(called, line)
 
 
@@ -92,13 +92,13 @@ def check(
     """Return whether a loss is `grpo_loss` with these options, on a battery of inputs; a terminal sees the progress.
 
     Loss and gradient are compared with `grpo_fast.reference.grpo_loss` in float64: ragged masks, padding left, right
-    and between, an empty sequence, one token, advantages per token, ties at every bound, A = 0, log-ratios from 1e-7 to
-    80, KL from 1e-7, NaN and infinity where masked, micro-batches, permuted and padded copies. They agree if they are
-    no further apart than 32·eps·Σ c_i·S_i, eps that of the dtype of the loss: what the formula in a textbook can give.
-    S is the size of a token's terms, (|s| + |∂s/∂logp|)·(1 + (|log ρ| + |log π_θ|)/32) + β·w·(e^(−l) + l² + |l| + 1),
-    l = log π_θ − log π_ref and w = max(1, ρ) where ρ weighs the KL or its gradient, else 1. SAPO's s and slope count
-    1 + max(τ)·min(ρ, 10) times, VESPO's 1 + (k⁺ + λ⁺ + k⁻ + λ⁻)·min(1 + ρ, 20) times: the argument of their exp is
-    rounded. In float32 the inputs are, too: the bound is 1 + max |log-probability| times as large.
+    and between, an empty sequence, one token, advantages per token, ties at every bound of ρ, A = 0, log-ratios from
+    1e-7 to 80, KL from 1e-7, NaN and infinity where masked, micro-batches, permuted and padded copies. They agree if
+    they are no further apart than 32·eps·Σ c_i·S_i, eps that of the dtype of the loss: what the formula in a textbook
+    can give. S is the size of a token's terms, (|s| + |∂s/∂logp|)·(1 + (|log ρ| + |log π_θ|)/32) + β·w·(e^(−l) + l² +
+    |l| + 1), l = log π_θ − log π_ref and w = max(1, ρ) where ρ weighs the KL or its gradient, else 1. SAPO's s and
+    slope count 1 + max(τ)·min(ρ, 10) times, VESPO's 1 + (k⁺ + λ⁺ + k⁻ + λ⁻)·min(1 + ρ, 20) times: the argument of their
+    exp is rounded. In float32 the inputs are, too: the bound is 1 + max |log-probability| times as large.
     If anything differs, the loss is identified, so that the report can say what it is instead.
 
     Parameters
@@ -123,7 +123,7 @@ def check(
     strict = flag("strict", strict)
     asked = _checked(options)
     called = Loss(loss, framework, device)
-    with progress(f"check {called.name}", show_progress) as line:
+    with progress(f"check {called.name}", lambda: called.calls, show_progress) as line:
         return _checked_report(called, asked, strict, line)
 
 
@@ -133,8 +133,7 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
     if unknown:
         names = ", ".join(Options._fields)
         raise TypeError(f"check takes the options {names} of grpo_loss, and strict, got {unknown[0]!r}")
-    normalizer = options.get("normalizer")
-    Options(**options | {"normalizer": None if callable(normalizer) else normalizer})
+    checked(options)
     return options
 
 

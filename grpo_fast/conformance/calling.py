@@ -99,7 +99,6 @@ class Loss:
         self.form: Form = "(B,)"
         answer = self._find_out(tried)
         self.gives_gradient = answer.grad is not None
-        self.attached = answer.attached
         self.dtype = answer.dtype
         if "16" in self.dtype:
             raise TypeError(
@@ -156,8 +155,6 @@ class Loss:
             if answer.grad is None:
                 answer = answer._replace(grad=self._differences(at))
             return answer
-        except (KeyboardInterrupt, SystemExit):
-            raise
         except Exception as error:
             raise CallFailed(at, error) from error
 

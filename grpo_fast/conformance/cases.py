@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..terms import CISPO, GMPO, TV, Band, BinaryKL, Clip
+from ..terms import CISPO, GMPO, Band, Clip
 from .calling import Batch, Loss, batch, each
 from .report import Severity
 
@@ -125,8 +125,7 @@ def kinks(options: Mapping[str, Any]) -> Iterable[float]:
             ratios += [most, least]
         case GMPO(low, high):
             ratios += [math.exp(-low), math.exp(high)]
+    # The bounds of the other regions are of probabilities: which side a rounding falls on is nobody's fault.
     if isinstance(region, Band):
         ratios += list(region)
-    elif isinstance(region, (TV, BinaryKL)):
-        pass  # their bounds are of probabilities: which side a rounding falls on is nobody's fault
     return [math.log(r) for r in ratios if 0 < r < math.inf]

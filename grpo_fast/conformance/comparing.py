@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from .. import reference
 from ..reference import shared, times
-from ..terms import DEFAULT_SURROGATE, GMPO, SAPO, VESPO
+from ..terms import DEFAULT_SURROGATE, SAPO, VESPO, Options
 from .calling import Batch, CallFailed, Loss
 from .cases import Case
 
@@ -29,6 +29,12 @@ class Miss(NamedTuple):
     found: float
     expected: float
     message: str = ""
+
+
+def checked(options: Mapping[str, Any]) -> Options:
+    """The `Options` that these are, a normalizer that is a function of the mask left out, or the error for them."""
+    normalizer = options.get("normalizer")
+    return Options(**dict(options) | {"normalizer": None if callable(normalizer) else normalizer})
 
 
 def with_numbers(options: Mapping[str, Any], mask: NDArray[np.bool_]) -> dict[str, Any]:
@@ -65,10 +71,7 @@ def sizes(options: Mapping[str, Any], at: Batch, takes: Iterable[str]) -> tuple[
     x = logp - tokens.each("old_logps", at.old_logps) if "old_logps" in takes else 0 * logp
     rho = np.exp(shared(x, tokens, level))
     surrogate = given.get("surrogate", DEFAULT_SURROGATE)
-    if isinstance(surrogate, (VESPO, GMPO)):
-        parts = reference.surrogate_term_of_sequence(surrogate, x, A, logp, tokens, level)
-    else:
-        parts = reference.surrogate_term(surrogate, rho, A, logp)
+    parts = reference.policy_term(surrogate, x, A, logp, tokens, level)
     size = np.sum([np.abs(part) for part in parts], axis=0)
     if isinstance(surrogate, SAPO):
         size = size * (1 + max(surrogate) * np.minimum(rho, 10))

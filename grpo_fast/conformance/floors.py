@@ -56,6 +56,8 @@ def of_options(loss: Loss, options: Mapping[str, Any]) -> Weights:
 def _floor(loss: Loss, found: Weights, mask: NDArray[np.bool_], constant: float, name: str) -> tuple[str, Any]:
     """What the denominator of this batch is, if it is not what it is in small ones; and the nearest aggregation."""
     small = ragged([3, 5])
+    if "mask" not in loss.takes:  # every token counts
+        small, mask = np.ones_like(small), np.ones_like(mask)
     try:
         one, many = _value(loss, of_policy(small)), _value(loss, of_policy(mask))
     except CallFailed:

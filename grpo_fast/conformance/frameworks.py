@@ -25,7 +25,6 @@ class Answer(NamedTuple):
     loss: float
     grad: NDArray[np.float64] | None  # ∂loss/∂logps; None where the loss gives none, in NumPy
     dtype: str
-    attached: bool = True  # whether the framework found a way from logps to the loss
 
 
 # --- which one --------------------------------------------------------------------------------------------------------
@@ -125,7 +124,7 @@ def _evaluate_torch(loss: Callable[..., Any], arrays: Arrays, device: Any) -> An
         result = loss(**tensors)
         value = result[0] if isinstance(result, (tuple, list)) else result
         if isinstance(value, (int, float)):  # as of a sum over nothing
-            return Answer(float(value), np.zeros(logps.shape), "float64", False)
+            return Answer(float(value), np.zeros(logps.shape), "float64")
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"the loss must return a scalar tensor, got {type(value).__name__}")
         _refuse_unless_scalar(tuple(value.shape))
@@ -133,7 +132,7 @@ def _evaluate_torch(loss: Callable[..., Any], arrays: Arrays, device: Any) -> An
         if value.requires_grad:
             (grad,) = torch.autograd.grad(value.reshape(()), logps, allow_unused=True)
         found = np.zeros(logps.shape) if grad is None else grad.detach().cpu().double().numpy()
-        return Answer(float(value.detach().double()), found, dtype, grad is not None)
+        return Answer(float(value.detach().double()), found, dtype)
 
 
 class _JaxLoss:

@@ -4,9 +4,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..terms import DEFAULT_SURROGATE, K1, K2, Options
-from . import advantages, floors, kl, kl_weights, level, masking, measuring, penalised, policy, remainder, weights
+from . import advantages, floors, kl, level, masking, measuring, penalised, policy, remainder, weights
 from .calling import Batch, CallFailed, Loss, batch
+from .comparing import checked
 from .progress import Progress
 from .report import Finding, number
 
@@ -55,7 +55,7 @@ def _read(loss: Loss, progress: Progress) -> Reading:
     findings += penalised.read(loss)
     loss.tied = bool(findings)
     found = policy.read(loss)
-    progress.tick(loss.calls)
+    progress.tick()
     findings += found.findings
     notes += found.notes
     together = advantages.together(loss)
@@ -73,11 +73,10 @@ def _read(loss: Loss, progress: Progress) -> Reading:
 
     progress.stage("mask")
     unit = _unit(loss, batch(np.full((1, found.width), measuring.LOGP)), found.scale)
-    of_kl = kl_weights.token(0.0, 0.5, 0.0, found.width)
     unit_of_kl = _unit(loss, measuring.of_kl(np.ones((1, found.width), bool)), found.scale) if term.there else 0.0
     applied, more = masking.effective(loss, measuring.of_policy, "policy term")
     findings += more
-    if term.there and of_kl is not None:
+    if term.there:
         kl_applied, more = masking.effective(loss, measuring.of_kl, "KL term")
         findings += more if applied or not _same_text(findings, more) else []
         applied = applied and kl_applied
@@ -194,7 +193,7 @@ def kl_ratio(loss: Loss, option: Any, of_level: str, weight: float) -> tuple[Any
     answer = loss(at)
     assert answer.grad is not None
     tol = max(1e-7, loss.exactness * 100)
-    k = l if isinstance(option, K1) else l * l / 2 if isinstance(option, K2) else np.expm1(-l) + l
+    k, _ = kl.estimate(type(option), l)
     for weighted, ratio in ((True, np.exp(x)), ("sequence", np.exp(x.mean()) + 0 * x)):
         value = weight * option.beta * float(np.sum(ratio * k))
         if abs(answer.loss - value) <= tol * weight * option.beta * float(np.sum(np.abs(ratio * k))):
@@ -215,14 +214,8 @@ def _options(surrogate: Any, region: Any, term: kl.KLTerm, of_level: str, found:
         "aggregation": found.aggregation,
         "normalizer": found.normalizer,
     }
-    number = found.normalizer
     try:
-        Options(**options | {"normalizer": None if callable(number) else number})
+        checked(options)
     except (TypeError, ValueError):
         return None
     return {name: x for name, x in options.items() if name not in _DEFAULTS or x != _DEFAULTS[name]}
-
-
-def surrogate_of(options: dict[str, Any]) -> Any:
-    """The surrogate, or the one where none is given."""
-    return options.get("surrogate", DEFAULT_SURROGATE)

@@ -6,11 +6,14 @@ the one of ρ, and the gradient is compared with those that a KL term has been g
 
 import math
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ..terms import K1, K2, K3
+from .. import reference
+from ..terms import K1, K2, K3, KL
 from . import kl_weights
 from .calling import Batch, CallFailed, Loss
 from .kl_weights import NEAR, Floats, token
@@ -18,7 +21,7 @@ from .numbers import bisect, is_round, tidy
 from .report import Finding, number
 
 _FAR = np.array([2.5, 3, 3.5, 4, 4.5, 5, 6, 8, 9, 11, 14, 16, 19, 21, 24, 30])
-#: log ρ, near 0 so that no clip is met, and where one would be.
+#: log ρ, near 0 so that no clip is met.
 _RATIOS = np.array([-0.04, 0.0, 0.03])
 
 
@@ -27,28 +30,38 @@ class KLTerm(NamedTuple):
 
     option: Any
     there: bool
-    beta: float
     findings: tuple[Finding, ...] = ()
 
 
-#: k(l), dk/dl, and what it is called where it is none of `grpo_loss`.
-_ESTIMATORS: dict[str, tuple[Any, Any, Any, str]] = {
-    "k1": (K1, lambda l: l, np.ones_like, ""),
-    "k2": (K2, lambda l: l * l / 2, lambda l: l, ""),
-    "k3": (K3, lambda l: np.expm1(-l) + l, lambda l: -np.expm1(-l), ""),
+def estimate(kind: type[KL], l: Any) -> tuple[reference.Floats, reference.Floats]:
+    """k(l) of an estimator, and dk/dl."""
+    k, _, slope = reference.kl_term(kind(1.0, False), l, l, l)
+    return k, slope
+
+
+#: The option, k(l) and dk/dl, and what it is called where it is none of `grpo_loss`.
+_ESTIMATORS: dict[str, tuple[Any, Callable[[Any], tuple[Any, Any]], str]] = {
+    "k1": (K1, partial(estimate, K1), ""),
+    "k2": (K2, partial(estimate, K2), ""),
+    "k3": (K3, partial(estimate, K3), ""),
     "k3 of −l": (
         K3,
-        lambda l: np.expm1(l) - l,
-        np.expm1,
+        lambda l: (estimate(K3, -l)[0], -estimate(K3, -l)[1]),
         "KL of the other direction: k3 of log π_θ − log π_ref, that is e^l − l − 1, where π_θ is sampled from",
     ),
-    "|l|": (K1, np.abs, np.sign, "the KL term is |log π_θ − log π_ref|, which estimates no KL divergence"),
-    "l²": (K2, lambda l: l * l, lambda l: 2 * l, ""),
-    "e^(−l) − 1": (K3, lambda l: np.expm1(-l), lambda l: -np.exp(-l), "the KL term lacks its + l: it is e^(−l) − 1"),
+    "|l|": (
+        K1,
+        lambda l: (np.abs(l), np.sign(l)),
+        "the KL term is |log π_θ − log π_ref|, which estimates no KL divergence",
+    ),
+    "e^(−l) − 1": (
+        K3,
+        lambda l: (np.expm1(-l), -np.exp(-l)),
+        "the KL term lacks its + l: it is e^(−l) − 1",
+    ),
     "e^(−l) + l": (
         K3,
-        lambda l: np.exp(-l) + l,
-        lambda l: -np.expm1(-l),
+        lambda l: (np.exp(-l) + l, -np.expm1(-l)),
         "the KL term lacks its − 1: it is e^(−l) + l, β more than k3",
     ),
 }
@@ -66,18 +79,18 @@ def read(loss: Loss, scale: float, width: int) -> KLTerm:
         return found.loss / scale, float(np.sum(found.grad)) / scale
 
     if "ref_logps" not in loss.takes:
-        return KLTerm(None, False, 0.0)
+        return KLTerm(None, False)
     ratios = _RATIOS if "old_logps" in loss.takes else np.zeros(1)
     table = np.array([[of(x, l) for l in NEAR] for x in ratios])
     value, slope = table[..., 0], table[..., 1]
     tol = loss.exactness * 100
     if np.abs(table).max() <= tol * 1e-6 or not np.isfinite(table).all():
         if np.isfinite(table).all():
-            return KLTerm(None, False, 0.0)
+            return KLTerm(None, False)
         finding = Finding("differs", "is not finite at A = 0 beside a reference", "", "", token(0.0, 0.5, 0.0, width))
-        return KLTerm(None, True, 0.0, (finding,))
+        return KLTerm(None, True, (finding,))
     if max(np.ptp(x, axis=1).max() for x in (value, slope)) <= tol * np.abs(table).max():
-        return KLTerm(None, False, 0.0)  # nothing of the reference: `remainder` tells what it is
+        return KLTerm(None, False)  # nothing of the reference: `remainder` tells what it is
     term = _named(loss, of, ratios, value, slope, tol, width)
     if tol < 1e-4 and any(
         re.search("none that grpo_loss|other than ρ|not that of its value", x.what) for x in term.findings
@@ -119,20 +132,23 @@ def _named(loss: Loss, of: Any, ratios: Floats, value: Floats, slope: Floats, to
     here = value[len(ratios) // 2]  # at ρ = 1
     x = ratios[:, None]
     found: tuple[str, float] | None = None
-    for name, (_, k, _, _) in _ESTIMATORS.items():
-        beta = float(np.dot(here, k(NEAR)) / np.dot(k(NEAR), k(NEAR)))
-        if beta and np.all(np.abs(here - beta * k(NEAR)) <= tol * abs(beta) * np.maximum(np.abs(k(NEAR)), 1e-3)):
+    for name, (_, estimator, _) in _ESTIMATORS.items():
+        near, _ = estimator(NEAR)
+        beta = float(np.dot(here, near) / np.dot(near, near))
+        if beta and np.all(np.abs(here - beta * near) <= tol * abs(beta) * np.maximum(np.abs(near), 1e-3)):
             found = name, beta
             break
     if found is None:
-        return KLTerm(None, True, 0.0, (_unknown(here, slope[len(ratios) // 2], width),))
+        return KLTerm(None, True, (_unknown(here, width),))
     name, beta = found
-    option, k, dk, wrong = _ESTIMATORS[name]
+    option, estimator, wrong = _ESTIMATORS[name]
+
+    def k(l: Any) -> Any:
+        return estimator(l)[0]
+
     findings = []
     if wrong:
         findings.append(Finding("differs", wrong, "", _rows(here), token(0.0, 1.0, 0.0, width)))
-    if name == "l²":
-        beta, k, dk = 2 * beta, _ESTIMATORS["k2"][1], _ESTIMATORS["k2"][2]
     if beta < 0:
         what = "the sign of the KL term is reversed: it rewards distance from the reference"
         findings.append(Finding("differs", what, "A = 0", f"β = {number(beta)}", token(0.0, 1.0, 0.0, width)))
@@ -147,12 +163,12 @@ def _named(loss: Loss, of: Any, ratios: Floats, value: Floats, slope: Floats, to
     beta = tidy(beta, tol)
     gradient: Literal["own", "score", "k2"] = "own"
     if loss.gives_gradient and weighted is not None:
-        gradient, more = _gradient(beta, name, k(NEAR), dk(NEAR), rho, np.exp(x), slope, bool(weighted), tol, width)
+        gradient, more = _gradient(beta, name, *estimator(NEAR), rho, np.exp(x), slope, bool(weighted), tol, width)
         findings += more
     if weighted is not None and len(ratios) > 1 and not any("as in a reward" in x.what for x in findings):
         findings += kl_weights.far_away(of, beta * float(k(np.float64(1.0))), weighted, tol, width)
     findings += _clamps(of, beta, name, k, tol, width, -loss.least)
-    return KLTerm(option(beta, bool(weighted), gradient), True, beta, tuple(findings))
+    return KLTerm(option(beta, bool(weighted), gradient), True, tuple(findings))
 
 
 def _gradient(
@@ -234,6 +250,6 @@ def _rows(value: Floats) -> str:
     )
 
 
-def _unknown(value: Floats, slope: Floats, width: int) -> Finding:
+def _unknown(value: Floats, width: int) -> Finding:
     what = "the KL term is none that grpo_loss has"
     return Finding("differs", what, "A = 0, ρ = 1", _rows(value), token(0.0, 1.0, 0.0, width))

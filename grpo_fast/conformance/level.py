@@ -110,11 +110,10 @@ def _total(loss: Loss, surrogate: Any, x: Floats) -> float:
 
 
 def _s(surrogate: Any, log_ratio: Floats, at: Batch) -> Floats:
-    if isinstance(surrogate, VESPO):
-        k, lam = surrogate.k_pos, surrogate.lambda_pos
-        value: Floats = np.exp(lam + k * log_ratio - lam * np.exp(log_ratio)) * at.logps[0]
-        return value
-    s = reference.surrogate_term(surrogate, np.exp(log_ratio), np.ones_like(log_ratio), at.logps[0])[0]
+    """s of these tokens, A = 1, each a sequence of its own with this log-ratio."""
+    logp = at.logps[0]
+    tokens = reference._Tokens.of(logp, None, np.arange(logp.size + 1))
+    s = reference.policy_term(surrogate, log_ratio, np.ones_like(logp), logp, tokens, "sequence")[0]
     return s.astype(np.float64)
 
 

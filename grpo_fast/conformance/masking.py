@@ -4,7 +4,7 @@ The mask that a loss applies in truth is where its gradient is not 0 when all to
 changing the values at masked places, one array at a time, finitely.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -128,13 +128,13 @@ _PATTERNS: dict[str, Callable[[NDArray[np.bool_]], NDArray[np.bool_]]] = {
 }
 
 
-def leaks(loss: Loss, per_token: bool, skip: Iterable[str] = ()) -> list[Finding]:
+def leaks(loss: Loss, per_token: bool) -> list[Finding]:
     """What reaches loss or gradient from masked places, in finite numbers."""
     if "mask" not in loss.takes:
         return []
     findings = []
     for name in _WHAT:
-        if name not in loss.takes or name in skip or (name == "advantages" and not per_token):
+        if name not in loss.takes or (name == "advantages" and not per_token):
             continue
         for A in (0.0, 1.0):
             at = base(per_token=name == "advantages", A=A)

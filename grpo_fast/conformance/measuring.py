@@ -20,7 +20,8 @@ LOGP = -0.5
 class Normalizer(NamedTuple):
     """A denominator that is a function of the batch: call it with the mask to have the number for `grpo_loss`.
 
-    It is ``constant``·(B if ``rows``)·(T if ``width``)·(sequences with a token if ``begun``)·….
+    It is ``constant`` times the power of each of the ``factors``, such as ``("B", 1)``: "B" is the number of sequences,
+    "B′" of those with a token, "N" of tokens, "T" the width, "max n" the length of the longest sequence; none below 1.
     """
 
     constant: float

@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from ..terms import Options
 from . import shrinking
 from .calling import Batch, Loss, batch
 from .cases import Case
-from .comparing import Miss, compare, expected
+from .comparing import Miss, checked, compare, expected
 from .report import Finding, Severity, number
 
 
@@ -182,7 +181,7 @@ def _example(
 ) -> tuple[Batch | None, str]:
     """The smallest input on which these options differ, and by how much."""
     try:
-        Options(**{**other, "normalizer": None})
+        checked(other)
     except (TypeError, ValueError):  # such as VESPO at another level
         other = found
 

@@ -1,18 +1,18 @@
 """A KL to the reference that is taken from the advantages, A − β·k, as from a reward, inside of the loss."""
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
+from ..terms import K1, K2, K3, KL
 from .calling import Batch, CallFailed, Loss, batch
+from .kl import estimate
 from .numbers import tidy
 from .report import Finding, number
 
-_ESTIMATORS: dict[str, Any] = {
-    "(log π_old − log π_ref)": lambda d: d,
-    "k3 of log π_old − log π_ref": lambda d: np.expm1(-d) + d,
-    "k2 of log π_old − log π_ref": lambda d: d * d / 2,
+_ESTIMATORS: dict[str, type[KL]] = {
+    "(log π_old − log π_ref)": K1,
+    "k3 of log π_old − log π_ref": K3,
+    "k2 of log π_old − log π_ref": K2,
 }
 #: log ρ, log π_old − log π_ref, A.
 _PLACES = ((-0.5, 0.4, 1.0), (0.4, -0.3, -1.0), (0.05, 0.9, 0.3), (-0.05, -0.8, 0.0), (0.9, 0.2, -2.0))
@@ -29,9 +29,9 @@ def read(loss: Loss) -> list[Finding]:
             return []
         if np.abs(_answer(loss, _tokens(0.1, 0.0, 0.0))).max() > 1e-6 * abs(scale):  # it is of π_θ, or there is more
             return []
-        for name, k in _ESTIMATORS.items():
-            beta = cost / scale / float(k(0.5))
-            if all(_same(loss, x, d, A, A - beta * float(k(d))) for x, d, A in _PLACES):
+        for name, kind in _ESTIMATORS.items():
+            beta = cost / scale / float(estimate(kind, 0.5)[0])
+            if all(_same(loss, x, d, A, A - beta * float(estimate(kind, d)[0])) for x, d, A in _PLACES):
                 beta = tidy(beta, max(1e-7, 10 * loss.exactness))
                 what = (
                     f"the KL is within the advantages, A − {number(beta)}·{name}, as in a reward: it is clipped and "

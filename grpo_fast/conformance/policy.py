@@ -96,7 +96,6 @@ def _padded(loss: Loss, tokens: Tokens) -> Policy | None:
     found = read(loss)
     if found.kind == "none" or not np.any(loss(example).grad):  # it is the masked token that counts
         loss.padded = False
-        tokens.width = 6
         return None
     what = "rows that fill the width are left out, as by a filter of what is overlong"
     amount = "neither loss nor gradient changes with A; with one masked token more both do"
@@ -241,7 +240,7 @@ def _named(tokens: Tokens, read: dict[int, Curve], policy: Policy) -> Policy:
         room = tol * expected * (1 + np.abs(curve.x)) + curve.noise
         off = kept[sign] & ~(np.abs(curve.value - expected) <= room)
         if off.any():
-            return policy._replace(findings=(*findings, surrogates.unknown(tokens, curve, sign, expected, off)))
+            return policy._replace(findings=(*findings, surrogates.unknown(tokens, curve, sign, off)))
     surrogate, more = surrogates.bounded(tokens, bounds)
     findings += more
     findings += slopes.wrong(tokens, read, kept, bounds, None, clamp)

@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 #: Seconds between two changes of the line, and before the first.
@@ -13,10 +13,10 @@ _EVERY = 0.2
 class Progress:
     """The line; nothing where stderr is no terminal, or it is not wanted."""
 
-    def __init__(self, name: str, wanted: bool | None) -> None:
+    def __init__(self, name: str, calls: Callable[[], int], wanted: bool | None) -> None:
         self._name = name
+        self._calls = calls
         self._stage = ""
-        self._calls = 0
         self._last = time.monotonic()
         self._written = 0
         self._on = _is_terminal() if wanted is None else wanted
@@ -24,15 +24,14 @@ class Progress:
     def stage(self, stage: str) -> None:
         """Say what is being looked at."""
         self._stage = stage
-        self.tick(0)
+        self.tick()
 
-    def tick(self, calls: int = 1) -> None:
-        """Count calls of the loss, and now and then say how many."""
-        self._calls += calls
+    def tick(self) -> None:
+        """Say now and then how often the loss was called."""
         now = time.monotonic()
         if self._on and now - self._last >= _EVERY:
             self._last = now
-            line = f"{self._name}: {self._stage}, {self._calls} calls"[:100]
+            line = f"{self._name}: {self._stage}, {self._calls()} calls"[:100]
             with suppress(Exception):
                 print(f"\r{line:<{self._written}}", end="", file=sys.stderr, flush=True)
                 self._written = max(self._written, len(line))
@@ -46,9 +45,9 @@ class Progress:
 
 
 @contextmanager
-def progress(name: str, wanted: bool | None) -> Iterator[Progress]:
-    """A context with the line, which is gone after it."""
-    line = Progress(name, wanted)
+def progress(name: str, calls: Callable[[], int], wanted: bool | None) -> Iterator[Progress]:
+    """A context with the line, which is gone after it; ``calls`` says how often the loss was called."""
+    line = Progress(name, calls, wanted)
     begin = time.monotonic()
     try:
         yield line

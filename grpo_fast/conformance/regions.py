@@ -5,6 +5,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from .. import reference
 from ..terms import TV, Band, BinaryKL
 from .calling import batch
 from .curves import NEAR, Tokens, pair
@@ -88,5 +89,5 @@ def _tv(x: float, anchor: float) -> float:
 
 
 def _binary_kl(x: float, anchor: float) -> float:
-    logp, old = pair(x, anchor)
-    return math.exp(old) * (old - logp) - math.expm1(old) * math.log(math.expm1(old) / math.expm1(logp))
+    logp, old = map(np.array, pair(x, anchor))
+    return float(reference.binary_kl(logp, old))

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ..terms import K1, K2, K3
 from .calling import Batch, CallFailed, Loss, batch
+from .kl import estimate
 from .numbers import tidy
 from .report import Finding, number
 
@@ -52,7 +54,8 @@ def read(loss: Loss, scale: float, width: int, of_kl: Sequence[Finding], kl_ther
             return []
         return [Finding("differs", f"adds a constant, {number(tidy(constant, 1e-6))}", where, "", example)]
     if moves_x and not moves_logp:
-        for name, k in (("k1", _X), ("k2", _X**2 / 2), ("k3", np.expm1(-_X) + _X), ("k3 of −log ρ", np.expm1(_X) - _X)):
+        for name, kind, x in (("k1", K1, _X), ("k2", K2, _X), ("k3", K3, _X), ("k3 of −log ρ", K3, -_X)):
+            k, _ = estimate(kind, x)
             for weight, word in ((np.ones_like(_X), ""), (np.exp(_X), "ρ·")):
                 beta = float(np.dot(value, weight * k) / np.dot(weight * k, weight * k))
                 if np.abs(value - beta * weight * k).max() <= 100 * error * abs(beta):

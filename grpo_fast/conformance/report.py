@@ -68,6 +68,8 @@ class Report(NamedTuple):
         On how many of them it differs, beyond rounding.
     strict : bool
         Whether what is fragile counts, too.
+    asked : bool
+        Whether the options are those that it was compared with, as of `check`.
     """
 
     name: str

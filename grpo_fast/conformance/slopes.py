@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import reference
 from .curves import Bounds, Curve, Floats, Tokens
 from .numbers import bisect, tidy
 from .report import Finding, Severity, number
@@ -21,7 +22,7 @@ def wrong(
     smooth: Any,
     clamp: tuple[float, float] = (-math.inf, math.inf),
 ) -> list[Finding]:
-    """The first finding, for a value within ``bounds``, or of SAPO (``smooth``), of a log-ratio within ``clamp``."""
+    """The first finding, for a value within ``bounds``, or of SAPO or VESPO (``smooth``), and log ρ in ``clamp``."""
     if not tokens.loss.gives_gradient:
         return []
     tol = tokens.loss.exactness * 100
@@ -32,10 +33,9 @@ def wrong(
         if tokens.kind == "weight":
             expected = size = curve.value
         elif smooth is not None:
-            tau = smooth.tau_pos if sign > 0 else smooth.tau_neg
             with np.errstate(all="ignore"):
-                gate = 1 / (1 + np.exp(-tau * (rho - 1)))
-            expected = 4 * gate * (1 - gate) * rho
+                slope = reference.surrogate_term(smooth, rho, np.full_like(rho, sign), curve.logp)[1]
+            expected = np.abs(slope).astype(np.float64)  # over A = ±1, which it has the sign of
             size = (1 + rho) * expected + rho / (1 + rho) ** 2
         else:
             free &= (bounds[sign].low < rho) & (rho < bounds[sign].high)

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import reference
 from ..terms import CISPO, SAPO, VESPO, Clip, Unclipped
-from .curves import Bounds, Curve, Floats, Tokens
+from .curves import Bounds, Curve, Tokens
 from .numbers import tidy
 from .report import Finding, number
 
@@ -102,9 +103,12 @@ def smooth(tokens: Tokens, curves: dict[int, Curve], kept: dict[int, Mask], tol:
 def _sapo(curves: dict[int, Curve], kept: dict[int, Mask], tol: float) -> Any:
     taus = []
     for sign, curve in curves.items():
-        tau = 2 / curve.value[curve.x.size // 2] if curve.value[curve.x.size // 2] > 0 else math.nan
         with np.errstate(all="ignore"):
-            expected = 4 / tau / (1 + np.exp(-tau * (np.exp(curve.x) - 1)))
+            tau = float(2 / curve.value[curve.x.size // 2])  # s/A is 2/τ at ρ = 1
+            if not 0 < tau < math.inf:
+                return None
+            one = np.ones_like(curve.x)
+            expected = reference.surrogate_term(SAPO(tau, tau), np.exp(curve.x), one, curve.logp)[0]
         room = 10 * tol * expected + curve.noise
         if not np.all(np.abs(curve.value - expected)[kept[sign]] <= room[kept[sign]]):
             return None
@@ -128,7 +132,7 @@ def _vespo(curves: dict[int, Curve], kept: dict[int, Mask], tol: float) -> Any:
 
 
 # --- none of these ----------------------------------------------------------------------------------------------------
-def unknown(tokens: Tokens, curve: Curve, sign: int, expected: Floats, off: Mask) -> Finding:
+def unknown(tokens: Tokens, curve: Curve, sign: int, off: Mask) -> Finding:
     """That a curve is none of these, with its numbers; or what is missing in it."""
     i = min(np.flatnonzero(off), key=lambda i: abs(curve.x[i]))
     rows = [f"{number(math.exp(x))}: {number(v)}, {number(g)}" for x, v, g in _sampled(curve)]

@@ -17,8 +17,6 @@ from .measuring import Floats, Normalizer, Weights, measured, power, ragged, siz
 from .numbers import tidy
 from .report import Finding, number
 
-#: What a weight may depend on.
-COUNTS = ("n_i", "N", "B", "T", "B′", "max n")
 _LENGTHS = (
     [3, 5],
     [2, 7, 4],
@@ -181,10 +179,7 @@ def _wrong(made: Any, rest: dict[str, float], mean: bool, scale: float, formula:
         text = f"the denominator{what} is none of the usual ones"
         if mean and rest.get("N") == 1 and len(rest) == 1:
             text = f"divides{what} by the tokens of the sequence and by those of the batch"
-        elif not rest and mean:
-            text = ""
-        if text:
-            findings.append(Finding("differs", text, "", amount, made(ragged([1, 2]))))
+        findings.append(Finding("differs", text, "", amount, made(ragged([1, 2]))))
     elif scale != 1 and (rest == {"N": 1} or (rest == {"B": 1} and mean) or rest == {"B′": 1}):
         text = (
             f"the loss is {number(1 / scale)} times as large{what} as the mean it is"

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from combinations import ARRAYS, F4, F8, SEQ, TOKEN
 
-from grpo_fast import GMPO, SAPO, VESPO, reference
+from grpo_fast import SAPO, VESPO, reference
 from grpo_fast.reference import shared, times
 
 
@@ -28,10 +28,7 @@ def limits(arguments, eps):
     u = np.ones_like(logp) if u is None else tokens.each("loss_weights", u, True)
     rho, own = np.exp(shared(d, tokens, level)), np.exp(d)
     of_ratio, of_policy = (eps * (1 + shared(np.abs(d), tokens, level)) for _ in range(2))
-    if isinstance(surrogate, (VESPO, GMPO)):
-        terms = reference.surrogate_term_of_sequence(surrogate, d, A, logp, tokens, level)
-    else:
-        terms = reference.surrogate_term(surrogate, rho, A, logp)
+    terms = reference.policy_term(surrogate, d, A, logp, tokens, level)
     if isinstance(surrogate, VESPO):
         k, lambda_ = max(surrogate.k_pos, surrogate.k_neg), max(surrogate.lambda_pos, surrogate.lambda_neg)
         w_of_sequence = np.exp(np.minimum(tokens.spread(tokens.sums(np.clip(d, -20, 20))), 20))
