@@ -267,7 +267,7 @@ def test_by_over_nothing_is_no_samples(tmp_path, capsys):
     empty = pa.array([[], []], pa.list_(pa.float64()))
     path = write(tmp_path / "a.parquet", pa.table(dict.fromkeys(PROBABILITIES, empty) | {"step": [0, 1]}))
     for by in (None, "step"):
-        with pytest.raises(ValueError, match="a.parquet: no samples"):
+        with pytest.raises(ValueError, match=r"a\.parquet: no samples"):
             evaluate(path, by=by)
     assert main(["evaluate", str(path), "--by", "step", "--json"]) == 2
     assert "no samples" in capsys.readouterr().err
