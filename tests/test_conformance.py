@@ -130,6 +130,20 @@ def test_any_options_are_identified(options):
         assert as_called(report.options) == options
 
 
+@pytest.mark.parametrize("region", [None, Band(0.2, 1.3), Band(0.95, 1.2)])
+def test_the_bounds_of_tokens_are_found_where_no_mean_reaches_them(region):
+    options = {"surrogate": GMPO(0.1, 0.313), "trust_region": region, "importance_sampling_level": "sequence"}
+
+    def loss(logps, old_logps, advantages, mask):
+        result = reference.grpo_loss(logps, old_logps, advantages, mask=mask, grad=True, **options)
+        return result.loss, result.grad
+
+    report = identify(loss)
+    assert report.ok, str(report)
+    assert report.options["surrogate"] == options["surrogate"]
+    assert report.options.get("trust_region") == region
+
+
 # --- what is not ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", params(PLANTED))
 def test_a_planted_defect_is_named_and_nothing_else(name):

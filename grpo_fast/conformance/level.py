@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import reference
-from ..terms import CISPO, GMPO, SAPO, VESPO, Clip
+from ..terms import CISPO, GMPO, SAPO, VESPO, Clip, Unclipped
 from .calling import Batch, Loss, batch
 from .numbers import tidy
 from .policy import Policy
@@ -22,6 +22,8 @@ _RATIOS: dict[str, Callable[[Floats], Floats]] = {
     "product": lambda x: np.full_like(x, x.sum()),
     "arithmetic": lambda x: np.full_like(x, np.log(np.exp(x).mean())),
 }
+
+_WIDE = 2.0  # a log-ratio beyond the bounds of GMPO
 
 
 class LevelFound(NamedTuple):
@@ -69,12 +71,13 @@ def read(loss: Loss, policy: Policy, weights: Floats, per_token: bool) -> LevelF
         return LevelFound(None, surrogate, (Finding("differs", text, "", amount, sequence_of(loss, x)),))
     bounded = _bounded(surrogate)
     findings: list[Finding] = []
+    if "sequence" in fits and isinstance(surrogate, (Clip, Unclipped)):
+        gmpo = _gmpo(loss, weight)
+        if gmpo is not None:
+            return LevelFound("sequence", gmpo)
     if bounded is not None:
         y = bounded * np.array([1.5, -1.6, 0.4])
         again = _fitting(loss, surrogate, weight, y)
-        gmpo = _gmpo(loss, surrogate, weight, y)
-        if "sequence" in fits and gmpo is not None:
-            return LevelFound("sequence", gmpo)
         if "sequence" in fits and "token" not in fits and "sequence" not in again:
             text = "the ratio is the sequence's where nothing is clipped, and another where a token is"
             findings.append(Finding("differs", text, "", "", sequence_of(loss, y)))
@@ -99,8 +102,8 @@ def _whose(fits: list[str]) -> str:
     return "each token's" if "token" in fits else "the geometric mean's" if "sequence" in fits else "another"
 
 
-def _value(loss: Loss, x: Floats, mask: Any = None) -> float:
-    return loss(sequence_of(loss, x, 0.0, mask=mask)).loss - loss(sequence_of(loss, x, mask=mask)).loss
+def _value(loss: Loss, x: Floats, mask: Any = None, A: float = 1.0) -> float:
+    return loss(sequence_of(loss, x, 0.0, mask=mask)).loss - loss(sequence_of(loss, x, A, mask=mask)).loss
 
 
 def _total(loss: Loss, surrogate: Any, x: Floats) -> float:
@@ -139,17 +142,27 @@ def _bounded(surrogate: Any) -> float | None:
     return 0.5 if isinstance(surrogate, SAPO) else None
 
 
-def _gmpo(loss: Loss, surrogate: Any, weight: Floats, x: Floats) -> Any:
-    """GMPO, if what clips each token within a geometric mean is what was found: its ε are of log ρ."""
-    if not isinstance(surrogate, Clip) or not surrogate.epsilon_high > 0:
+def _gmpo(loss: Loss, weight: Floats) -> Any:
+    """GMPO, if each token's log-ratio is bounded within the geometric mean, or None.
+
+    The mean of these log-ratios is 0, so that ρ is 1, which neither clips nor a trust region leaves out: the bounds are
+    what s tells, exp((ε_high − d)/3) where A > 0 and −exp((d − ε)/3) where A < 0.
+    """
+    x = _WIDE * np.array([1.0, -1.0, 0.0])
+    bounds = []
+    for A in (-1.0, 1.0):
+        value = A * _value(loss, x, A=A) / float(weight.sum())
+        if not 0 < value < math.inf:
+            return None
+        bound = _WIDE + 3 * A * math.log(value)
+        bounds.append(tidy(bound, 300 * loss.exactness) if bound < 0.999 * _WIDE else math.inf)
+    if bounds == [math.inf, math.inf] or min(bounds) < 0:
         return None
-    high = math.log1p(surrogate.epsilon_high)
-    expected = float(weight.sum()) * math.exp(float(np.minimum(x, high).mean()))
-    if abs(_value(loss, x) - expected) > max(1e-7, min(loss.exactness * 100, 0.02 * high)) * abs(expected):
+    y = _WIDE * np.array([0.9, -0.6, -0.3])
+    expected = float(weight.sum()) * math.exp(float(np.minimum(y, bounds[1]).mean()))
+    if abs(_value(loss, y) - expected) > max(1e-7, min(100 * loss.exactness, 0.01)) * abs(expected):
         return None
-    error = 100 * loss.exactness
-    low = -math.log1p(-surrogate.epsilon) if surrogate.epsilon < 1 else math.inf
-    return GMPO(tidy(low, error), tidy(high, error))
+    return GMPO(*bounds)
 
 
 def _whose_advantage(loss: Loss, x: Floats) -> str:
