@@ -23,7 +23,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import Queue
 from typing import Any, NamedTuple
@@ -171,6 +171,7 @@ def is_flattening(node: ast.AST) -> bool:
 PROBABILITIES = "test_example test_bad_input test_against_reference test_same_bits test_adding test_arrays"
 LOSS = "test_loss test_loss_bad_input test_loss_same_bits"
 CORRECTION = "test_rollout test_rollout_same_bits test_rollout_bad_input"
+FILES = "test_files test_files_bad_input test_files_edges test_by test_files_rollout test_bounded_memory test_executors"
 #: For each file the recorded cases that show what it computes, by their first words, and the tests of what it promises.
 KILLERS = {
     "_kernels/elementary.py": (("objective", "stats", "loss"), f"test_elementary {PROBABILITIES} {LOSS}"),
@@ -225,6 +226,21 @@ KILLERS = {
     "_kernels/cache_folder.py": ((), "test_cache_folder test_cache"),
     "_kernels/compiling.py": (("objective", "loss"), "test_host test_cache test_threads_and_processes test_simd"),
     "reference.py": ((), "test_reference_loss test_loss test_against_reference test_example"),
+    "prompt_weights.py": ((), "test_prompt_weights test_bad_input"),
+    **{file: ((), FILES) for file in ("files.py", "_columns.py", "_formats.py", "_layouts.py", "_plan.py")},
+    **{file: ((), FILES) for file in ("_rollouts.py", "_jobs.py", "_workers.py", "_summing.py", "_arrow.py")},
+    **{file: ((), f"test_inputs {FILES}") for file in ("_paths.py", "_sources.py", "_directories.py")},
+    "_json_lines.py": ((), f"test_inputs {FILES}"),
+    "_keys.py": ((), f"test_by {FILES}"),
+    "_histograms.py": ((), f"test_histogram test_run_pictures {FILES}"),
+    "_worst.py": ((), f"test_worst {FILES}"),
+    "_writer.py": ((), "test_writer test_whole_way"),
+    "_atomic.py": ((), "test_writer test_whole_way test_run_pictures"),
+    **{
+        f"conformance/{path.name}": ((), "test_conformance")
+        for path in sorted((PACKAGE / "conformance").glob("*.py"))
+        if path.name != "progress.py"
+    },
 }
 
 
@@ -337,21 +353,30 @@ def try_all(chosen: list[Mutant], jobs: int, log: Path) -> None:
             free.put(Worker(Path(temporary) / str(k)))
         done = itertools.count(1)
 
-        def work(mutant: Mutant) -> None:
+        @contextmanager
+        def a_worker() -> Iterator[Worker]:
             worker = free.get()
             try:
-                killer = worker.try_out(mutant)
+                yield worker
             finally:
                 free.put(worker)
+
+        every_command = dict.fromkeys((name, *command) for m in chosen for name, command in commands(m.file))
+
+        def unchanged(command: tuple[str, ...]) -> str | None:
+            with a_worker() as worker:
+                return worker.killer([(command[0], list(command[1:]))])
+
+        def work(mutant: Mutant) -> None:
+            with a_worker() as worker:
+                killer = worker.try_out(mutant)
             print(json.dumps((str(mutant), killer)), file=out, flush=True)
             print(f"{next(done)}/{len(chosen)} {mutant}: {killer or 'SURVIVED'}", flush=True)
 
-        print("all tests of these files, without a mutant", flush=True)
-        first = free.get()
-        if failing := first.killer(dict(pair for m in chosen for pair in commands(m.file)).items()):
-            raise SystemExit(f"{failing} fails without a mutant")
-        free.put(first)
         with ThreadPoolExecutor(jobs) as pool:
+            print("all tests of these files, without a mutant", flush=True)
+            if failing := list(filter(None, pool.map(unchanged, every_command))):
+                raise SystemExit(f"{', '.join(failing)} fails without a mutant")
             list(pool.map(work, chosen))
 
 
