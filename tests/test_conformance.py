@@ -318,7 +318,7 @@ def test_the_line_says_how_often_the_loss_was_called(monkeypatch, capsys):
     monkeypatch.setattr(importlib.import_module("grpo_fast.conformance.progress"), "_EVERY", 0.0)
     for probe in (identify, lambda *given, **more: check(*given, surrogate=Clip(0.1), **more)):
         calls.clear()
-        probe(loss, show_progress=True)
+        probe(loss, progress=True)
         counts = shown()
         assert counts == sorted(counts)
         assert 0 < counts[0] < len(calls) / 10

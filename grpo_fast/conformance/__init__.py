@@ -29,7 +29,7 @@ from .cases import cases
 from .comparing import checked, misses
 from .frameworks import Framework
 from .measuring import Normalizer
-from .progress import Progress, progress
+from .progress import Progress, progress_line
 from .report import Finding, Report
 
 __all__ = ["Finding", "Normalizer", "Report", "check", "identify"]
@@ -40,7 +40,7 @@ def identify(
     *,
     framework: Framework | None = None,
     device: Any = None,
-    show_progress: bool | None = None,
+    progress: bool | None = None,
 ) -> Report:
     """Return what a loss computes, as options of `grpo_loss`, and what it does wrong; a terminal sees the progress.
 
@@ -59,7 +59,7 @@ def identify(
         What it is written in; found out unless given. The gradient is that of the framework's autograd.
     device : optional
         Where the tensors are to be, in torch.
-    show_progress : bool, optional
+    progress : bool, optional
         Whether a line on stderr says how far it is; unless given, if that is a terminal.
 
     Returns
@@ -76,7 +76,7 @@ def identify(
         ``framework`` is none of the three.
     """
     called = Loss(loss, framework, device)
-    with progress(f"identify {called.name}", lambda: called.calls, show_progress) as line:
+    with progress_line(f"identify {called.name}", lambda: called.calls, progress) as line:
         return _identified(called, line)
 
 
@@ -86,7 +86,7 @@ def check(
     strict: bool = False,
     framework: Framework | None = None,
     device: Any = None,
-    show_progress: bool | None = None,
+    progress: bool | None = None,
     **options: Any,
 ) -> Report:
     """Return whether a loss is `grpo_loss` with these options, on a battery of inputs; a terminal sees the progress.
@@ -103,7 +103,7 @@ def check(
 
     Parameters
     ----------
-    loss, framework, device, show_progress
+    loss, framework, device, progress
         As in `identify`.
     strict : bool
         Whether ``ok`` wants nothing fragile, either.
@@ -123,7 +123,7 @@ def check(
     strict = flag("strict", strict)
     asked = _checked(options)
     called = Loss(loss, framework, device)
-    with progress(f"check {called.name}", lambda: called.calls, show_progress) as line:
+    with progress_line(f"check {called.name}", lambda: called.calls, progress) as line:
         return _checked_report(called, asked, strict, line)
 
 

@@ -4,8 +4,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import alignment
 from .calling import Batch, CallFailed, Loss, batch, each
-from .report import Finding, number
+from .report import Finding, Severity, number
 
 
 class Advantages(NamedTuple):
@@ -45,20 +46,23 @@ def read(loss: Loss) -> Advantages:
     means = A.mean(axis=1, keepdims=True) + 0 * A
     if np.allclose(found, means, rtol=tol):  # a level of sequences, or a mean over each
         return Advantages(True, tuple(findings), tuple(notes))
+    amount = f"the gradient is {_row(found[0])} times that of A = 1, for A = {_row(A[0])}"
     if _mixes(loss, at):
         text = "advantages one per token, (B, T), are taken without an error and mixed over rows: (B, 1, T) × (B, T)"
-        amount = f"the gradient is {_row(found[0])} times that of A = 1, for A = {_row(A[0])}"
         if loss.form == "(B,)":
             return Advantages(False, tuple(findings), (*notes, text))
         findings.append(Finding("differs", text, "advantages of shape (B, T)", amount, _small(at)))
         return Advantages(False, tuple(findings), tuple(notes))
+    own = alignment.depends(loss, at, "advantages")
+    if own is not None and np.array_equal(own, np.eye(6, dtype=bool)):  # what it makes of them is told elsewhere
+        return Advantages(True, tuple(findings), tuple(notes))
     text = "advantages one per token, (B, T), are taken without an error and are not those of the tokens"
     if np.allclose(found, A[:, :1] + 0 * A, rtol=tol):
         text = "of advantages one per token, (B, T), only that of the first is used, without an error"
-    if loss.form == "(B,)":
-        return Advantages(False, tuple(findings), (*notes, text))
-    amount = f"the gradient is {_row(found[0])} times that of A = 1, for A = {_row(A[0])}"
-    findings.append(Finding("differs", text, "advantages of shape (B, T)", amount, at))
+    elif own is not None:
+        text = alignment.text_of(own, at.logps.shape, "advantages") or text
+    severity: Severity = "fragile" if loss.form == "(B,)" else "differs"
+    findings.append(Finding(severity, text, "advantages of shape (B, T)", amount, at))
     return Advantages(False, tuple(findings), tuple(notes))
 
 
@@ -97,10 +101,16 @@ def _row(x: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]") -> str:
 
 
 def _mixes(loss: Loss, at: Batch) -> bool:
-    other = at.advantages.copy()
-    other[1] *= 3
-    first, second = loss(at).grad, loss(at._replace(advantages=other)).grad
-    return first is not None and second is not None and not np.allclose(first[0], second[0], rtol=1e-6)
+    """Whether the advantages of one row matter to another where they are one per token, and only there."""
+    mixed = []
+    for advantages in (at.advantages, np.array([1.0, 2.0])):
+        other = advantages.copy()
+        other[1] *= 3
+        first, second = (loss(at._replace(advantages=x)).grad for x in (advantages, other))
+        assert first is not None
+        assert second is not None
+        mixed.append(not np.allclose(first[0], second[0], rtol=1e-6))
+    return mixed[0] and not mixed[1]
 
 
 def _small(at: Batch) -> Batch:

@@ -89,6 +89,8 @@ class Loss:
         self.padded = False
         #: Whether the reference is the old policy in every batch, for a loss whose KL is told already.
         self.tied = False
+        #: Whether π_old and π_ref change places in every batch, for a loss that has them swapped.
+        self.swapped = False
         #: Below it the loss clamps log-probabilities.
         self.least = -math.inf
         tried: list[Framework]
@@ -180,6 +182,8 @@ class Loss:
             advantages = one_each if self.form == "(B, 1)" else np.broadcast_to(one_each, at.logps.shape)
         arrays["advantages"] = np.ascontiguousarray(advantages)
         arrays["mask"] = at.mask.astype(self.mask_dtype)
+        if self.swapped:
+            arrays["old_logps"], arrays["ref_logps"] = arrays["ref_logps"], arrays["old_logps"]
         if self.tied:
             arrays["ref_logps"] = arrays["old_logps"]
         if not self.padded:

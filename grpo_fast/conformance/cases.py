@@ -38,6 +38,7 @@ def cases(options: Mapping[str, Any], loss: Loss, per_token: bool) -> Iterator[C
         yield Case(f"{shape[0]} × {shape[1]} without padding", made(rng, np.ones(shape, bool)))
         yield Case(f"{shape[0]} × {shape[1]}, ratios far apart", made(rng, np.ones(shape, bool), 1.2, 1.0))
     yield Case("A = 0", made(rng, np.ones((2, 3), bool))._replace(advantages=np.zeros(2)))
+    yield Case("a row with A = 0", made(rng, np.ones((3, 2), bool))._replace(advantages=np.array([0.7, 0.0, -1.2])))
     yield Case("log-probabilities of 0", batch(np.zeros((1, 2)), [[-0.1, -0.4]], 1.0, [[-0.2, 0.0]]))
     yield Case("improbable tokens", batch([[-41.0, -37.5]], [[-41.2, -37.6]], -1.0, [[-40.5, -37.9]]))
     if masked:

@@ -4,7 +4,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import advantages, floors, kl, level, masking, measuring, penalised, policy, remainder, weights
+from . import (
+    advantages,
+    alignment,
+    counted,
+    floors,
+    kl,
+    level,
+    masking,
+    measuring,
+    penalised,
+    policy,
+    remainder,
+    weights,
+)
 from .calling import Batch, CallFailed, Loss, batch
 from .comparing import checked
 from .progress import Progress
@@ -43,7 +56,7 @@ def read(loss: Loss, progress: Progress) -> Reading:
     try:
         reading = _read(loss, progress)
     finally:
-        loss.padded = loss.tied = False
+        loss.padded = loss.tied = loss.swapped = False
     if any(finding.severity == "differs" for finding in reading.findings):  # is it chance that it looks so?
         random = is_random(loss, 10)
     return Reading(None, tuple(random), (), False) if random else reading
@@ -52,8 +65,11 @@ def read(loss: Loss, progress: Progress) -> Reading:
 def _read(loss: Loss, progress: Progress) -> Reading:
     findings: list[Finding] = []
     notes: list[str] = []
-    findings += penalised.read(loss)
-    loss.tied = bool(findings)
+    findings += alignment.swapped(loss)
+    loss.swapped = bool(findings)
+    of_advantages = [] if findings else penalised.read(loss)
+    loss.tied = bool(of_advantages)
+    findings += of_advantages
     found = policy.read(loss)
     progress.tick()
     findings += found.findings
@@ -81,10 +97,13 @@ def _read(loss: Loss, progress: Progress) -> Reading:
         findings += more if applied or not _same_text(findings, more) else []
         applied = applied and kl_applied
     if applied:
-        findings += masking.leaks(loss, taken.per_token)
+        shifted = alignment.read(loss, masking.base, taken.per_token)
+        findings += shifted.findings
+        findings += masking.leaks(loss, taken.per_token, shifted.names)
         findings += masking.rows_mixed(loss)
 
     progress.stage("aggregation")
+    findings += counted.read(loss)
     found_weights = measuring.Weights(None, None, None, 1.0)
     if unit and np.isfinite(unit) and applied:
         found_weights = weights.read(loss, measuring.of_policy, unit)
@@ -104,6 +123,7 @@ def _read(loss: Loss, progress: Progress) -> Reading:
         findings += levels.findings
         found_weights = weights.for_values(loss, found_weights, measuring.of_policy, levels.divisor)
         surrogate, of_level = levels.surrogate, levels.level or ""
+        findings += counted.beside_dropped(loss, found.trust_region, of_level == "token")
         option, more = kl_ratio(loss, term.option, of_level, float(one[0].mean()))
         term = term._replace(option=option)
         findings += more

@@ -95,6 +95,8 @@ def read(loss: Loss, policy: Policy, weights: Floats, per_token: bool) -> LevelF
         level = _whose_advantage(loss, x)
     of_width = _divisor(loss, surrogate, fits[0], low)
     divisor = "1" if fits[0] == "product" else "T" if of_width else "n_i"
+    if isinstance(surrogate, CISPO) or level == "sequence_token":  # no gradient goes through the sequence's ratio
+        divisor = "n_i"
     return LevelFound(level, surrogate, (*findings, *of_width), divisor)
 
 

@@ -4,7 +4,7 @@ The mask that a loss applies in truth is where its gradient is not 0 when all to
 changing the values at masked places, one array at a time, finitely.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,8 @@ def effective(loss: Loss, made: Callable[[NDArray[np.bool_]], Batch], what: str)
         ),
         "the tokens that count are not those of the mask",
     )
-    mask = _smallest(loss, made, masks[1])
+    wrong = next(mask for mask, pattern in zip(masks, patterns, strict=True) if not np.array_equal(mask, pattern))
+    mask = _smallest(loss, made, wrong)
     at = made(mask)
     grad = loss(at).grad
     assert grad is not None
@@ -83,7 +84,7 @@ def _through_others(loss: Loss, made: Any) -> bool:
 
 def _smallest(loss: Loss, made: Any, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """A small mask where what counts is something else."""
-    for rows in ([[1, 0]], [[0, 1]], [[1, 1, 0]], [[0, 1, 1]], [[1, 1]]):
+    for rows in ([[1, 0]], [[0, 1]], [[1, 1, 0]], [[0, 1, 1]], [[1, 1]], [[1, 0, 1]]):
         small = np.array(rows, bool)
         grad = loss(made(small)).grad
         if grad is None or not np.isfinite(grad).all() or not grad.any():  # it is as of no token at all
@@ -128,13 +129,13 @@ _PATTERNS: dict[str, Callable[[NDArray[np.bool_]], NDArray[np.bool_]]] = {
 }
 
 
-def leaks(loss: Loss, per_token: bool) -> list[Finding]:
-    """What reaches loss or gradient from masked places, in finite numbers."""
+def leaks(loss: Loss, per_token: bool, known: Collection[str]) -> list[Finding]:
+    """What reaches loss or gradient from masked places, but for arrays of which it is ``known``; finite numbers."""
     if "mask" not in loss.takes:
         return []
     findings = []
     for name in _WHAT:
-        if name not in loss.takes or (name == "advantages" and not per_token):
+        if name not in loss.takes or name in known or (name == "advantages" and not per_token):
             continue
         for A in (0.0, 1.0):
             at = base(per_token=name == "advantages", A=A)

@@ -66,6 +66,8 @@ def _text(misses: Sequence[Miss]) -> str:
         return "the loss agrees, its gradient does not"
     if all("per token" in m.case.name for m in misses):
         return "differs where advantages are one per token"
+    if all(m.case.name == "a row with A = 0" for m in misses):
+        return "rows with A = 0 count otherwise"
     if all(m.case.kind == "empty sequence" for m in misses):
         return "a sequence without a token changes the result: it counts otherwise"
     if all("far apart" in m.case.name or m.case.name.startswith("log ρ") for m in misses):

@@ -1,4 +1,4 @@
-"""The policy term of one token: whether there is one, its sign, what it makes of A, and then along log ρ.
+"""The policy term of one token: whether there is one, what it is where ρ = 1, and then along log ρ.
 
 Value and gradient are read each for itself: that tells a weight which is held constant from one that is not.
 """
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..terms import CISPO, Unclipped
-from . import curves, depth, precision, regions, slopes, surrogates
+from . import at_one, curves, depth, precision, regions, slopes, surrogates
 from .calling import Loss
 from .curves import NEAR, Curve, Kind, Tokens
 from .numbers import tidy
@@ -40,29 +40,22 @@ def read(loss: Loss) -> Policy:
         if all(map(math.isfinite, first)) and any(first):
             break
     else:
-        return _padded(loss, tokens) or nothing._replace(findings=(_no_reaction(loss, tokens),))
+        return _padded(loss, tokens) or nothing._replace(findings=(at_one.no_reaction(tokens),))
     too_rough, notes = precision.read(tokens)
     if too_rough:
         return nothing._replace(findings=tuple(too_rough))
     loss.least, of_depth = depth.read(tokens)
-    first = tokens.of(0.0, 1.0)
-    tokens.kind = _kind(tokens)
-    scale = first[0] / tokens.far if tokens.kind == "weight" else first[1] or first[0]
+    scale, factor, of_one, readable = at_one.read(tokens)
+    findings = [*of_depth, *of_one]
     found = nothing._replace(scale=abs(scale), kind=tokens.kind, width=tokens.width)
-    if tokens.kind == "ratio" and first[0] * first[1] < 0:
-        upside_down = _upside_down(tokens, first)
-        return found._replace(sign=math.copysign(1.0, first[0]), findings=(upside_down,))
-    findings = [*of_depth, *_sign(tokens, scale), *_linearity(tokens)]
-    factor, more = _other_sign(tokens)
-    findings += more
     found = found._replace(sign=math.copysign(1.0, scale), findings=tuple(findings))
-    if factor <= 0:
+    if not readable:
         return found
     tokens.scale = {1: scale, -1: scale * factor}
     if "old_logps" not in loss.takes:
         note = "it takes no old_logps: on-policy, ρ = 1, which is old_logps=None"
         surrogate = CISPO(math.inf) if tokens.kind == "weight" else Unclipped()
-        if not first[1]:
+        if not tokens.of(0.0, 1.0)[1]:
             findings.append(slopes.none(tokens))
         return found._replace(surrogate=surrogate, findings=tuple(findings), notes=(note,))
     read = {sign: tokens.curve(sign) for sign in (1, -1)}
@@ -104,87 +97,6 @@ def _padded(loss: Loss, tokens: Tokens) -> Policy | None:
 
 
 # --- before the curves ------------------------------------------------------------------------------------------------
-def _no_reaction(loss: Loss, tokens: Tokens) -> Finding:
-    tokens.width = 3
-    where = "one sequence, A = 1 beside A = 0, at ρ = 1"
-    example = tokens.at(0.0, 1.0)
-    if not math.isfinite(loss(example).loss):
-        return Finding("differs", "is NaN or infinite for one sequence with an advantage of 1", where, "", example)
-    if "mask" in loss.takes:
-        masked = [loss(tokens.at(0.0, A)._replace(mask=np.zeros((1, 3), bool))) for A in (1.0, 0.0)]
-        if all(math.isfinite(x.loss) for x in masked) and masked[0].loss != masked[1].loss:
-            what = "the mask is inverted: what is masked counts, and nothing else"
-            at = example._replace(mask=np.zeros((1, 3), bool))
-            return Finding("differs", what, "A = 1 beside A = 0", "only where the mask is 0 does it matter", at)
-    return Finding("differs", "does not depend on the advantages", where, "neither loss nor gradient changes", example)
-
-
-def _kind(tokens: Tokens) -> Kind:
-    """Whether s is proportional to log π_θ, as those with a weight that is held constant."""
-    near, far = tokens.of(0.0, 1.0, NEAR)[0], tokens.of(0.0, 1.0, 100 * NEAR)[0]
-    return "weight" if near and abs(far / near - 100) < 0.01 else "ratio"
-
-
-def _upside_down(tokens: Tokens, first: tuple[float, float]) -> Finding:
-    """Of a policy term that has the sign of A, and a gradient that has not."""
-    what = "the ratio is upside down, π_old/π_θ: its gradient lowers the probability of what is rewarded"
-    if abs(first[1] / first[0] * tokens.far - 1) < 1e-3:
-        what = "the ratio is of log-probabilities, log π_θ/log π_old, not of probabilities: the exp is missing"
-    amount = f"s/A = {number(first[0])} and its gradient {number(first[1])}, instead of the same number"
-    return Finding("differs", what, "A = 1, ρ = 1", amount, tokens.at(0.0, 1.0))
-
-
-def _sign(tokens: Tokens, scale: float) -> Iterable[Finding]:
-    if scale < 0:
-        what = "the sign of the policy term is reversed: minimising this lowers the probability of what is rewarded"
-        amount = f"∂loss/∂logp = {number(abs(scale))} where it should be {number(-abs(scale))}"
-        yield Finding("differs", what, "A = 1, ρ = 1", amount, tokens.at(0.0, 1.0))
-
-
-def _other_sign(tokens: Tokens) -> tuple[float, list[Finding]]:
-    """How much A = −1 counts beside A = 1, which should be as much."""
-    positive, negative = (tokens.of(0.0, A) for A in (1.0, -1.0))
-    which = 1 if positive[1] else 0
-    factor = -negative[which] / positive[which] + 0.0
-    if abs(factor - 1) <= 1e-4:
-        return 1.0, []
-    what = f"tokens with A < 0 count {number(factor)} times as much as those with A > 0"
-    if factor == 0:
-        what = "tokens with A < 0 are left out"
-    elif abs(factor + 1) <= 1e-4:
-        what = "the sign of A does not matter"
-    amount = f"{number(negative[which])} at A = −1, {number(positive[which])} at A = 1"
-    return factor, [Finding("differs", what, "at ρ = 1", amount, tokens.at(0.0, -1.0))]
-
-
-def _linearity(tokens: Tokens) -> Iterable[Finding]:
-    """Whether twice the advantage counts twice."""
-
-    def factor(A: float) -> float:
-        one, many = tokens.of(0.0, math.copysign(1.0, A)), tokens.of(0.0, A)
-        return many[1] / one[1] if one[1] else many[0] / one[0] if one[0] else abs(A)
-
-    limits: dict[int, float] = {}
-    for sign in (1, -1):
-        wrong = next((A for A in (0.3, 2.0, 5.0, 10.0, 30.0, 100.0) if abs(factor(sign * A) / A - 1) > 1e-4), None)
-        if wrong is None:
-            continue
-        most = factor(sign * 1e4)
-        amount = f"A = {sign * wrong:g} counts {number(factor(sign * wrong))} times as much as A = {sign}"
-        linear = abs(factor(0.9 * sign * most) - 0.9 * most) < 1e-5 and abs(factor(0.3 * sign) - 0.3) < 1e-5
-        if linear and abs(factor(sign * 2e4) / most - 1) < 1e-6 and most > 1:
-            limits[sign] = tidy(sign * most, 1e-5)
-            continue
-        yield Finding("differs", "is not linear in the advantage", "at ρ = 1", amount, tokens.at(0.0, sign * wrong))
-        return
-    if limits:
-        both = len(limits) == 2 and limits[1] == -limits[-1]
-        bounds = f"±{number(limits[1])}" if both else " and ".join(map(number, limits.values()))
-        A = 2 * next(iter(limits.values()))
-        amount = f"A = {number(A)} counts as {number(A / 2)}"
-        yield Finding("differs", f"advantages are clamped at {bounds}", "at ρ = 1", amount, tokens.at(0.0, A))
-
-
 def _raised(tokens: Tokens) -> Iterable[Finding]:
     """The error that is raised nearest to ρ = 1."""
     if tokens.failed:

@@ -45,7 +45,7 @@ class Progress:
 
 
 @contextmanager
-def progress(name: str, calls: Callable[[], int], wanted: bool | None) -> Iterator[Progress]:
+def progress_line(name: str, calls: Callable[[], int], wanted: bool | None) -> Iterator[Progress]:
     """A context with the line, which is gone after it; ``calls`` says how often the loss was called."""
     line = Progress(name, calls, wanted)
     begin = time.monotonic()
