@@ -13,14 +13,14 @@ from ._parser import parsed
 from ._words import UsageError
 
 
-def _identify(arguments: Any) -> int:
+def _identify(arguments: Any) -> tuple[str, int]:
     from .conformance.command import run  # which no other subcommand needs
 
     return run(arguments)
 
 
-#: What each subcommand runs; it returns the last of what is printed, or the exit code.
-_RUN: dict[str, Callable[[Any], str | int]] = {
+#: What each subcommand runs; it returns the last of what is printed, or the exit code, or both.
+_RUN: dict[str, Callable[[Any], str | int | tuple[str, int]]] = {
     "evaluate": _command.run_evaluate,
     "sweep": _command.run_sweep,
     "worst": _command.run_worst,
@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # where it is ASCII; better a "?" than none of the text
+    code = 0
     try:
         arguments = parsed(sys.argv[1:] if argv is None else argv)
         if arguments is None:
@@ -51,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = _RUN[arguments.subcommand](arguments)
         if isinstance(result, int):
             return result
-        print(result, flush=True)
+        text, code = result if isinstance(result, tuple) else (result, 0)
+        print(text, flush=True)
     except BrokenPipeError:  # whoever reads has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
@@ -61,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = error.in_shell() if isinstance(error, AdvisedError) else str(error)
         print(f"grpo-fast: error: {' '.join(message.split())}", file=sys.stderr)  # pyarrow's may have many lines
         return 2
-    return 0
+    return code
 
 
 def command() -> Never:

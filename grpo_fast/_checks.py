@@ -35,7 +35,8 @@ def number(name: str, value: object, allowed: str, is_allowed: Callable[[float],
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a scalar or 0-d array of NumPy, JAX, torch
         value = value.item()
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number {allowed}, got {value!r}")
+        call_it = ": call it for the number" if callable(value) else ""
+        raise TypeError(f"{name} must be a number {allowed}, got {value!r}{call_it}")
     try:
         result = float(value)
     except OverflowError:  # an int beyond float64

@@ -93,9 +93,11 @@ examples:
   grpo-fast worst run --rank mismatch --show step,reward --json
 """
 _EXAMPLE_IDENTIFY = """
-The exit code is 0 if it is what it says, 1 where it differs from all of grpo_loss' options.
+The exit code is 0 if grpo_loss has options that compute the same, 1 where nothing it has does, 2 for bad input.
 
-for example:  grpo-fast identify mypackage.losses:dapo_loss
+examples:
+  grpo-fast identify mypackage.losses:dapo_loss
+  grpo-fast identify losses.py:loss --names logps=log_prob,mask=response_mask
 """
 _EXAMPLE_COMPILE = """\
 What is compiled is kept for you, a version and this kind of CPU, in NUMBA_CACHE_DIR if that is set. What only several
@@ -285,7 +287,14 @@ def _add_identify(subparsers: Any) -> None:
     )
     parser.add_argument("--framework", choices=("numpy", "torch", "jax"), help="what it is written in (found out)")
     parser.add_argument("--device", metavar="DEVICE", help="where its tensors are to be, in torch (cpu)")
+    parser.add_argument(
+        "--names",
+        default="",
+        metavar="NAME=ARGUMENT,…",
+        help="what it calls its arguments: logps=log_prob,mask=response_mask",
+    )
     parser.add_argument("--strict", action="store_true", help="exit code 1 where it is fragile, too")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def _add_demo(subparsers: Any) -> None:

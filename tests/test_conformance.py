@@ -254,7 +254,7 @@ def test_the_fraction_beside_a_small_difference_is_one_of_it():
         return dapo(logps, old_logps, advantages, mask) * (1 + 1e-9)
 
     (finding,) = [x for x in identify(loss).fragile if "some digits" in x.what]
-    assert ", 1e-09 of it, " in finding.amount
+    assert ", 1e−09 of it, " in finding.amount
 
 
 def test_numbers_of_float32_are_read_as_they_were_meant():
@@ -396,7 +396,8 @@ def test_a_report_is_a_page():
     text = str(identify(padded_width))
     assert max(map(len, text.splitlines())) <= 160
     assert "nearest to  grpo_loss(…, surrogate=Clip(epsilon=0.2)" in text
-    assert text.splitlines()[-1].startswith("NOT OK: 1 differ")
+    assert text.splitlines()[0] == "NOT OK: padded_width (torch, answers in float64)"
+    assert text.splitlines()[-1].startswith("1 differ, 1 fragile; ")
 
 
 def test_options_of_every_report_are_options():

@@ -6,7 +6,7 @@ import numpy as np
 
 from . import alignment
 from .calling import Batch, CallFailed, Loss, batch, each
-from .report import Finding, Severity, number
+from .report import Finding, Severity, rounded
 
 
 class Advantages(NamedTuple):
@@ -44,8 +44,11 @@ def read(loss: Loss) -> Advantages:
     if np.allclose(found, A, rtol=tol):
         return Advantages(True, tuple(findings), tuple(notes))
     means = A.mean(axis=1, keepdims=True) + 0 * A
-    if np.allclose(found, means, rtol=tol):  # a level of sequences, or a mean over each
+    own_part = float(np.vdot(found - means, A - means) / np.vdot(A - means, A - means))
+    if np.allclose(found, means + own_part * (A - means), rtol=tol):  # a level of sequences, or a mean over each
         return Advantages(True, tuple(findings), tuple(notes))
+    if np.allclose(found, A.mean(), rtol=tol):  # rows are mixed, which is told elsewhere
+        return Advantages(False, tuple(findings), tuple(notes))
     amount = f"the gradient is {_row(found[0])} times that of A = 1, for A = {_row(A[0])}"
     if _mixes(loss, at):
         text = "advantages one per token, (B, T), are taken without an error and mixed over rows: (B, 1, T) × (B, T)"
@@ -54,10 +57,18 @@ def read(loss: Loss) -> Advantages:
         findings.append(Finding("differs", text, "advantages of shape (B, T)", amount, _small(at)))
         return Advantages(False, tuple(findings), tuple(notes))
     own = alignment.depends(loss, at, "advantages")
-    if own is not None and np.array_equal(own, np.eye(6, dtype=bool)):  # what it makes of them is told elsewhere
-        return Advantages(True, tuple(findings), tuple(notes))
+    first_only = np.allclose(found, A[:, :1] + 0 * A, rtol=tol)
+    alike = loss(at._replace(advantages=np.ones((2, 3)))).grad
+    assert alike is not None
+    as_one = np.allclose(alike - without, one, rtol=tol)
+    if own is not None and not first_only and not own[~np.eye(6, dtype=bool)].any():
+        if as_one:  # what it makes of them is told elsewhere
+            return Advantages(True, tuple(findings), tuple(notes))
+        if loss.form == "(B,)":
+            text = "advantages one per token, (B, T), are taken without an error and count B times: (B, 1, T) × (B, T)"
+            return Advantages(False, tuple(findings), (*notes, text))
     text = "advantages one per token, (B, T), are taken without an error and are not those of the tokens"
-    if np.allclose(found, A[:, :1] + 0 * A, rtol=tol):
+    if first_only:
         text = "of advantages one per token, (B, T), only that of the first is used, without an error"
     elif own is not None:
         text = alignment.text_of(own, at.logps.shape, "advantages") or text
@@ -97,7 +108,7 @@ def together(loss: Loss) -> list[Finding]:
 
 
 def _row(x: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]") -> str:
-    return str([float(number(v)) for v in x])
+    return str([rounded(v) for v in x])
 
 
 def _mixes(loss: Loss, at: Batch) -> bool:

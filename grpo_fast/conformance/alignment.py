@@ -71,7 +71,7 @@ def read(loss: Loss, made: Any, per_token: bool) -> Shifted:
     """Which arrays are shifted; ``made`` makes batches of a mask, of A and of whether advantages are one per token."""
     names: list[str] = []
     findings: list[Finding] = []
-    for name, what in _WHAT.items():
+    for name in _WHAT:
         if name not in loss.takes or (name == "advantages" and not per_token):
             continue
         at = made(np.ones((3, 4), bool), name == "advantages", 0.0 if name == "ref_logps" else 1.0)

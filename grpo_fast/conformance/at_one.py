@@ -16,7 +16,7 @@ from .measuring import power
 from .numbers import bisect, tidy
 from .report import Finding, number
 
-_ADVANTAGES = (0.3, 2.0, 5.0, 10.0, 30.0, 100.0)
+_ADVANTAGES = (0.1, 0.3, 1.0, 2.0, 5.0, 10.0, 30.0, 100.0, 1000.0)
 
 
 class AtOne(NamedTuple):
@@ -26,6 +26,7 @@ class AtOne(NamedTuple):
     factor: float  # how much A = −1 counts beside A = 1
     findings: tuple[Finding, ...]
     readable: bool  # along log ρ
+    unit: float = 1.0  # what an advantage of 1 counts, where advantages are clamped
 
 
 def read(tokens: Tokens) -> AtOne:
@@ -42,12 +43,14 @@ def read(tokens: Tokens) -> AtOne:
         if silent is not None:
             return silent
         if first[0] * first[1] < 0:
-            nonlinear = tuple(_linearity(tokens))
+            _, nonlinear = _linearity(tokens)
             scale = first[1] if nonlinear else first[0]
-            return found._replace(scale=scale, findings=nonlinear or (_upside_down(tokens, first),))
-    findings = [*_sign(tokens, scale), *_linearity(tokens)]
+            return found._replace(scale=scale, findings=tuple(nonlinear) or (_opposite(tokens, first),))
+    findings = [*_sign(tokens, scale)]
+    unit, more = _linearity(tokens)
+    findings += more
     factor, more = _other_sign(tokens)
-    return AtOne(scale, factor, (*findings, *more), factor > 0)
+    return AtOne(scale, factor, (*findings, *more), factor > 0, unit)
 
 
 def no_reaction(tokens: Tokens) -> Finding:
@@ -63,6 +66,11 @@ def no_reaction(tokens: Tokens) -> Finding:
             what = "the mask is inverted: what is masked counts, and nothing else"
             at = example._replace(mask=np.zeros((1, 3), bool))
             return Finding("differs", what, "A = 1 beside A = 0", "only where the mask is 0 does it matter", at)
+    for x in (0.1, -0.1, 0.4, -0.4, 1.0, -1.0, 3.0, -3.0):
+        value, _ = tokens.of(x, 1.0)
+        if value:
+            what = "the policy term is nothing at ρ = 1, where π_θ = π_old"
+            return Finding("differs", what, where, f"s/A = {number(value)} at log ρ = {x:g}", example)
     if any(tokens.of(0.0, -1.0)):
         return Finding("differs", "tokens with A > 0 are left out", where, "those with A < 0 count", example)
     return Finding("differs", "does not depend on the advantages", where, "neither loss nor gradient changes", example)
@@ -113,7 +121,9 @@ def _other_ratio(tokens: Tokens, first: tuple[float, float]) -> Iterable[Finding
     if fits:
         of_new, of_old = (tidy(float(x), 1e-6) if abs(x) > 1e-6 else 0.0 for x in (of_new, of_old))
         what = f"the ratio is {power('π_θ', of_new)}/{power('π_old', of_old)}, not π_θ/π_old"
-        if of_old == 0:
+        if of_new == 0:
+            what = "the policy term does not depend on logps"
+        elif of_old == 0:
             what = f"the ratio is {power('π_θ', of_new)}, not π_θ/π_old: old_logps are not used"
         elif 1 in (of_new, of_old):
             one, other, by = ("θ", "old", of_new) if of_old == 1 else ("old", "θ", of_old)
@@ -122,13 +132,17 @@ def _other_ratio(tokens: Tokens, first: tuple[float, float]) -> Iterable[Finding
     yield Finding("differs", what, "π_θ = π_old", amount, example)
 
 
-def _upside_down(tokens: Tokens, first: tuple[float, float]) -> Finding:
-    """Of a policy term that has the sign of A, and a gradient that has not, or the other way round."""
-    what = "the ratio is upside down, π_old/π_θ: its gradient lowers the probability of what is rewarded"
-    if first[1] > 0:
-        what = (
-            "the ratio is upside down, π_old/π_θ, and so is the sign of the loss: its gradient is right at ρ = 1 only"
-        )
+def _opposite(tokens: Tokens, first: tuple[float, float]) -> Finding:
+    """Of a policy term and a gradient of opposite signs."""
+    x = 0.1  # where a clip leaves 1/ρ alone, and −x where it leaves ρ
+    up, down = (tokens.of(signed, 1.0)[0] / first[0] for signed in (x, -x))
+    what = "value and gradient of the policy term have opposite signs at ρ = 1"
+    if abs(up - math.exp(-x)) < 1e-4:
+        what = "the ratio is upside down, π_old/π_θ: its gradient lowers the probability of what is rewarded"
+        if first[1] > 0:
+            what = "the ratio is upside down, π_old/π_θ, and so is the sign of the loss"
+    elif abs(down - math.exp(-x)) < 1e-4:
+        what = "the gradient of the policy term has the wrong sign: it is −1 times that of its value"
     elif abs(first[1] / first[0] * tokens.far - 1) < 1e-3:
         what = "the ratio is of log-probabilities, log π_θ/log π_old, not of probabilities: the exp is missing"
     amount = f"s/A = {number(first[0])} and its gradient {number(first[1])}, instead of the same number"
@@ -189,39 +203,36 @@ def _other_sign(tokens: Tokens) -> tuple[float, list[Finding]]:
     return factor, [Finding("differs", what, "at ρ = 1", amount, tokens.at(0.0, -1.0))]
 
 
-def _linearity(tokens: Tokens) -> Iterable[Finding]:
-    """Whether twice the advantage counts twice, in value and gradient."""
-    ones = {sign: tokens.of(0.0, float(sign)) for sign in (1, -1)}
+def _linearity(tokens: Tokens) -> tuple[float, list[Finding]]:
+    """How much A = 1 counts beside small advantages, and whether twice the advantage counts twice."""
+    unit = 0.01
+    ones = {sign: tokens.of(0.0, sign * unit) for sign in (1, -1)}
 
     def factors(A: float) -> list[float]:
+        """A, in value and gradient, as it counts in units of a small one."""
         one, many = ones[1 if A > 0 else -1], tokens.of(0.0, A)
-        return [m / o for m, o in zip(many, one, strict=True) if o]
+        return [unit * m / o for m, o in zip(many, one, strict=True) if o]
+
+    def wrong(A: float) -> bool:
+        return any(abs(f / abs(A) - 1) > 1e-4 for f in factors(A))
 
     clamped: dict[int, float] = {}
     bounded: dict[int, float] = {}
     for sign in (1, -1):
-        wrong = next(
-            (A for A in _ADVANTAGES if any(abs(f / A - 1) > 1e-4 for f in factors(sign * A))),
-            None,
-        )
-        if wrong is None:
+        at = next((A for A in _ADVANTAGES if wrong(sign * A)), None)
+        if at is None:
             continue
-        found = factors(sign * wrong)
         most, more = factors(sign * 1e4), factors(sign * 2e4)
-        if found and np.allclose(most, more, rtol=1e-6, atol=0) and most[0] > 1:
-            below = [f / (0.9 * most[0]) for f in factors(sign * 0.9 * most[0])] + [
-                f / 0.3 for f in factors(sign * 0.3)
-            ]
-            if np.allclose(below, 1, rtol=1e-5):
-                no_gradient = len(most) == 2 and most[1] == 0
+        if most and most[0] > 0 and np.allclose(most, more, rtol=1e-6, atol=0) and not wrong(sign * 0.9 * most[0]):
+            no_gradient = len(most) == 2 and most[1] == 0
+            if no_gradient or np.allclose(most, most[0], rtol=1e-5):
                 (bounded if no_gradient else clamped)[sign] = tidy(sign * most[0], 1e-5)
-                if no_gradient or np.allclose(most, most[0], rtol=1e-6):
-                    continue
-        amount = (
-            f"A = {sign * wrong:g} counts {' and '.join(map(number, dict.fromkeys(found)))} times as much as A = {sign}"
-        )
-        yield Finding("differs", "is not linear in the advantage", "at ρ = 1", amount, tokens.at(0.0, sign * wrong))
-        return
+                continue
+        told = " and ".join(map(number, dict.fromkeys(x / unit for x in factors(sign * at))))
+        amount = f"A = {sign * at:g} counts {told} times as much as A = {sign * unit:g}"
+        finding = Finding("differs", "is not linear in the advantage", "at ρ = 1", amount, tokens.at(0.0, sign * at))
+        return 1.0, [finding]
+    findings = []
     for limits, what in (
         (clamped, "advantages are clamped at {}"),
         (bounded, "the policy term is clamped at {}, as a whole: there is no gradient beyond"),
@@ -231,4 +242,5 @@ def _linearity(tokens: Tokens) -> Iterable[Finding]:
             bounds = f"±{number(limits[1])}" if both else " and ".join(map(number, limits.values()))
             A = 2 * next(iter(limits.values()))
             amount = f"A = {number(A)} counts as {number(A / 2)}"
-            yield Finding("differs", what.format(bounds), "at ρ = 1", amount, tokens.at(0.0, A))
+            findings.append(Finding("differs", what.format(bounds), "at ρ = 1", amount, tokens.at(0.0, A)))
+    return min(1.0, clamped.get(1, 1.0)), findings

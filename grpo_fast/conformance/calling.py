@@ -5,7 +5,10 @@ How it wants its mask and advantages is found out here once, by a small batch.
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+import os
+import re
+import traceback
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -60,7 +63,7 @@ class CallFailed(Exception):  # noqa: N818 - it is not the user's error, but wha
     """The loss raised an error, which is the cause, on this batch."""
 
     def __init__(self, at: Batch, error: Exception) -> None:
-        super().__init__(f"{type(error).__name__}: {error}")
+        super().__init__(message_of(error))
         self.at = at
 
 
@@ -77,13 +80,22 @@ class Loss:
         Parameters that this package has nothing for; the loss cannot be called in any framework that is there.
     """
 
-    def __init__(self, loss: Callable[..., Any], framework: str | None = None, device: Any = None) -> None:
+    def __init__(
+        self,
+        loss: Callable[..., Any],
+        framework: str | None = None,
+        device: Any = None,
+        names: Mapping[str, str] | None = None,
+    ) -> None:
         if not callable(loss):
             raise TypeError(f"loss must be a function of {', '.join(NAMES)} or some of them, got {loss!r}")
-        self._loss = loss
+        theirs = dict(names or {})
+        for name in theirs:
+            one_of("a key of names", name, NAMES)
+        self._loss = _renamed(loss, theirs) if theirs else loss
         self._device = device
         self.name = name_of(loss)
-        self.takes = _taken_by(loss)
+        self.takes = _taken_by(loss, theirs)
         self.calls = 0
         #: Whether every batch is padded by one masked token more, for a loss that leaves full rows out.
         self.padded = False
@@ -91,6 +103,8 @@ class Loss:
         self.tied = False
         #: Whether π_old and π_ref change places in every batch, for a loss that has them swapped.
         self.swapped = False
+        #: What relative differences mean nothing because of a constant that the loss adds somewhere.
+        self.rough = 0.0
         #: Below it the loss clamps log-probabilities.
         self.least = -math.inf
         tried: list[Framework]
@@ -114,6 +128,7 @@ class Loss:
         """Settle the framework, the mask's dtype and the form of the advantages by the first call that succeeds."""
         small = batch([[-1.0, -1.1, -1.2], [-0.9, -1.3, -0.7]], mask=[[1, 1, 1], [1, 1, 0]])
         errors: dict[str, Exception] = {}
+        told: list[str] = []
         for self.framework in tried:
             self._evaluate = frameworks.evaluator(self._loss, self.framework, self._device)
             for self.form in ("(B,)", "(B, T)", "(B, 1)"):
@@ -124,9 +139,11 @@ class Loss:
                         raise
                     except Exception as error:
                         errors.setdefault(self.framework, error)
-        told = "; ".join(f"{name}: {type(error).__name__}: {error}" for name, error in errors.items())
+                        told.append(f"{self.framework}: {message_of(error)}")
+        each = "; ".join(list(dict.fromkeys(told))[:4])
         raise TypeError(
-            f"the loss cannot be called with {', '.join(self.takes)} of 2 sequences of 3 tokens, as arrays of {told}"
+            f"the loss must take {', '.join(self.takes)} of any number of sequences and tokens; with 2 sequences of 3 "
+            f"tokens it raises, as arrays of {each}"
         ) from next(iter(errors.values()))
 
     def _forms(self) -> tuple[Form, ...]:
@@ -218,7 +235,7 @@ class Loss:
     def exactness(self) -> float:
         """What relative differences of its answers mean nothing: rounding, or that of central differences."""
         single = self.eps > 1e-10
-        return max(2e-4 if single else 1e-8, 0.0 if self.gives_gradient else 2e-6)
+        return max(2e-4 if single else 1e-8, 0.0 if self.gives_gradient else 2e-6, self.rough)
 
 
 def name_of(loss: Callable[..., Any]) -> str:
@@ -227,25 +244,48 @@ def name_of(loss: Callable[..., Any]) -> str:
     return str(getattr(loss, "__qualname__", None) or type(loss).__name__).replace("<locals>.", "")
 
 
-def _taken_by(loss: Callable[..., Any]) -> tuple[str, ...]:
+def message_of(error: Exception) -> str:
+    """An error in one line, with where it was raised: the innermost line of a file that is of no installed package."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _PACKAGES.search(f.filename)]
+    place = f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
+
+
+_PACKAGES = re.compile(r"site-packages|dist-packages|[/\\]grpo_fast[/\\]|<frozen|<__array_function__")
+
+
+def _renamed(loss: Callable[..., Any], theirs: Mapping[str, str]) -> Callable[..., Any]:
+    """The loss with our names for its arguments."""
+    return lambda **arrays: loss(**{theirs.get(name, name): x for name, x in arrays.items()})
+
+
+def _taken_by(loss: Callable[..., Any], theirs: Mapping[str, str]) -> tuple[str, ...]:
     """Those of `NAMES` that the loss takes, or the TypeError for what it takes besides."""
+    if inspect.isclass(loss):
+        raise TypeError(f"the loss must be a function, got the class {loss.__name__}: make an object of it, or wrap it")
     try:
         function = loss.forward if hasattr(loss, "forward") and not inspect.isroutine(loss) else loss
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # of no Python function
         return NAMES
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return NAMES
+        return tuple(a.name for a in loss.schema.arguments) if hasattr(loss, "schema") else NAMES  # of TorchScript
     known = {p.name for p in parameters if p.kind is not p.VAR_POSITIONAL}
+    ours = {theirs.get(name, name): name for name in NAMES}
     allowed = ", ".join(NAMES)
-    wrap = f"wrap it, as in lambda {allowed}: my_loss(…)"
+    wrap = f"say what it calls them, names={{'logps': …}}, or wrap it, as in lambda {allowed}: my_loss(…)"
+    if "self" in known:
+        raise TypeError("the loss must be a function, got one that takes self: take it of an object, not of its class")
     for p in parameters:
-        if p.name in NAMES and p.kind is p.POSITIONAL_ONLY:
+        if p.name in ours and p.kind is p.POSITIONAL_ONLY:
             raise TypeError(f"the loss must take {p.name} by name, got it as positional only: {wrap}")
-        if p.name not in NAMES and p.default is p.empty and p.kind is not p.VAR_POSITIONAL:
-            meant = did_you_mean(p.name, NAMES)
-            raise TypeError(f"the loss must take {allowed}, or some of them, by name, got {p.name!r}{meant}; {wrap}")
+    needed = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
+    others = [p.name for p in needed if p.name not in ours]
+    if others:
+        meant = did_you_mean(others[0], NAMES) if len(others) == 1 else ""
+        got = ", ".join(map(repr, others))
+        raise TypeError(f"the loss must take {allowed}, or some of them, by name, got {got}{meant}; {wrap}")
     for name in ("logps", "advantages"):
-        if name not in known:
+        if theirs.get(name, name) not in known:
             raise TypeError(f"the loss must take {name} by name, got {', '.join(sorted(known)) or 'nothing'}: {wrap}")
-    return tuple(name for name in NAMES if name in known)
+    return tuple(name for name in NAMES if theirs.get(name, name) in known)

@@ -37,6 +37,8 @@ def cases(options: Mapping[str, Any], loss: Loss, per_token: bool) -> Iterator[C
     for shape in ((1, 5), (4, 1), (3, 3), (2, 7)):
         yield Case(f"{shape[0]} × {shape[1]} without padding", made(rng, np.ones(shape, bool)))
         yield Case(f"{shape[0]} × {shape[1]}, ratios far apart", made(rng, np.ones(shape, bool), 1.2, 1.0))
+    yield Case("many rows", made(rng, np.ones((65, 2), bool), 0.3))
+    yield Case("many tokens in a row", made(rng, np.ones((2, 130), bool), 0.3))
     yield Case("A = 0", made(rng, np.ones((2, 3), bool))._replace(advantages=np.zeros(2)))
     yield Case("a row with A = 0", made(rng, np.ones((3, 2), bool))._replace(advantages=np.array([0.7, 0.0, -1.2])))
     yield Case("log-probabilities of 0", batch(np.zeros((1, 2)), [[-0.1, -0.4]], 1.0, [[-0.2, 0.0]]))

@@ -23,7 +23,7 @@ def read(loss: Loss) -> list[Finding]:
     A = np.array([1.0, 0.0, 0.0])
     at = batch(np.full((3, 4), LOGP), advantages=A, mask=_mask(loss))
     factor = _factor(loss, at, at._replace(advantages=np.ones(3)))
-    if factor is None:
+    if factor is None or factor < 1:
         return []
     text = f"rows with A = 0 are left out: it divides by the number of {_of(loss, factor)}"
     where = "a row with A = 0 beside others, as in dynamic sampling"
@@ -33,8 +33,9 @@ def read(loss: Loss) -> list[Finding]:
 
 def beside_dropped(loss: Loss, region: Any, of_tokens: bool) -> list[Finding]:
     """What becomes of the others where this region drops tokens: they are to count as before."""
-    if region is None or "old_logps" not in loss.takes:
+    if "old_logps" not in loss.takes:
         return []
+    which = "clipped" if region is None else "dropped"
     down = isinstance(region, Band) and region.ratio_max > np.exp(_BEYOND)
     found: list[Finding] = []
     one, beyond = np.zeros((3, 4)), np.zeros((3, 4))
@@ -42,14 +43,14 @@ def beside_dropped(loss: Loss, region: Any, of_tokens: bool) -> list[Finding]:
     mask = _mask(loss)
     at, usual = _drifted(beyond, mask), _drifted(one, mask)
     factor = _factor(loss, at, usual)
-    if factor is not None:
-        text = f"dropped tokens are not counted: it divides by the number of {_of(loss, factor)}"
+    if factor is not None and factor > 1:
+        text = f"{which} tokens are not counted: it divides by the number of {_of(loss, factor)}"
         amount = (
-            f"a token of 7, in one of 3 rows, weighs {number(factor)} times as much where the other rows are dropped"
+            f"a token of 7, in one of 3 rows, weighs {number(factor)} times as much where the other rows are {which}"
         )
         small = _drifted(beyond[:2, :1], np.ones((2, 1), bool))
-        found.append(Finding("differs", text, "tokens outside of the trust region", amount, small))
-    if of_tokens:
+        found.append(Finding("differs", text, "log-ratios far from 0", amount, small))
+    if of_tokens and region is not None:
         x = np.array([[0.0, beyond[1, 0]]])
         at = _drifted(x, np.ones((1, 2), bool))
         factor = _factor(loss, at, at._replace(old_logps=at.logps.copy()))

@@ -20,6 +20,8 @@ Kind: TypeAlias = Literal["ratio", "weight", "constant", "none"]
 NEAR = -0.01
 _STEPS = np.concatenate([np.arange(1, 61) * 0.05, np.arange(7, 25) * 0.5, [13, 14, 16, 18, 21, 24, 28, 34, 42, 60]])
 GRID = np.concatenate([-_STEPS[::-1], [0.0], _STEPS])
+#: A log-ratio at which ρ and numbers near 1 have digits in common.
+_ROUNDED = 10.0
 #: A log-ratio as large as this is not where a surrogate is clipped: bounds there are of the log-ratio itself.
 _CLAMPS = 4.0
 
@@ -157,22 +159,43 @@ def flat(tokens: Tokens, curve: Curve, sign: int, tol: float, edges: tuple[float
                 found.append(None)
                 continue
             ends = [float(x) for x in curve.x[told[[0, 1] if side < 0 else [-1, -2]]]]
-        one, other = (tokens.relative(x, sign)[0] for x in ends)
-        is_flat = abs(one - other) <= tol * abs(one) and one > 0
-        found.append(one if is_flat else None)
+        level = _same(tokens, ends, sign, tol)
+        if level is None and abs(ends[0]) > _ROUNDED:  # a sum of numbers as large as ρ has no digits there
+            level = _same(tokens, [side * _ROUNDED, side * (_ROUNDED - 1)], sign, tol)
+        found.append(level)
     low, high = found
     return Bounds(0.0 if low is None else low, math.inf if high is None else high, *edges)
 
 
-def clamps(bounds: dict[int, Bounds]) -> tuple[tuple[float, float], dict[int, Bounds]]:
-    """The bounds of the log-ratio itself, told from those of the ratio by where they lie; and the bounds without."""
+def _same(tokens: Tokens, ends: list[float], sign: int, tol: float) -> float | None:
+    """The value at these log-ratios, if it is the same."""
+    one, other = (tokens.relative(x, sign)[0] for x in ends)
+    return one if abs(one - other) <= tol * abs(one) and one > 0 else None
+
+
+def clamps(bounds: dict[int, Bounds], kind: Kind, error: float) -> tuple[tuple[float, float], dict[int, Bounds]]:
+    """The bounds of the log-ratio itself, told from those of the ratio by where they lie; and the bounds without.
+
+    They are multiples of ½, far from 0, or on the side on which no clip bounds a ratio, below for A > 0 and above for
+    A < 0; then as far on the other side.
+    """
+
+    def is_clamp(ratio: float, least: float) -> bool:
+        return 0 < ratio < math.inf and abs(math.log(ratio)) >= least and is_round(math.log(ratio), 10 * error)
+
     low, high = -math.inf, math.inf
+    least = {1: _CLAMPS, -1: _CLAMPS}
+    if kind == "ratio":
+        other_sides = [x for x in (bounds[1].low, bounds[-1].high) if is_clamp(x, 0.5)]
+        if other_sides:
+            nearest = min(abs(math.log(x)) for x in other_sides)
+            least = dict.fromkeys(least, min(_CLAMPS, nearest - 1e-3))
     bounds = dict(bounds)
     for sign, b in bounds.items():
-        if b.low > 0 and math.log(b.low) <= -_CLAMPS and is_round(math.log(b.low), 1e-4):
+        if b.low < 1 and is_clamp(b.low, least[sign]):
             low = round(2 * math.log(b.low)) / 2
             bounds[sign] = b = b._replace(low=0.0)
-        if 0 < b.high < math.inf and math.log(b.high) >= _CLAMPS and is_round(math.log(b.high), 1e-4):
+        if b.high > 1 and is_clamp(b.high, least[sign]):
             high = round(2 * math.log(b.high)) / 2
             bounds[sign] = b._replace(high=math.inf)
     return (low, high), bounds

@@ -6,6 +6,7 @@ Nothing but NumPy is imported here unless a loss is of that framework.
 import functools
 import importlib
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
@@ -111,6 +112,8 @@ def _evaluate_numpy(loss: Callable[..., Any], arrays: Arrays) -> Answer:
     grad = None
     if isinstance(result, tuple) and len(result) >= 2 and np.shape(result[1]) == arrays["logps"].shape:
         grad = np.asarray(result[1], np.float64)
+    elif isinstance(result, tuple):
+        _refuse_other_gradient(result[1:], arrays["logps"].shape)
     value = np.asarray(result[0] if isinstance(result, tuple) else result)
     _refuse_unless_scalar(value.shape)
     return Answer(float(value), grad, value.dtype.name if value.dtype.kind == "f" else "float64")
@@ -118,7 +121,7 @@ def _evaluate_numpy(loss: Callable[..., Any], arrays: Arrays) -> Answer:
 
 def _evaluate_torch(loss: Callable[..., Any], arrays: Arrays, device: Any) -> Answer:
     torch = importlib.import_module("torch")
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         tensors = {name: torch.tensor(x, device=device or "cpu") for name, x in arrays.items()}
         logps = tensors["logps"].requires_grad_()
         result = loss(**tensors)
@@ -133,6 +136,16 @@ def _evaluate_torch(loss: Callable[..., Any], arrays: Arrays, device: Any) -> An
             (grad,) = torch.autograd.grad(value.reshape(()), logps, allow_unused=True)
         found = np.zeros(logps.shape) if grad is None else grad.detach().cpu().double().numpy()
         return Answer(float(value.detach().double()), found, dtype)
+
+
+def _refuse_other_gradient(others: tuple[Any, ...], shape: tuple[int, ...]) -> None:
+    """Refuse an array that may be meant as the gradient: as large as it is, in another place or of another shape."""
+    for place, other in enumerate(others, 1):
+        if isinstance(other, np.ndarray) and other.size == math.prod(shape) > 1:
+            raise TypeError(
+                f"the gradient must be the second thing that is returned, of shape {shape}, got shape {other.shape} "
+                f"in place {place + 1}"
+            )
 
 
 class _JaxLoss:

@@ -1,9 +1,11 @@
 """From readings to what a loss computes: the order in which it is probed, and the options they add up to."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..terms import GMPO
 from . import (
     advantages,
     alignment,
@@ -16,6 +18,7 @@ from . import (
     penalised,
     policy,
     remainder,
+    valued,
     weights,
 )
 from .calling import Batch, CallFailed, Loss, batch
@@ -39,6 +42,7 @@ class Reading(NamedTuple):
     findings: tuple[Finding, ...]
     notes: tuple[str, ...]
     per_token: bool
+    parts: Mapping[str, Any] = {}  # what was read where there are no options
 
 
 def read(loss: Loss, progress: Progress) -> Reading:
@@ -85,7 +89,7 @@ def _read(loss: Loss, progress: Progress) -> Reading:
     findings += term.findings
     if not any("is to the reference" in finding.what for finding in found.findings):
         findings += kl.of_advantages(loss, found.scale, found.width)
-    findings += remainder.read(loss, found.scale, found.width, term.findings, term.there)
+    findings += remainder.read(loss, found.scale, found.width, term)
 
     progress.stage("mask")
     unit = _unit(loss, batch(np.full((1, found.width), measuring.LOGP)), found.scale)
@@ -108,8 +112,8 @@ def _read(loss: Loss, progress: Progress) -> Reading:
     if unit and np.isfinite(unit) and applied:
         found_weights = weights.read(loss, measuring.of_policy, unit)
         if unit_of_kl and np.isfinite(unit_of_kl) and term.there:
-            findings += _kl_aggregation(loss, found_weights, unit_of_kl)
-    elif not unit:
+            findings += _kl_aggregation(loss, found_weights, unit_of_kl, term.findings)
+    elif not unit and not any("no gradient" in x.what for x in found.findings):
         notes.append("its policy term has no gradient, so that the weights of tokens could not be read")
     elif not applied:
         guessed = _aggregation_without_mask(loss, unit)
@@ -120,9 +124,16 @@ def _read(loss: Loss, progress: Progress) -> Reading:
     surrogate, of_level = found.surrogate, "token"
     if one is not None and np.isfinite(one).all() and one.sum() > 0:
         levels = level.read(loss, found, one[0], taken.per_token)
+        if isinstance(levels.surrogate, GMPO):  # of which that of a token is the shadow
+            findings = [
+                x for x in findings if not x.what.startswith(("clips ρ on both", "takes the larger of the clip"))
+            ]
         findings += levels.findings
         found_weights = weights.for_values(loss, found_weights, measuring.of_policy, levels.divisor)
         surrogate, of_level = levels.surrogate, levels.level or ""
+        if applied and not levels.findings and not any("times that of its value" in x.what for x in findings):
+            found_values = valued.read(loss, found.width, of_level == "token")
+            findings = [x for x in findings if not (found_values and "sequence's mean" in x.what)] + found_values
         findings += counted.beside_dropped(loss, found.trust_region, of_level == "token")
         option, more = kl_ratio(loss, term.option, of_level, float(one[0].mean()))
         term = term._replace(option=option)
@@ -131,12 +142,26 @@ def _read(loss: Loss, progress: Progress) -> Reading:
         found_weights = floors.read(loss, found_weights)
     findings += [x for x in found_weights.findings if not _follows(x, findings, surrogate)]
     notes += found_weights.notes
-    options = _options(surrogate, found.trust_region, term, of_level, found_weights)
-    return Reading(options, tuple(findings), tuple(notes), taken.per_token)
+    parts = _parts(surrogate, found.trust_region, term, of_level, found_weights)
+    if any(part is None for part in parts.values()):
+        known = {name: x for name, x in _told(parts).items() if x is not None}
+        return Reading(None, tuple(findings), tuple(notes), taken.per_token, known)
+    options = {name: x for name, x in parts.items() if x is not _NONE}
+    try:
+        checked(options)
+    except (TypeError, ValueError) as error:
+        text = f"grpo_loss refuses what it computes: {error}"
+        findings.append(Finding("differs", text, "", ", ".join(f"{k}={v!r}" for k, v in _told(options).items())))
+        return Reading(None, tuple(findings), tuple(notes), taken.per_token, _told(options))
+    if isinstance(options.get("normalizer"), measuring.Normalizer):
+        notes.append("options['normalizer'] is a function: call it with the mask for the number that grpo_loss takes")
+    return Reading(_told(options), tuple(findings), tuple(notes), taken.per_token)
 
 
 def _follows(finding: Finding, others: list[Finding], surrogate: Any) -> bool:
     """Whether a finding about the weights is only what another one looks like there."""
+    if "none of the usual ones" in finding.what and any("padding leaks" in other.what for other in others):
+        return True
     unclear = surrogate is None or any("not linear in the advantage" in other.what for other in others)
     if unclear and ("besides (such as" in finding.what or "times as large" in finding.what):
         return True
@@ -165,7 +190,7 @@ def is_random(loss: Loss, times: int = 4) -> list[Finding]:
             of_loss, of_grad = abs(value - first), float(np.abs(other - grad).max())
             if of_loss > room or of_grad > room:  # and it is not NaN
                 amount = f"{first!r} and {value!r}" if of_loss > room else f"a gradient off by {number(of_grad)}"
-                text = "is another number every time: it is random"
+                text = "is another number every time: it is random, or keeps a state from call to call"
                 return [Finding("differs", text, f"the same input {times + 1} times", amount, at)]
     return []
 
@@ -193,15 +218,20 @@ def _aggregation_without_mask(loss: Loss, unit: float) -> measuring.Weights | No
         loss.takes = kept
 
 
-def _kl_aggregation(loss: Loss, policy_weights: measuring.Weights, unit: float) -> list[Finding]:
+def _kl_aggregation(
+    loss: Loss, policy_weights: measuring.Weights, unit: float, of_kl: Iterable[Finding]
+) -> list[Finding]:
     found = weights.read(loss, measuring.of_kl, unit, " in the KL term")
     if found.powers == policy_weights.powers:
         return []
-    if found.powers is None and policy_weights.powers is None:
+    if found.powers is None and (policy_weights.powers is None or any("digits only" in x.what for x in of_kl)):
         return []
-    how, other = (x.aggregation or "in another way" for x in (found, policy_weights))
-    text = f"the KL term is averaged otherwise than the policy term: {how}, the policy term {other}"
-    return [Finding("differs", text, "sequences of unequal length", "", measuring.of_kl(measuring.ragged([1, 2])))]
+    how, other = (
+        f"a token's weight is {weights.formula(x)}" if x.powers is not None else "in another way"
+        for x in (found, policy_weights)
+    )
+    text = f"the KL term is averaged otherwise than the policy term: {how}, in the policy term {other}"
+    return [Finding("differs", text, "sequences of unequal length", "", measuring.of_kl(measuring.ragged([1, 2], 1)))]
 
 
 def kl_ratio(loss: Loss, option: Any, of_level: str, weight: float) -> tuple[Any, list[Finding]]:
@@ -222,20 +252,22 @@ def kl_ratio(loss: Loss, option: Any, of_level: str, weight: float) -> tuple[Any
     return option, [Finding("differs", text, "a sequence whose tokens have different ratios", "", at)]
 
 
-def _options(surrogate: Any, region: Any, term: kl.KLTerm, of_level: str, found: measuring.Weights) -> Any:
-    """The keyword arguments of `grpo_loss`, without what is as it is when left out; None if something is missing."""
-    if surrogate is None or not of_level or found.aggregation is None or (term.there and term.option is None):
-        return None
-    options = {
+#: In place of a part that the loss has not, where None would say that it could not be read.
+_NONE = object()
+
+
+def _parts(surrogate: Any, region: Any, term: kl.KLTerm, of_level: str, found: measuring.Weights) -> dict[str, Any]:
+    """The keyword arguments of `grpo_loss`; None where one could not be read."""
+    return {
         "surrogate": surrogate,
-        "trust_region": region,
-        "kl": term.option,
-        "importance_sampling_level": of_level,
+        "trust_region": _NONE if region is None else region,
+        "kl": term.option if term.there else _NONE,
+        "importance_sampling_level": of_level or None,
         "aggregation": found.aggregation,
-        "normalizer": found.normalizer,
+        "normalizer": _NONE if found.normalizer is None else found.normalizer,
     }
-    try:
-        checked(options)
-    except (TypeError, ValueError):
-        return None
-    return {name: x for name, x in options.items() if name not in _DEFAULTS or x != _DEFAULTS[name]}
+
+
+def _told(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts without what is as it is when left out."""
+    return {name: x for name, x in parts.items() if x is not _NONE and (name not in _DEFAULTS or x != _DEFAULTS[name])}

@@ -7,7 +7,7 @@ import numpy as np
 from .calling import Loss
 from .measuring import Weights, measured, ragged, sizes
 from .numbers import tidy
-from .report import Finding, number
+from .report import Finding, number, rounded
 
 
 def read(loss: Loss, made: Any, unit: float, rows: Any, what: str) -> Weights:
@@ -53,7 +53,7 @@ def read(loss: Loss, made: Any, unit: float, rows: Any, what: str) -> Weights:
 def _table(rows: Any) -> str:
     parts = []
     for mask, weights in rows[:3]:
-        c = [float(number(w[m][0])) for m, w in zip(mask, weights, strict=True)]
+        c = [rounded(w[m][0]) for m, w in zip(mask, weights, strict=True)]
         parts.append(f"lengths {mask.sum(axis=1).tolist()}, width {mask.shape[1]}: c = {c}")
     return "; ".join(parts)
 

@@ -59,45 +59,63 @@ _ESTIMATORS: dict[str, tuple[Any, Callable[[Any], tuple[Any, Any]], str]] = {
         lambda l: (np.expm1(-l), -np.exp(-l)),
         "the KL term lacks its + l: it is e^(−l) − 1",
     ),
-    "e^(−l) + l": (
+    "e^(−l) − l − 1": (
         K3,
-        lambda l: (np.exp(-l) + l, -np.expm1(-l)),
-        "the KL term lacks its − 1: it is e^(−l) + l, β more than k3",
+        lambda l: (np.expm1(-l) - l, -np.exp(-l) - 1),
+        "the KL term has the sign of its log-ratio wrong: it is e^(−l) − l − 1, where k3 is e^(−l) + l − 1",
+    ),
+    "max(l, 0)": (
+        K1,
+        lambda l: (np.maximum(l, 0), (np.asarray(l) > 0) * 1.0),
+        "the KL estimate k1 is clamped at 0 from below, so that it estimates no KL divergence",
     ),
 }
 
 
 def read(loss: Loss, scale: float, width: int) -> KLTerm:
     """Read the KL term of a loss whose policy term has this scale, as that of so many equal tokens."""
+    if "ref_logps" not in loss.takes:
+        return KLTerm(None, False)
+    failed: list[CallFailed] = []
 
-    def of(x: float, l: float) -> tuple[float, float]:
+    def at_0(at: Batch) -> tuple[float, float]:
         try:
-            found = loss(token(x, l, 0.0, width))
-        except CallFailed:
+            found = loss(at)
+        except CallFailed as error:
+            failed.append(error)
             return math.nan, math.nan
         assert found.grad is not None
         return found.loss / scale, float(np.sum(found.grad)) / scale
 
-    if "ref_logps" not in loss.takes:
-        return KLTerm(None, False)
+    rest = any(at_0(_same(token(0.0, l, 0.0, width)))[0] for l in (1.0, -1.0, 2.0))
+
+    def of(x: float, l: float) -> tuple[float, float]:
+        """Value and slope, less those of π_ref = π_θ if there is more than the KL term."""
+        at = token(x, l, 0.0, width)
+        here, without = at_0(at), at_0(_same(at)) if rest else (0.0, 0.0)
+        return here[0] - without[0], here[1] - without[1]
+
     ratios = _RATIOS if "old_logps" in loss.takes else np.zeros(1)
     table = np.array([[of(x, l) for l in NEAR] for x in ratios])
     value, slope = table[..., 0], table[..., 1]
     tol = loss.exactness * 100
-    if np.abs(table).max() <= tol * 1e-6 or not np.isfinite(table).all():
+    if failed:
+        finding = Finding("differs", f"raises {failed[0]}", "A = 0 beside a reference", "", failed[0].at)
+        return KLTerm(None, True, (finding,))
+    if np.abs(table).max() <= max(tol * 1e-6, 1e-15 * rest) or not np.isfinite(table).all():
         if np.isfinite(table).all():
             return KLTerm(None, False)
         finding = Finding("differs", "is not finite at A = 0 beside a reference", "", "", token(0.0, 0.5, 0.0, width))
         return KLTerm(None, True, (finding,))
     if max(np.ptp(x, axis=1).max() for x in (value, slope)) <= tol * np.abs(table).max():
         return KLTerm(None, False)  # nothing of the reference: `remainder` tells what it is
-    term = _named(loss, of, ratios, value, slope, tol, width)
+    term = _named(loss, of, ratios, value, slope, tol, width, rest)
     if tol < 1e-4 and any(
         re.search("none that grpo_loss|other than ρ|not that of its value", x.what) for x in term.findings
     ):
-        rough = _named(loss, of, ratios, value, slope, 1e-4, width)
+        rough = _named(loss, of, ratios, value, slope, 1e-4, width, rest)
         if len(rough.findings) < len(term.findings) or (rough.option and not term.option):
-            text = "the KL term is computed in a lower precision than the rest (float32): it agrees to some digits"
+            text = "the KL term agrees to some digits only: it is computed in float32, or holds a small constant"
             return rough._replace(
                 findings=(*rough.findings, Finding("fragile", text, "A = 0", "", term.findings[0].example))
             )
@@ -128,7 +146,9 @@ def _same(at: Batch) -> Batch:
     return at._replace(ref_logps=at.logps.copy())
 
 
-def _named(loss: Loss, of: Any, ratios: Floats, value: Floats, slope: Floats, tol: float, width: int) -> KLTerm:
+def _named(
+    loss: Loss, of: Any, ratios: Floats, value: Floats, slope: Floats, tol: float, width: int, rest: bool
+) -> KLTerm:
     here = value[len(ratios) // 2]  # at ρ = 1
     x = ratios[:, None]
     found: tuple[str, float] | None = None
@@ -153,22 +173,26 @@ def _named(loss: Loss, of: Any, ratios: Floats, value: Floats, slope: Floats, to
         what = "the sign of the KL term is reversed: it rewards distance from the reference"
         findings.append(Finding("differs", what, "A = 0", f"β = {number(beta)}", token(0.0, 1.0, 0.0, width)))
         beta, value, slope = -beta, -value, -slope
-    weighted = kl_weights.near_one(
-        value / here / math.copysign(1.0, float((value / here)[len(ratios) // 2, 0])), x, tol
-    )
+    there = here != 0
+    relative = value[:, there] / here[there]
+    weighted = kl_weights.near_one(relative / math.copysign(1.0, float(relative[len(ratios) // 2, 0])), x, tol)
     if weighted is None:
         left_out = kl_weights.left_out(of, (float(ratios[0]), float(ratios[-1])), tol, width)
         findings += left_out or [kl_weights.otherwise(value / beta, ratios, k, tol, width)]
     rho = np.exp(x) if weighted else np.ones_like(x)
-    beta = tidy(beta, tol)
     gradient: Literal["own", "score", "k2"] = "own"
     if loss.gives_gradient and weighted is not None:
-        gradient, more = _gradient(beta, name, *estimator(NEAR), rho, np.exp(x), slope, bool(weighted), tol, width)
+        near, steep = estimator(NEAR)
+        if rest:  # the slope is that less its own where l = 0
+            steep = steep - estimator(np.zeros_like(NEAR))[1]
+        gradient, more = _gradient(beta, name, near, steep, rho, np.exp(x), slope, bool(weighted), tol, width)
         findings += more
+    if gradient == "score" and len(ratios) == 1:  # where ρ is 1, that is what the weight makes of the gradient
+        weighted, gradient = True, "own"
     if weighted is not None and len(ratios) > 1 and not any("as in a reward" in x.what for x in findings):
         findings += kl_weights.far_away(of, beta * float(k(np.float64(1.0))), weighted, tol, width)
     findings += _clamps(of, beta, name, k, tol, width, -loss.least)
-    return KLTerm(option(beta, bool(weighted), gradient), True, tuple(findings))
+    return KLTerm(option(tidy(beta, tol), bool(weighted), gradient), True, tuple(findings))
 
 
 def _gradient(
@@ -191,7 +215,7 @@ def _gradient(
 
     if is_(rho * (dk + (k if weighted else 0))):
         return "own", []
-    if not weighted and not np.allclose(ratio, 1) and is_(ratio * (k + dk)):
+    if not weighted and is_(ratio * (k + dk)):
         return "score", []
     if not weighted and is_(NEAR + 0 * ratio):
         return "k2", []
@@ -231,6 +255,9 @@ def _clamps(of: Any, beta: float, name: str, k: Any, tol: float, width: int, dep
     if not bounds:
         return findings
     edge, most = min(bounds, key=lambda pair: abs(pair[0]))
+    if not math.isfinite(most):
+        what = "the KL term is not finite, or raises an error, far from the reference"
+        return [Finding("differs", what, f"l = {number(1.2 * edge)}", "", token(0.0, round(1.2 * edge, 1), 0.0, width))]
     severity: Any = "fragile" if all(abs(b[0]) >= 19.99 for b in bounds) else "differs"
     lone = f" (only where l is {'above' if edge > 0 else 'below'} 0)" if len(bounds) == 1 else ""
     if is_round(edge, 1e-3) and (len(bounds) == 1 or abs(abs(bounds[0][0]) - abs(bounds[1][0])) < 1e-3):

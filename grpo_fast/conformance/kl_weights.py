@@ -51,7 +51,7 @@ def otherwise(k_found: Floats, ratios: Floats, k: Any, tol: float, width: int) -
 def far_away(of: Any, at_one: float, weighted: bool, tol: float, width: int) -> list[Finding]:
     """Whether the weight is, far from ρ = 1, what it is near it."""
     found = {x: abs(of(x, 1.0)[0] / at_one) for x in _FAR_RATIOS}
-    wrong = {x: v for x, v in found.items() if not abs(v - math.exp(x * weighted)) <= 10 * tol * math.exp(x)}
+    wrong = {x: v for x, v in found.items() if not abs(v / math.exp(x * weighted) - 1) <= 10 * tol}
     if not wrong:
         return []
     nothing = left_out(of, wrong, tol, width)

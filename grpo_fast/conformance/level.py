@@ -12,7 +12,7 @@ from ..terms import CISPO, GMPO, SAPO, VESPO, Clip, Unclipped
 from .calling import Batch, Loss, batch
 from .numbers import tidy
 from .policy import Policy
-from .report import Finding, number
+from .report import Finding, number, rounded
 
 Floats = NDArray[np.float64]
 #: log of the ratio that each token of a sequence has, of the log-ratios of its tokens.
@@ -23,7 +23,7 @@ _RATIOS: dict[str, Callable[[Floats], Floats]] = {
     "arithmetic": lambda x: np.full_like(x, np.log(np.exp(x).mean())),
 }
 
-_WIDE = 2.0  # a log-ratio beyond the bounds of GMPO
+_WIDE = 8.0  # a log-ratio beyond the bounds of GMPO
 
 
 class LevelFound(NamedTuple):
@@ -50,7 +50,7 @@ def read(loss: Loss, policy: Policy, weights: Floats, per_token: bool) -> LevelF
     is_vespo = isinstance(surrogate, VESPO)
     if "old_logps" not in loss.takes or policy.kind == "constant" or surrogate is None:
         return LevelFound("sequence" if is_vespo else "token", surrogate)
-    low = policy.inside[0] if policy.inside[0] < -1e-6 else -1e-3
+    low = policy.inside[0] if policy.inside[0] < -1e-6 else policy.inside[1] if policy.inside[1] > 1e-6 else -1e-3
     x = low * np.array([0.9, 0.1, 0.4])
     if isinstance(surrogate, CISPO) and surrogate.ratio_max <= 1:  # elsewhere all weights are at that bound
         x = math.log(surrogate.ratio_max) - np.array([0.9, 0.1, 0.4])
@@ -67,14 +67,14 @@ def read(loss: Loss, policy: Policy, weights: Floats, per_token: bool) -> LevelF
     if not fits:
         text = "the ratio of a sequence's tokens is neither each one's own nor a mean of the sequence"
         value = _value(loss, x) / weight.mean()
-        amount = f"Σ s = {number(value)} for ρ = {[float(number(r)) for r in np.exp(x)]}"
+        amount = f"Σ s = {number(value)} for ρ = {[rounded(r) for r in np.exp(x)]}"
         return LevelFound(None, surrogate, (Finding("differs", text, "", amount, sequence_of(loss, x)),))
     bounded = _bounded(surrogate)
     findings: list[Finding] = []
     if "sequence" in fits and isinstance(surrogate, (Clip, Unclipped)):
         gmpo = _gmpo(loss, weight)
         if gmpo is not None:
-            return LevelFound("sequence", gmpo)
+            return gmpo
     if bounded is not None:
         y = bounded * np.array([1.5, -1.6, 0.4])
         again = _fitting(loss, surrogate, weight, y)
@@ -144,27 +144,49 @@ def _bounded(surrogate: Any) -> float | None:
     return 0.5 if isinstance(surrogate, SAPO) else None
 
 
-def _gmpo(loss: Loss, weight: Floats) -> Any:
+def _gmpo(loss: Loss, weight: Floats) -> LevelFound | None:
     """GMPO, if each token's log-ratio is bounded within the geometric mean, or None.
 
-    The mean of these log-ratios is 0, so that ρ is 1, which neither clips nor a trust region leaves out: the bounds are
-    what s tells, exp((ε_high − d)/3) where A > 0 and −exp((d − ε)/3) where A < 0.
+    The mean of these log-ratios is 0, so that ρ is 1, which neither clips nor a trust region leaves out. With one above
+    the upper bound and one below the lower one the sum of the bounded ones is upper − lower; with the second split in
+    two, lower counts twice. Where there is no lower bound the sums are the same.
     """
-    x = _WIDE * np.array([1.0, -1.0, 0.0])
-    bounds = []
-    for A in (-1.0, 1.0):
-        value = A * _value(loss, x, A=A) / float(weight.sum())
-        if not 0 < value < math.inf:
+    total = float(weight.sum())
+
+    def mean(x: Floats, A: float) -> float:
+        value = A * _value(loss, x, A=A) / total
+        return 3 * math.log(value) if 0 < value < math.inf else math.nan
+
+    bounds: dict[float, tuple[float, float]] = {}
+    error = 300 * loss.exactness
+    for A in (1.0, -1.0):
+        two, three = (A * mean(A * _WIDE * np.array(x), A) for x in ([1, -1, 0], [1, -0.5, -0.5]))
+        if math.isnan(two) or math.isnan(three):
             return None
-        bound = _WIDE + 3 * A * math.log(value)
-        bounds.append(tidy(bound, 300 * loss.exactness) if bound < 0.999 * _WIDE else math.inf)
-    if bounds == [math.inf, math.inf] or min(bounds) < 0:
+        # In the direction of A: what bounds from above, and what from below.
+        low = two - three
+        high = two + (low if low > 1e-6 else _WIDE)
+        bounds[A] = (
+            tidy(high, error) if high < 0.999 * _WIDE else math.inf,
+            tidy(low, error) if 1e-6 < low < 0.49 * _WIDE else math.inf,
+        )
+    (high, other_low), (low, other_high) = bounds[1.0], bounds[-1.0]
+    x = _WIDE * np.array([0.9, -0.6, -0.3])
+    expected = total * math.exp(float(np.clip(x, -other_low, high).mean()))
+    if min(*bounds[1.0], *bounds[-1.0]) == math.inf or min(*bounds[1.0], *bounds[-1.0]) < 0:
         return None
-    y = _WIDE * np.array([0.9, -0.6, -0.3])
-    expected = float(weight.sum()) * math.exp(float(np.minimum(y, bounds[1]).mean()))
-    if abs(_value(loss, y) - expected) > max(1e-7, min(100 * loss.exactness, 0.01)) * abs(expected):
+    if abs(_value(loss, x) - expected) > max(1e-7, min(100 * loss.exactness, 0.01)) * abs(expected):
         return None
-    return GMPO(*bounds)
+    if other_low == other_high == math.inf:
+        return LevelFound("sequence", GMPO(low, high))
+    what = (
+        "clamps each token's log-ratio on both sides, whatever the sign of A: the minimum with it unclamped is missing"
+    )
+    if high == low == math.inf:
+        what = "takes the larger of the clamped and the unclamped log-ratio (max for min) of each token"
+        low, high = other_low, other_high
+    example = sequence_of(loss, _WIDE * np.array([-1.0, 0.5, 0.5]))
+    return LevelFound("sequence", GMPO(low, high), (Finding("differs", what, "log-ratios far from 0", "", example),))
 
 
 def _whose_advantage(loss: Loss, x: Floats) -> str:
@@ -193,7 +215,5 @@ def _divisor(loss: Loss, surrogate: Any, ratio: str, low: float) -> list[Finding
     if abs(value - of_tokens) <= error * abs(of_tokens) or abs(value - of_width) > error * abs(of_width):
         return []
     text = "the sequence's log-ratio is divided by the padded width, not by the number of its tokens"
-    amount = (
-        f"Σ s = {number(value / one * 2)} for ρ = {[float(number(r)) for r in np.exp(x[:2])]} and two masked tokens"
-    )
+    amount = f"Σ s = {number(value / one * 2)} for ρ = {[rounded(r) for r in np.exp(x[:2])]} and two masked tokens"
     return [Finding("differs", text, "every sequence with padding", amount, sequence_of(loss, x, mask=mask))]

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .calling import Batch, CallFailed, Loss
-from .report import Finding, number
+from .report import Finding, number, rounded
 
 _MASK = np.array([[1, 1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 1, 0]], bool)
 _WHAT = {
@@ -71,7 +71,7 @@ def effective(loss: Loss, made: Callable[[NDArray[np.bool_]], Batch], what: str)
 
 
 def _rows(grad: Any) -> str:
-    return str([[float(number(g)) + 0.0 for g in row] for row in grad])
+    return str([[rounded(g) for g in row] for row in grad])
 
 
 def _through_others(loss: Loss, made: Any) -> bool:

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from ..terms import DEFAULT_SURROGATE
 from . import shrinking
-from .calling import Batch, Loss, batch
+from .calling import Batch, CallFailed, Loss, batch
 from .cases import Case
 from .comparing import Miss, checked, compare, expected
 from .report import Finding, Severity, number
@@ -34,12 +36,13 @@ def of_misses(
     empty = take(lambda m: m.case.kind in ("empty", "empty sequence") and m.how in ("raises", "is not finite"))
     findings += _of_empty(empty)
     small = take(lambda m: m.how == "differs slightly")
-    if not any(m.how == "differs" and m.case.severity == "differs" for m in rest):
+    told = any("digits" in finding.what or "clamped" in finding.what for finding in named)
+    if not told and not any(m.how == "differs" and m.case.severity == "differs" for m in rest):
         findings += _of_small(loss, options, small)
     if any(finding.severity == "differs" for finding in named):
         raised = [m for m in rest if m.how == "raises"]
-        return findings + _raising(raised)
-    findings += _raising(take(lambda m: m.how == "raises"))
+        return findings + _raising(loss, raised)
+    findings += _raising(loss, take(lambda m: m.how == "raises"))
     clamped = any("clamped" in finding.what for finding in named)
     far = take(lambda m: m.case.kind == "far")
     if far and not clamped and not any(m.case.severity == "differs" for m in rest):
@@ -68,6 +71,8 @@ def _text(misses: Sequence[Miss]) -> str:
         return "differs where advantages are one per token"
     if all(m.case.name == "a row with A = 0" for m in misses):
         return "rows with A = 0 count otherwise"
+    if all(m.case.name.startswith("many") for m in misses):
+        return "differs where there are many rows or tokens, and not where there are few"
     if all(m.case.kind == "empty sequence" for m in misses):
         return "a sequence without a token changes the result: it counts otherwise"
     if all("far apart" in m.case.name or m.case.name.startswith("log ρ") for m in misses):
@@ -83,6 +88,8 @@ def _of_masked(loss: Loss, options: Mapping[str, Any], misses: Sequence[Miss]) -
     which = "NaN" if values == {"nan"} else "NaN or infinity" if "nan" in values else "infinity"
     of = "loss" if any(m.where == "loss" for m in misses) else "gradient"
     text = f"{which} at a masked position makes the {of} NaN"
+    if all(m.how == "raises" for m in misses):
+        text = f"{which} at a masked position raises {misses[0].message}"
     where = f"where the mask is 0, in {', '.join(names)}" if names else "where the mask is 0"
     finding = _one(loss, options, misses, "fragile", text)
     return [finding._replace(where=where)]
@@ -127,12 +134,21 @@ def _of_small(loss: Loss, options: Mapping[str, Any], misses: Sequence[Miss]) ->
     return [finding._replace(amount=f"at most {amount}, {worst.where}")]
 
 
-def _raising(misses: Sequence[Miss]) -> list[Finding]:
+def _raising(loss: Loss, misses: Sequence[Miss]) -> list[Finding]:
     if not misses:
         return []
-    miss = misses[0]
+    miss = min(misses, key=lambda m: m.case.at.logps.size)
     severity: Severity = "differs" if any(m.case.severity == "differs" for m in misses) else "fragile"
-    return [Finding(severity, f"raises {miss.message}", miss.case.name, "", miss.case.at)]
+
+    def raises(at: Batch) -> bool:
+        try:
+            loss(at)
+        except CallFailed as error:
+            return str(error) == miss.message
+        return False
+
+    at = shrinking.smallest(miss.case.at, raises)
+    return [Finding(severity, f"raises {miss.message}", miss.case.name, "", at)]
 
 
 def _one(loss: Loss, options: Mapping[str, Any], misses: Sequence[Miss], severity: Severity, text: str) -> Finding:
@@ -155,50 +171,71 @@ def _one(loss: Loss, options: Mapping[str, Any], misses: Sequence[Miss], severit
 
 # --- what was asked for, beside what was found ------------------------------------------------------------------------
 def of_options(
-    asked: Mapping[str, Any], found: Mapping[str, Any], takes: Iterable[str], cases: Iterable[Case]
+    asked: Mapping[str, Any],
+    found: Mapping[str, Any],
+    takes: Iterable[str],
+    cases: Iterable[Case],
+    named: Iterable[Finding],
 ) -> list[Finding]:
-    """What differs between the options that a loss was to have and those that it has; each with an input that shows it.
+    """What differs between the options that a loss was to have and those that it has, beside what is ``named``.
 
-    The input is one on which the reference itself differs if only that option is another.
+    Each has an input that shows it, on which the reference itself differs if only that is another.
     """
     findings: list[Finding] = []
     cases = sorted(cases, key=lambda case: case.at.logps.size)
-    for names in (("surrogate",), ("trust_region",), ("kl",), ("importance_sampling_level",), _MEAN):
-        texts = _of_mean(asked, found) if names == _MEAN else []
-        if names != _MEAN and asked.get(names[0]) != found.get(names[0]):
-            texts = list(_texts(names[0], asked.get(names[0]), found.get(names[0])))
-        if texts:
-            other = {name: x for name, x in asked.items() if name not in names}
-            other |= {name: found[name] for name in names if name in found}
-            example, amount = _example(asked, other, found, takes, cases)
-            findings += [Finding("differs", text, "", amount, example) for text in texts]
+    for name, default in _DEFAULTS.items():
+        wanted, has = asked.get(name, default), found.get(name, default)
+        if wanted == has:
+            continue
+        for text, value in _texts(name, wanted, has):
+            example, amount = _example(asked, dict(asked) | {name: value}, found, takes, cases)
+            findings.append(Finding("differs", text, "", amount, example))
+    texts = _of_mean(asked, found)
+    if texts and not any(finding.what.startswith(_OF_WEIGHTS) for finding in named):
+        other = {name: x for name, x in asked.items() if name not in _MEAN}
+        other |= {name: found[name] for name in _MEAN if name in found}
+        example, amount = _example(asked, other, found, takes, cases)
+        findings += [Finding("differs", text, "", amount, example) for text in texts]
     return findings
 
 
 _MEAN = ("aggregation", "normalizer")
+#: How findings begin that tell of a denominator.
+_OF_WEIGHTS = ("divides", "the denominator", "rows with A = 0", "sequences without a token are not counted")
+_DEFAULTS: dict[str, Any] = {
+    "surrogate": DEFAULT_SURROGATE,
+    "trust_region": None,
+    "kl": None,
+    "importance_sampling_level": "token",
+}
 
 
 def _example(
     asked: Mapping[str, Any], other: Mapping[str, Any], found: Mapping[str, Any], takes: Iterable[str], cases: Any
 ) -> tuple[Batch | None, str]:
-    """The smallest input on which these options differ, and by how much."""
+    """The smallest input on which these options differ, in the loss or else in its gradient, and by how much."""
     try:
         checked(other)
     except (TypeError, ValueError):  # such as VESPO at another level
         other = found
 
-    def values(at: Batch) -> tuple[float, float]:
-        return expected(asked, at, takes)[0], expected(other, at, takes)[0]
+    def values(at: Batch, of_gradient: bool) -> tuple[float, float]:
+        (one, grad), (two, other_grad) = (expected(options, at, takes) for options in (asked, other))
+        if not of_gradient:
+            return one, two
+        i = np.unravel_index(int(np.argmax(np.abs(grad - other_grad))), grad.shape)
+        return float(grad[i]), float(other_grad[i])
 
-    def differ(at: Batch) -> bool:
-        one, two = values(at)
+    def differ(at: Batch, of_gradient: bool) -> bool:
+        one, two = values(at, of_gradient)
         return bool(np.isfinite([one, two]).all() and abs(one - two) > 1e-3 * max(abs(one), abs(two)))
 
-    for case in cases:
-        if case.severity == "differs" and differ(case.at):
-            at = shrinking.smallest(case.at, differ)
-            one, two = values(at)
-            return at, f"loss {number(two)} instead of {number(one)}, by this alone"
+    for of_gradient, what in ((False, "loss"), (True, "gradient")):
+        for case in cases:
+            if case.severity == "differs" and differ(case.at, of_gradient):
+                at = shrinking.smallest(case.at, partial(differ, of_gradient=of_gradient))
+                one, two = values(at, of_gradient)
+                return at, f"{what} {number(two)} instead of {number(one)}, by this alone"
     return None, ""
 
 
@@ -229,19 +266,21 @@ def _shown(x: Any) -> str:
     return f"{x:g}" if isinstance(x, float) else "what is counted" if x is None else repr(x)
 
 
-def _texts(name: str, wanted: Any, has: Any) -> Iterable[str]:
+def _texts(name: str, wanted: Any, has: Any) -> Iterable[tuple[str, Any]]:
+    """What is to be told of an option, and the value with that alone another."""
+    word = _WORDS.get(name, name)
     if type(wanted) is type(has) and hasattr(has, "_fields"):
         for field in has._fields:
             a, b = getattr(wanted, field), getattr(has, field)
             if a != b:
                 forgotten = ": it is forgotten" if field == "beta" and b == 1 else ""
-                yield f"{field} of the {_WORDS.get(name, name)} is {b!r}, not {a!r}{forgotten}"
+                yield f"{field} of the {word} is {b!r}, not {a!r}{forgotten}", wanted._replace(**{field: b})
     elif has is None:
-        yield f"has no {_WORDS.get(name, name)}, where {wanted!r} was asked for"
+        yield f"has no {word}, where {wanted!r} was asked for", has
     elif wanted is None:
-        yield f"has a {_WORDS.get(name, name)} that was not asked for: {has!r}"
+        yield f"has a {word} that was not asked for: {has!r}", has
     else:
-        yield f"{_WORDS.get(name, name)} is {has!r}, not {wanted!r}"
+        yield f"{word} is {has!r}, not {wanted!r}", has
 
 
 _WORDS = {"kl": "KL term", "trust_region": "trust region", "surrogate": "policy term"}

@@ -1,12 +1,16 @@
 """Numbers as they were meant: what a measurement with a known error rounds to; and where a function changes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
 
 def tidy(x: float, error: float) -> float:
-    """The number of the fewest decimals that is within the relative error of ``x``; ``x`` itself if there is none."""
+    """The number of the fewest digits that is within the relative error of ``x``; ``x`` itself if there is none.
+
+    One of five digits or fewer may be off by the rounding of float32, whatever the error: it was meant so.
+    """
     if x == 0 or not np.isfinite(x):
         return x
     for digits in range(1, 16):
@@ -16,6 +20,13 @@ def tidy(x: float, error: float) -> float:
         if digits <= 5 and abs(rounded - x) <= 1.2e-7 * abs(x):  # it was meant so, and computed in float32
             return rounded
     return x
+
+
+def long_numbers(options: Mapping[str, Any]) -> bool:
+    """Whether one of the numbers is of more than six digits, so that it is known within its error only."""
+    numbers = [x for option in options.values() for x in (option if isinstance(option, tuple) else [option])]
+    floats = [float(x) for x in numbers if isinstance(x, (int, float))]
+    return any(np.isfinite(x) and float(f"{x:.6g}") != x for x in floats)
 
 
 def is_round(x: float, error: float) -> bool:

@@ -9,12 +9,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..terms import CISPO, Unclipped
+from ..terms import CISPO, SAPO, Unclipped
 from . import at_one, curves, depth, precision, regions, slopes, surrogates
 from .calling import Loss
 from .curves import NEAR, Curve, Kind, Tokens
 from .numbers import tidy
 from .report import Finding, Severity, number
+
+#: log π of a token that no loss leaves out for being improbable.
+_PROBABLE = -0.5
 
 
 class Policy(NamedTuple):
@@ -36,7 +39,7 @@ def read(loss: Loss) -> Policy:
     tokens = Tokens(loss)
     nothing = Policy(1.0, 1.0, None, None, "none", 1, (-0.1, 0.1))
     for tokens.width in (1, 3, 6):
-        first = tokens.of(0.0, 1.0)
+        first = tokens.of(0.0, 1.0, _PROBABLE)
         if all(map(math.isfinite, first)) and any(first):
             break
     else:
@@ -45,9 +48,11 @@ def read(loss: Loss) -> Policy:
     if too_rough:
         return nothing._replace(findings=tuple(too_rough))
     loss.least, of_depth = depth.read(tokens)
-    scale, factor, of_one, readable = at_one.read(tokens)
+    if not any(tokens.of(0.0, 1.0)):
+        return nothing._replace(findings=(*of_depth, at_one.no_reaction(tokens)))
+    scale, factor, of_one, readable, unit = at_one.read(tokens)
     findings = [*of_depth, *of_one]
-    found = nothing._replace(scale=abs(scale), kind=tokens.kind, width=tokens.width)
+    found = nothing._replace(scale=abs(scale) / unit, kind=tokens.kind, width=tokens.width)
     found = found._replace(sign=math.copysign(1.0, scale), findings=tuple(findings))
     if not readable:
         return found
@@ -61,7 +66,7 @@ def read(loss: Loss) -> Policy:
     read = {sign: tokens.curve(sign) for sign in (1, -1)}
     findings += _raised(tokens)
     bound = _weight_at_1(read[1]) if tokens.kind == "weight" else 1.0
-    if bound != 1:  # one that is below 1, so that ρ = 1 is beyond it
+    if bound != 1:  # ρ = 1 is beyond it
         tokens.scale = {sign: x / bound for sign, x in tokens.scale.items()}
         found = found._replace(scale=found.scale / bound)
         read = {
@@ -76,7 +81,21 @@ def read(loss: Loss) -> Policy:
         found = found._replace(scale=found.scale / factor)
         read = {sign: curve._replace(value=curve.value * factor) for sign, curve in read.items()}
     named = _named(tokens, read, found)
+    tau = _missing_temperature(named.surrogate, tokens)
+    if tau:
+        findings = [x for x in findings if "times as much as those" not in x.what]
+        what = "SAPO's factor 1/τ is missing: the slope at ρ = 1 is A·τ, and not A"
+        findings.append(Finding("differs", what, "everywhere", "", tokens.at(0.0, -1.0)))
+        named = named._replace(scale=named.scale / tau)
     return named._replace(findings=(*findings, *named.findings), notes=(*notes, *named.notes))
+
+
+def _missing_temperature(surrogate: Any, tokens: Tokens) -> float:
+    """τ of A > 0 where the slopes of SAPO for either sign of A are to each other as its temperatures are; or 0."""
+    if not isinstance(surrogate, SAPO) or surrogate.tau_pos == surrogate.tau_neg:
+        return 0.0
+    factor = tokens.scale[-1] / tokens.scale[1]
+    return surrogate.tau_pos if math.isclose(factor, surrogate.tau_neg / surrogate.tau_pos, rel_tol=1e-4) else 0.0
 
 
 def _padded(loss: Loss, tokens: Tokens) -> Policy | None:
@@ -106,7 +125,7 @@ def _raised(tokens: Tokens) -> Iterable[Finding]:
 
 
 def _weight_at_1(curve: Curve) -> float:
-    """The weight at ρ = 1 in units of ρ, by where it is in proportion to ρ: less than 1 where a bound is."""
+    """The weight at ρ = 1 in units of ρ, by where it is in proportion to ρ: another than 1 where a bound is."""
     with np.errstate(all="ignore"):
         units = curve.value / np.exp(curve.x)
     same = np.abs(np.diff(units)) <= 1e-7 * np.abs(units[1:])
@@ -114,7 +133,7 @@ def _weight_at_1(curve: Curve) -> float:
     if not long.size or np.isclose(units[long], 1, rtol=1e-6).any():
         return 1.0
     unit = float(np.median(units[long]))
-    return 1 / unit if np.allclose(units[long], unit, rtol=1e-6) and unit > 1 else 1.0
+    return 1 / unit if np.allclose(units[long], unit, rtol=1e-6) and unit > 0 else 1.0
 
 
 def _too_steep(tokens: Tokens) -> float:
@@ -146,10 +165,13 @@ def _named(tokens: Tokens, read: dict[int, Curve], policy: Policy) -> Policy:
         findings += slopes.wrong(tokens, read, kept, {}, smooth)
         inside = (max(-1.0, edges[1][0] / 2), min(1.0, edges[1][1] / 2))
         return policy._replace(surrogate=smooth, trust_region=region, inside=inside, findings=tuple(findings))
-    clamp, bounds = curves.clamps({sign: curves.flat(tokens, read[sign], sign, tol, edges[sign]) for sign in read})
+    flat = {sign: curves.flat(tokens, read[sign], sign, tol, edges[sign]) for sign in read}
+    clamp, bounds = curves.clamps(flat, tokens.kind, tokens.loss.exactness)
     for sign, curve in read.items():
         expected = np.clip(np.exp(np.clip(curve.x, *clamp)), bounds[sign].low, bounds[sign].high)
         room = tol * expected * (1 + np.abs(curve.x)) + curve.noise
+        # As in ρ + sg[clip(ρ) − ρ], whose sum is of numbers as large as ρ.
+        room += np.where(expected == bounds[sign].high, 16 * tokens.loss.eps * np.exp(curve.x), 0)
         off = kept[sign] & ~(np.abs(curve.value - expected) <= room)
         if off.any():
             return policy._replace(findings=(*findings, surrogates.unknown(tokens, curve, sign, off)))
@@ -181,6 +203,11 @@ def _constant(tokens: Tokens, read: dict[int, Curve], policy: Policy) -> Policy:
     """Of a value that is the same for every π_old."""
     if not any(curve.slope.any() for curve in read.values()):
         return policy._replace(surrogate=Unclipped(), kind="constant", findings=(slopes.none(tokens),))
+    if not np.allclose(np.concatenate([read[1].slope, read[-1].slope]), read[1].slope[0], rtol=1e-6, atol=0):
+        what = "the value of the policy term is the same for every ρ, and its gradient is not"
+        some = [f"{number(v)} at ρ = {number(math.exp(x))}" for x, v in zip(read[1].x, read[1].slope, strict=True)]
+        amount = f"s/A = {number(read[1].value[0])}, its gradient {', '.join(some[len(some) // 2 :: 10][:4])}"
+        return policy._replace(findings=(Finding("differs", what, "every ρ but 1", amount, tokens.at(1.0, 1.0)),))
     if "ref_logps" in tokens.loss.takes:
         at = tokens.at(0.0, 1.0)
         moved = at._replace(ref_logps=at.logps - 0.05)

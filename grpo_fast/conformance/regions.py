@@ -8,7 +8,7 @@ import numpy as np
 from .. import reference
 from ..terms import TV, Band, BinaryKL
 from .calling import batch
-from .curves import NEAR, Tokens, pair
+from .curves import NEAR, Tokens, dropped, pair
 from .numbers import bisect, tidy
 from .report import Finding, number
 
@@ -16,29 +16,28 @@ from .report import Finding, number
 Edges: TypeAlias = dict[int, tuple[float, float]]
 
 
+#: log π of the more probable of π_θ and π_old: the nearer to 0, the larger the δ that can be reached.
+_ANCHORS = (NEAR, -1e-4, -1e-8, -1e-12)
+#: A δ of `TV` and of `BinaryKL` that no two probabilities reach in float64.
+_NEVER = {TV: 1.0, BinaryKL: 1000.0}
+
+
 def read(tokens: Tokens, far: Edges, near: Edges) -> tuple[Any, list[Finding]]:
     """The trust region with these bounds: ``far`` are those of improbable tokens, ``near`` those of probable ones."""
-    edges = [x for bounds in near.values() for x in bounds]
-    if not any(map(math.isfinite, edges)):
-        return None, []
+    if not any(math.isfinite(x) for bounds in near.values() for x in bounds):
+        near = _edges_at(tokens, _ANCHORS[-1])  # is there one of a δ that is larger than those are probable?
+        if not any(math.isfinite(x) for bounds in near.values() for x in bounds):
+            return None, []
     error = max(tokens.loss.exactness, 1e-8)
     if all(np.allclose(near[s], far[1], rtol=10 * error, atol=10 * error) for s in near):
         low, high = far[1]
         return Band(tidy(math.exp(low), 10 * error), tidy(math.exp(high), 10 * error)), []
+    for anchor in _ANCHORS if tokens.loss.eps < 1e-10 else _ANCHORS[:1]:
+        option = _of_probabilities(tokens, anchor, near if anchor == NEAR else _edges_at(tokens, anchor), near, error)
+        if option is not None:
+            return option, []
     other = 3 * NEAR
     moved = {s: _edges_near(tokens, s, near[s], other) for s in near}
-    pairs = list(zip(edges, [x for bounds in moved.values() for x in bounds], strict=True))
-    if math.isinf(near[1][0]) and math.isinf(near[-1][1]):
-        for option, measure in ((TV, _tv), (BinaryKL, _binary_kl)):
-            deltas = []
-            for edge, again in (pairs[1], pairs[2]):
-                sizes = [measure(edge, NEAR), measure(again, other)] if math.isfinite(edge) else [math.inf] * 2
-                deltas.append(
-                    tidy(sizes[0], 100 * error) if np.isclose(sizes[0], sizes[1], rtol=1e3 * error) else math.nan
-                )
-            if not any(map(math.isnan, deltas)):
-                most = 1.0 if option is TV else 1e300
-                return option(*(min(delta, most) for delta in deltas)), []
     delta = _of_sequences(tokens, near, moved)
     if delta:
         what = (
@@ -47,10 +46,53 @@ def read(tokens: Tokens, far: Edges, near: Edges) -> tuple[Any, list[Finding]]:
         )
         amount = f"s = 0 for two tokens with log ρ = {number(-2.5 * delta)} and {number(-0.1 * delta)}, A = −1"
         return None, [Finding("differs", what, "A < 0", amount, tokens.at(-1.1 * delta, -1.0, NEAR))]
-    what = "drops tokens outside of a region that is none of grpo_loss' trust regions"
-    amount = "; ".join(f"A {'>' if s > 0 else '<'} 0: log ρ in {number(a)} … {number(b)}" for s, (a, b) in near.items())
     sign, edge = next((s, x) for s, bounds in near.items() for x in bounds if math.isfinite(x))
-    return None, [Finding("differs", what, "", f"kept are {amount}", tokens.at(1.1 * edge, float(sign), NEAR))]
+    what = "drops tokens outside of a region that is none of grpo_loss' trust regions"
+    amount = _described(near, moved, other, error)
+    return None, [Finding("differs", what, "", amount, tokens.at(1.1 * edge, float(sign), NEAR))]
+
+
+def _edges_at(tokens: Tokens, anchor: float) -> Edges:
+    """Between which log-ratios tokens are kept of which the more probable log π is ``anchor``."""
+    return {sign: dropped(tokens, tokens.curve(sign, anchor), sign, anchor) for sign in (1, -1)}
+
+
+def _of_probabilities(tokens: Tokens, anchor: float, edges: Edges, near: Edges, error: float) -> TV | BinaryKL | None:
+    """`TV` or `BinaryKL`, if it has these ``edges`` at the anchor, and those that are ``near``."""
+    if math.isfinite(edges[1][0]) or math.isfinite(edges[-1][1]):
+        return None
+    other = 3 * anchor
+    moved = {s: _edges_near(tokens, s, edges[s], other) for s in edges}
+    for option, measure in ((TV, _tv), (BinaryKL, _binary_kl)):
+        deltas: list[float] = []
+        sides = ((edges[1][1], moved[1][1], near[1][1]), (edges[-1][0], moved[-1][0], near[-1][0]))
+        for edge, again, usual in sides:
+            if math.isinf(edge):
+                deltas.append(_NEVER[option])
+                continue
+            size, same = measure(edge, anchor), measure(again, other)
+            others = [same] if math.isinf(usual) else [same, measure(usual, NEAR)]
+            if not np.allclose(others, size, rtol=1e3 * error, atol=1e-9):
+                break
+            deltas.append(tidy(size, 100 * error) if size > 1e-9 else 0.0)
+        # A side that is not seen may be reached by more probable tokens.
+        if len(deltas) == 2 and (anchor == _ANCHORS[-1] or _NEVER[option] not in deltas):
+            return option(*(min(delta, _NEVER[option]) for delta in deltas))
+    return None
+
+
+def _described(near: Edges, moved: Edges, anchor: float, error: float) -> str:
+    """What is dropped: by π_θ − π_old, if it is that of all tokens, or by log ρ of probable ones."""
+    pairs = [(s, x, moved[s][i]) for s in near for i, x in enumerate(near[s]) if math.isfinite(x)]
+    if all(np.isclose(_tv(x, NEAR), _tv(y, anchor), rtol=1e3 * error) for _, x, y in pairs):
+        parts = [
+            f"A {'>' if s > 0 else '<'} 0 and π_θ − π_old {'>' if x > 0 else '<'} "
+            f"{number(tidy(math.copysign(_tv(x, NEAR), x), 100 * error))}"
+            for s, x, _ in pairs
+        ]
+        return f"dropped are {'; '.join(parts)}"
+    kept = "; ".join(f"A {'>' if s > 0 else '<'} 0: log ρ in {number(a)} … {number(b)}" for s, (a, b) in near.items())
+    return f"kept are {kept}, where the more probable of π_θ and π_old is {number(math.exp(NEAR))}"
 
 
 def _of_sequences(tokens: Tokens, near: Edges, moved: Edges) -> float:

@@ -3,14 +3,14 @@
 That should be nothing. A KL term to π_old, an entropy bonus or a constant are told by how it changes.
 """
 
-from collections.abc import Sequence
+import math
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..terms import K1, K2, K3
 from .calling import Batch, CallFailed, Loss, batch
-from .kl import estimate
+from .kl import KLTerm, estimate
 from .numbers import tidy
 from .report import Finding, number
 
@@ -19,9 +19,10 @@ _X = np.array([-0.5, -0.2, 0.0, 0.1, 0.4])
 _LOGPS = np.array([-1.0, -2.0, -0.3, -4.0])
 
 
-def read(loss: Loss, scale: float, width: int, of_kl: Sequence[Finding], kl_there: bool) -> list[Finding]:
-    """What is left, in units of the policy term, beside what was found ``of_kl``."""
-    if any("π_old" in finding.what for finding in of_kl):
+def read(loss: Loss, scale: float, width: int, term: KLTerm) -> list[Finding]:
+    """What is left, in units of the policy term, beside this KL term."""
+    option = term.option
+    if any("π_old" in finding.what for finding in term.findings):
         return []
 
     def at(x: float, logp: float) -> Batch:
@@ -38,7 +39,7 @@ def read(loss: Loss, scale: float, width: int, of_kl: Sequence[Finding], kl_ther
         along_logp = np.array([of(0.0, float(logp)) for logp in _LOGPS])
     except CallFailed:
         return []
-    if kl_there:  # whose gradient need not be 0 where π_ref = π_θ
+    if term.there:  # whose gradient need not be 0 where π_ref = π_θ
         along_x[:, 1] = along_logp[:, 1] = 0.0
     both = np.concatenate([along_x, along_logp])
     error = max(loss.exactness, 1e-9)
@@ -50,9 +51,15 @@ def read(loss: Loss, scale: float, width: int, of_kl: Sequence[Finding], kl_ther
     constant = float(value[2])
     moves_x, moves_logp = (np.ptp(values) > 10 * error for values in (value, along_logp[:, 0]))
     if not moves_x and not moves_logp and not both[:, 1].any():
-        if any("lacks its − 1" in finding.what for finding in of_kl):
-            return []
-        return [Finding("differs", f"adds a constant, {number(tidy(constant, 1e-6))}", where, "", example)]
+        several = {n: loss(batch(np.full((1, n), -1.5), advantages=[0.0])).loss / scale for n in (1, 2, 6)}
+        if np.ptp(list(several.values())) > 10 * error:
+            amount = ", ".join(f"{number(value)} for {n} tokens" for n, value in several.items())
+            what = "adds a term of the number of tokens alone, such as a cost of length"
+            return [Finding("differs", what, where, amount, example)]
+        what = f"adds a constant, {number(tidy(constant, 1e-6))}"
+        if isinstance(option, K3) and math.isclose(option.beta, constant, rel_tol=1e-6):
+            what = "the KL term lacks its − 1: it is e^(−l) + l, β more than k3"
+        return [Finding("differs", what, where, "", example)]
     if moves_x and not moves_logp:
         for name, kind, x in (("k1", K1, _X), ("k2", K2, _X), ("k3", K3, _X), ("k3 of −log ρ", K3, -_X)):
             k, _ = estimate(kind, x)
@@ -75,7 +82,8 @@ def read(loss: Loss, scale: float, width: int, of_kl: Sequence[Finding], kl_ther
                 )
                 return [Finding("differs", text, where, _numbers(_LOGPS, along_logp[:, 0], "log π_θ"), example)]
     text = "holds something that depends neither on the advantages nor on the reference"
-    return [Finding("differs", text, where, _numbers(_X, value, "log ρ"), example)]
+    amount = _numbers(_X, value, "log ρ") if moves_x else _numbers(_LOGPS, along_logp[:, 0], "log π_θ")
+    return [Finding("differs", text, where, amount, example)]
 
 
 def _numbers(at: Floats, value: Floats, name: str) -> str:

@@ -10,6 +10,9 @@ from .calling import Batch
 
 Severity: TypeAlias = Literal["differs", "fragile"]
 _WIDTH = 100
+_LETTERS = (
+    "s: a token's policy term, ρ = π_θ/π_old; k: its KL estimate, l = log π_θ − log π_ref; c: its weight in the mean"
+)
 
 
 class Finding(NamedTuple):
@@ -70,6 +73,8 @@ class Report(NamedTuple):
         Whether what is fragile counts, too.
     asked : bool
         Whether the options are those that it was compared with, as of `check`.
+    parts : Mapping
+        What of the keyword arguments was read where ``options`` is None.
     """
 
     name: str
@@ -82,6 +87,7 @@ class Report(NamedTuple):
     disagreed: int = 0
     strict: bool = False
     asked: bool = False
+    parts: Mapping[str, Any] = {}
 
     @property
     def ok(self) -> bool:
@@ -98,16 +104,37 @@ class Report(NamedTuple):
         """The findings on inputs that are no ordinary ones."""
         return tuple(x for x in self.findings if x.severity == "fragile")
 
+    def as_dict(self) -> dict[str, Any]:
+        """The report in strings, numbers and lists, as JSON has them; options as they are written in Python."""
+        return {
+            "loss": self.name,
+            "framework": self.framework,
+            "dtype": self.dtype,
+            "ok": self.ok,
+            "options": None if self.options is None else {name: repr(x) for name, x in self.options.items()},
+            "findings": [
+                {name: getattr(x, name) for name in ("severity", "what", "where", "amount")}
+                | {"example": None if x.example is None else shown(x.example)}
+                for x in self.findings
+            ],
+            "notes": list(self.notes),
+            "compared": self.compared,
+            "disagreed": self.disagreed,
+        }
+
     def __bool__(self) -> bool:
         raise TypeError("a Report is neither true nor false: ask for its .ok")
 
     def __str__(self) -> str:
-        lines = [f"{self.name} ({self.framework}, answers in {self.dtype})", ""]
+        verdict = "ok" if self.ok else "NOT OK"
+        lines = [f"{verdict}: {self.name} ({self.framework}, answers in {self.dtype})", ""]
         if self.options is None:
             lines += ["What it computes is none of grpo_loss' options.", ""]
+            if self.parts:
+                lines += [f"of it are   {_call(self.parts)}", ""]
         else:
             word = "compared with" if self.asked else "nearest to" if self.differs else "computes"
-            lines += [f"{word}  grpo_loss(…, {_call(self.options)})", ""]
+            lines += [f"{word}  grpo_loss({', '.join(filter(None, ('…', _call(self.options))))})", ""]
         for title, found in (("differs", self.differs), ("fragile", self.fragile)):
             for number, finding in enumerate(found, 1):
                 text = str(finding).splitlines()
@@ -118,6 +145,8 @@ class Report(NamedTuple):
                 lines.append("")
         for note in self.notes:
             lines += _wrapped(note, "note  ")
+        if self.findings and self.options is None:
+            lines += _wrapped(_LETTERS, "note  ")
         lines += [*([""] if self.notes else []), self._verdict()]
         return "\n".join(lines)
 
@@ -126,10 +155,11 @@ class Report(NamedTuple):
 
     def _verdict(self) -> str:
         compared = f"{self.compared} inputs compared with the reference"
-        compared += f", {self.disagreed} disagree" if self.disagreed else ", all agree to rounding"
+        fragile = ", all of them where it is fragile" if self.ok or not self.differs else ""
+        compared += f", {self.disagreed} disagree{fragile}" if self.disagreed else ", all agree to rounding"
         if not self.compared:
             compared = "nothing to compare with"
-        return f"{'ok' if self.ok else 'NOT OK'}: {len(self.differs)} differ, {len(self.fragile)} fragile; {compared}"
+        return f"{len(self.differs)} differ, {len(self.fragile)} fragile; {compared}"
 
 
 def _wrapped(text: str, head: str) -> list[str]:
@@ -160,4 +190,9 @@ def _array(x: Any) -> str:
 
 def number(x: float) -> str:
     """A number for people."""
-    return f"{x:.6g}"
+    return f"{x + 0.0:.6g}".replace("-", "−")
+
+
+def rounded(x: float) -> float:
+    """A number as `number` tells it."""
+    return float(f"{x + 0.0:.6g}")

@@ -49,7 +49,7 @@ def bounded(tokens: Tokens, bounds: dict[int, Bounds]) -> tuple[Any, list[Findin
 def _below(b: float, error: float) -> float:
     # First the bound itself, which may be that of float32: 1.2 is 1.20000005 there, and ε no rounding of 0.2.
     b = tidy(b, error)
-    return tidy(1 - b, error / max(1 - b, 1e-3)) if 0 < b < 1 else math.inf
+    return tidy(1 - b, error / max(1 - b, 1e-3)) if 0 < b <= 1 else math.inf
 
 
 def _above(b: float, error: float) -> float:
@@ -63,7 +63,10 @@ def _clip(tokens: Tokens, up: Bounds, down: Bounds, error: float) -> tuple[Any, 
     if delta > 1 + high or delta == math.inf:
         return Clip(low, high, delta), []
     if abs(delta - 1 - high) <= 100 * error:
-        what = "both bounds of the clip act where A < 0: no gradient comes back once ρ is above 1 + ε_high"
+        both = (
+            "both bounds of the clip act" if low < math.inf else "the upper bound of the clip acts, not the lower one,"
+        )
+        what = f"{both} where A < 0: no gradient comes back once ρ is above 1 + ε_high"
         amount = f"s/A = {number(delta)} for every ρ above it, where A < 0"
         return Clip(low, high), [Finding("differs", what, "A < 0 and ρ > 1 + ε_high", amount, tokens.at(1.0, -1.0))]
     what = "for A < 0 the ratio is bounded below 1 + ε_high"
@@ -125,10 +128,11 @@ def _vespo(curves: dict[int, Curve], kept: dict[int, Mask], tol: float) -> Any:
         x, log_value = curve.x[near], np.log(curve.value[near])
         system = np.stack([x, 1 - np.exp(x)], axis=1)
         (k, lam), *_ = np.linalg.lstsq(system, log_value, rcond=None)
-        if np.abs(system @ (k, lam) - log_value).max() > 1e3 * tol or lam <= 1e-6 or k < -1e-6:
+        if np.abs(system @ (k, lam) - log_value).max() > 1e3 * tol or lam < -1e-6 or k < -1e-6:
             return None
-        found += [max(tidy(k, 1e3 * tol), 0.0), tidy(lam, 1e3 * tol)]
-    return VESPO(*found)
+        found += [tidy(x, 1e3 * tol) if x > 1e-6 else 0.0 for x in (k, lam)]
+    trivial = [(k, lam) in ((0.0, 0.0), (1.0, 0.0)) for k, lam in (found[:2], found[2:])]  # φ = 1, and φ = ρ
+    return None if all(trivial) else VESPO(*found)
 
 
 # --- none of these ----------------------------------------------------------------------------------------------------
@@ -136,18 +140,24 @@ def unknown(tokens: Tokens, curve: Curve, sign: int, off: Mask) -> Finding:
     """That a curve is none of these, with its numbers; or what is missing in it."""
     i = min(np.flatnonzero(off), key=lambda i: abs(curve.x[i]))
     rows = [f"{number(math.exp(x))}: {number(v)}, {number(g)}" for x, v, g in _sampled(curve)]
-    what = _missing_exp(curve) or "the policy term is none that grpo_loss has"
+    what = _other_function(curve) or "the policy term is none that grpo_loss has"
     amount = f"ρ: s/A, its gradient/A, for A {'>' if sign > 0 else '<'} 0: " + "; ".join(rows)
     return Finding("differs", what, f"log ρ = {number(curve.x[i])}", amount, tokens.at(float(curve.x[i]), float(sign)))
 
 
-def _missing_exp(curve: Curve) -> str:
+def _other_function(curve: Curve) -> str:
+    """What the ratio is instead, if near 1 it is a known function of log ρ."""
     near = np.abs(curve.x) < 0.16
     x, value = curve.x[near], curve.value[near]
     for text, expected in (("log ρ", x), ("1 + log ρ", 1 + x)):
         fits = np.abs(value - expected) <= 1e-6
         if fits.sum() >= 4 and not np.allclose(value[fits], np.exp(x[fits]), atol=1e-6):
             return f"the ratio is {text}: its exp is missing"
+    with np.errstate(all="ignore"):
+        powers = np.log(value / value[x == 0])[x != 0] / x[x != 0]
+    power = tidy(float(np.median(powers)), 1e-6)
+    if (np.abs(powers - power) <= 1e-5).sum() >= 4 and power > 0 and power != 1:
+        return f"the ratio is ρ^{number(power)}: log-probabilities are divided by {number(tidy(1 / power, 1e-5))} in it"
     return ""
 
 

@@ -156,8 +156,6 @@ def _named(
         notes.append("it takes no mask: whether it divides by tokens or by the width of the padding is the same to it")
         if rest == {"B": 1, "T": 1} or rest == {"N": 1}:
             aggregation, normalizer, findings = "token-mean", None, []
-    if isinstance(normalizer, Normalizer):
-        notes.append(f"the weight of a token is {formula}: options['normalizer'] is a function of the mask")
     return Weights(aggregation, normalizer, powers, constant, tuple(findings), tuple(notes))
 
 
@@ -165,7 +163,7 @@ def _wrong(made: Any, rest: dict[str, float], mean: bool, scale: float, formula:
     findings = []
     amount = f"a token's weight is {formula}"
     if rest.get("T"):
-        text = f"divides{what} by the padded width, not by the number of tokens: masked tokens count"
+        text = f"divides{what} by the padded width, not by the number of tokens: masked places are counted"
         example = made(np.array([[True, False]]))
         findings.append(Finding("differs", text, "every batch with padding", amount, example))
     if rest.get("max n"):
@@ -188,6 +186,11 @@ def _wrong(made: Any, rest: dict[str, float], mean: bool, scale: float, formula:
         )
         findings.append(Finding("differs", text, "every batch", amount, made(np.ones((1, 1), bool))))
     return findings
+
+
+def formula(found: Weights) -> str:
+    """The weight of a token as it is written, of weights that are a product of powers."""
+    return _formula(found.powers or {}, tidy(1 / found.constant, 1e-6))
 
 
 def _formula(powers: dict[str, float], scale: float) -> str:
