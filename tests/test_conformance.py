@@ -16,6 +16,9 @@ from grpo_fast.terms import Options
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 from planted import FRAGILE, PLANTED, RIGHT, dapo, gspo, padded_width  # noqa: E402 - they need torch
+from planted_more import EXACT, FRAGILE_MORE, PLANTED_MORE, squared  # noqa: E402
+
+PLANTED, FRAGILE = PLANTED | PLANTED_MORE, FRAGILE | FRAGILE_MORE
 
 DEFAULTS = {"trust_region": None, "kl": None, "importance_sampling_level": "token", "normalizer": None}
 #: Those that are tried every time; all others take two minutes and are slow.
@@ -34,6 +37,11 @@ FAST = {
     "log π ≥ −10",
     "overlong",
     "random",
+    "temperature",
+    "without A = 0",
+    "old shifted",
+    "swapped",
+    "GMPO of both sides",
 }
 
 
@@ -110,6 +118,17 @@ def options(draw):
     }
 
 
+@pytest.mark.parametrize("name", EXACT)
+def test_numbers_that_are_not_short_are_no_fault(name):
+    loss, options = EXACT[name]
+    report = identify(loss)
+    assert report.ok, report
+    assert {finding.what for finding in report.findings} <= {"NaN or infinity at a masked position makes the loss NaN"}
+    for field, value in options.items():
+        assert report.options[field] == (pytest.approx(value, rel=1e-9) if isinstance(value, tuple) else value)
+    assert not check(loss, **options).differs
+
+
 @pytest.mark.slow
 @settings(max_examples=60)
 @given(options=options())
@@ -165,6 +184,13 @@ def test_what_is_fragile_is_named_and_counts_if_strict(name):
     assert not check(loss, strict=True, **report.options).ok
 
 
+def test_a_loss_that_is_no_policy_gradient_is_told_what_it_is():
+    whats = [finding.what for finding in identify(squared).differs]
+    assert whats[0] == "is not linear in the advantage"
+    assert "a KL term to the old policy" in whats[1]
+    assert len(whats) == 2
+
+
 def test_what_has_no_name_is_reported_with_numbers():
     def odd(logps, old_logps, advantages, mask):
         ratio = (logps - old_logps).exp()
@@ -180,11 +206,50 @@ def test_what_has_no_name_is_reported_with_numbers():
 def test_check_passes_what_it_is_asked_for_and_says_what_differs():
     asked = {"surrogate": Clip(0.2, 0.28), "aggregation": "token-mean"}
     assert check(dapo, **asked).ok
-    report = check(dapo, **asked | {"surrogate": Clip(0.2, 0.27), "kl": K3(0.04)})
+    report = check(dapo, **asked | {"surrogate": Clip(0.21, 0.27), "kl": K3(0.04)})
     whats = [finding.what for finding in report.differs]
-    assert whats[0] == "epsilon_high of the policy term is 0.28, not 0.27"
-    assert whats[1].startswith("has no KL term")
+    assert whats[:2] == [
+        "epsilon of the policy term is 0.2, not 0.21",
+        "epsilon_high of the policy term is 0.28, not 0.27",
+    ]
+    assert whats[2].startswith("has no KL term")
     assert all(finding.example is not None and finding.amount for finding in report.differs)
+    for finding, other in zip(report.differs, ({"epsilon": 0.2}, {"epsilon_high": 0.28}), strict=False):
+        one, two = (
+            reference.grpo_loss(
+                *finding.example[:3], mask=finding.example.mask, surrogate=surrogate, aggregation="token-mean"
+            )
+            for surrogate in (Clip(0.21, 0.27), Clip(0.21, 0.27)._replace(**other))
+        )
+        assert abs(one.loss - two.loss) > 1e-3  # by this alone
+
+
+def test_check_shows_a_gradient_that_alone_is_another():
+    loss, options = RIGHT["gspo_token"]
+    (finding,) = check(loss, **options | {"importance_sampling_level": "sequence"}).differs
+    assert finding.what == "importance_sampling_level is 'sequence_token', not 'sequence'"
+    assert finding.example is not None
+    assert finding.amount.startswith("gradient ")
+
+
+def test_one_cause_is_told_once():
+    report = check(padded_width, surrogate=Clip(0.2), aggregation="seq-mean-token-mean")
+    assert ["divides by the padded width" in finding.what for finding in report.differs] == [True]
+
+
+def test_a_short_list_of_the_worst_first():
+    report = check(dapo, surrogate=Clip(0.1), aggregation="token-mean")
+    severities = [finding.severity for finding in report.findings]
+    assert severities == sorted(severities)
+    assert len({finding.what for finding in report.findings}) == len(report.findings)
+
+
+def test_without_options_there_is_a_finding():
+    for loss, _, _ in (PLANTED["random"], PLANTED["temperature"], PLANTED["no exp"]):
+        report = identify(loss)
+        assert report.options is None
+        assert report.differs
+        assert not report.ok
 
 
 def test_the_smallest_input_shows_it():

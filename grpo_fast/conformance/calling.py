@@ -3,6 +3,7 @@
 How it wants its mask and advantages is found out here once, by a small batch.
 """
 
+import functools
 import inspect
 import math
 import os
@@ -16,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .._checks import did_you_mean, one_of
 from . import frameworks
-from .frameworks import FRAMEWORKS, Answer, Framework
+from .frameworks import FRAMEWORKS, Answer, Framework, NoGradient
 
 #: What a loss may take.
 NAMES = ("logps", "old_logps", "advantages", "ref_logps", "mask")
@@ -135,7 +136,7 @@ class Loss:
                 for self.mask_dtype in MASKS:
                     try:
                         return self._raw(small)
-                    except ImportError:
+                    except (ImportError, NoGradient):
                         raise
                     except Exception as error:
                         errors.setdefault(self.framework, error)
@@ -259,13 +260,19 @@ def _renamed(loss: Callable[..., Any], theirs: Mapping[str, str]) -> Callable[..
     return lambda **arrays: loss(**{theirs.get(name, name): x for name, x in arrays.items()})
 
 
+def _written(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """The function whose parameters are those of the loss: ``forward`` of a module, bound as a partial binds it."""
+    if isinstance(loss, functools.partial):
+        return functools.partial(_written(loss.func), *loss.args, **loss.keywords)
+    return loss.forward if hasattr(loss, "forward") and not inspect.isroutine(loss) else loss  # type: ignore[no-any-return]
+
+
 def _taken_by(loss: Callable[..., Any], theirs: Mapping[str, str]) -> tuple[str, ...]:
     """Those of `NAMES` that the loss takes, or the TypeError for what it takes besides."""
     if inspect.isclass(loss):
         raise TypeError(f"the loss must be a function, got the class {loss.__name__}: make an object of it, or wrap it")
     try:
-        function = loss.forward if hasattr(loss, "forward") and not inspect.isroutine(loss) else loss
-        parameters = inspect.signature(function).parameters.values()
+        parameters = inspect.signature(_written(loss)).parameters.values()
     except (TypeError, ValueError):  # of no Python function
         return NAMES
     if any(p.kind is p.VAR_KEYWORD for p in parameters):

@@ -54,11 +54,11 @@ def _module(place: str) -> Any:
             return importlib.import_module(place)
         spec = importlib.util.spec_from_file_location(Path(place).stem, place)
         if spec is None or spec.loader is None or not os.path.exists(place):
-            raise FileNotFoundError(f"there is no file {place}")
+            raise UsageError(f"there is no file {place}")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
-    except FileNotFoundError:
+    except UsageError:
         raise
     except Exception as error:  # of whatever kind, it is that of the module, not of what was asked
         raise UsageError(f"{place} cannot be imported: {message_of(error)}") from error

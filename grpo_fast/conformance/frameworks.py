@@ -20,6 +20,10 @@ FRAMEWORKS: tuple[str, ...] = get_args(Framework)
 Arrays: TypeAlias = Mapping[str, NDArray[Any]]
 
 
+class NoGradient(TypeError):  # noqa: N818 - of users it is a TypeError
+    """A loss in NumPy returned an array that may be meant as its gradient, and is not of its shape or in its place."""
+
+
 class Answer(NamedTuple):
     """What a loss returned."""
 
@@ -142,7 +146,7 @@ def _refuse_other_gradient(others: tuple[Any, ...], shape: tuple[int, ...]) -> N
     """Refuse an array that may be meant as the gradient: as large as it is, in another place or of another shape."""
     for place, other in enumerate(others, 1):
         if isinstance(other, np.ndarray) and other.size == math.prod(shape) > 1:
-            raise TypeError(
+            raise NoGradient(
                 f"the gradient must be the second thing that is returned, of shape {shape}, got shape {other.shape} "
                 f"in place {place + 1}"
             )

@@ -192,7 +192,7 @@ def _named(
     if weighted is not None and len(ratios) > 1 and not any("as in a reward" in x.what for x in findings):
         findings += kl_weights.far_away(of, beta * float(k(np.float64(1.0))), weighted, tol, width)
     findings += _clamps(of, beta, name, k, tol, width, -loss.least)
-    return KLTerm(option(tidy(beta, tol), bool(weighted), gradient), True, tuple(findings))
+    return KLTerm(option(tidy(beta, tol / 1000), bool(weighted), gradient), True, tuple(findings))
 
 
 def _gradient(

@@ -19,7 +19,7 @@ Mask = NDArray[np.bool_]
 # --- by bounds --------------------------------------------------------------------------------------------------------
 def bounded(tokens: Tokens, bounds: dict[int, Bounds]) -> tuple[Any, list[Finding]]:
     """The option with these bounds, and what is wrong with them."""
-    error = tokens.loss.exactness
+    error = tokens.loss.exactness / 1000  # a bound is a value, which is known to the rounding of a sum or two
     up, down = bounds[1], bounds[-1]
     if tokens.kind == "weight":
         return _cispo(tokens, up, down, error)

@@ -29,8 +29,11 @@ _LENGTHS = (
     [0, 4],
     [1, 6, 2],
     [2, 3, 1, 4, 2, 6, 3, 5, 2],
+    [1],
+    [2],
+    [1, 1],
 )
-_PADDING = (0, 2, 1, 0, 4, 3, 1, 0, 2, 5, 1)
+_PADDING = (0, 2, 1, 0, 4, 3, 1, 0, 2, 5, 1, 2, 0, 1)
 
 
 def read(loss: Loss, made: Callable[[NDArray[np.bool_]], Batch], unit: float, what: str = "") -> Weights:
