@@ -237,7 +237,7 @@ KILLERS = {
     "_writer.py": ((), "test_writer test_whole_way"),
     "_atomic.py": ((), "test_writer test_whole_way test_run_pictures"),
     **{
-        f"conformance/{path.name}": ((), "test_conformance")
+        f"conformance/{path.name}": ((), "test_conformance_battery test_conformance_calling test_conformance")
         for path in sorted((PACKAGE / "conformance").glob("*.py"))
         if path.name != "progress.py"
     },
@@ -262,6 +262,12 @@ HARMLESS = [
     ("_DO_NOT_WAIT = getattr(", "0"),
     ("def open(self, name: str, mode: str, permissions: int = 0)", ""),  # to read, nothing is made
     ("elif name.endswith(_TEMPORARY) and", "<"),  # a day to the nanosecond
+    ("prefetch_if_given(", ""),  # the same numbers, later
+    ("if careful or lane_max(ratio_max) >= 1.0 / form.safe_least", ""),  # the more careful of two ways, sooner
+    ("ln2_low=9.0580006145e-06", ""),  # of float32, whose logs move by 0.02 ulp at most
+    ("k = where(a < 0.0,", "0.0"),  # A is 1, −1, or 0, for which there is no ratio
+    ("slope = where(a < 0.0, full_like(rho, surrogate.lambda_neg)", "0.0"),
+    ("old, rollout = where(old > 0.0, zero, old)", ">"),  # 0 in place of 0
 ]
 
 

@@ -6,13 +6,14 @@ reference, its weights over batches of many shapes, and then everything is compa
 
     frameworks  calling                a loss of NumPy, PyTorch or JAX → its value and gradient
     numbers  report                    numbers as they were meant; findings
-    curves  depth  precision           one token along log ρ, value and gradient apart →
+    measuring  curves                  batches to measure weights with; one token along log ρ, value and gradient apart
+    depth  precision  at_one           improbable tokens; few digits; where π_θ = π_old →
     surrogates  regions  slopes        which surrogate, which trust region, what is wrong with the gradient
     policy  kl_weights  kl  remainder  what is read: s(ρ, A), β·k, and what is there beside them;
-    measuring  irregular  weights      c_i: measured, what is no product, and what it is;
-    floors                             constants that are none in larger batches;
-    level                              whose ratio;
-    masking  advantages  penalised     what counts, what leaks, how advantages are taken
+    irregular  weights  floors         c_i: what it is, what is no product, constants that are none in larger batches;
+    level  valued                      whose ratio; whether the value is averaged as its gradient is;
+    masking  counted                   what leaks, and what is not counted though it is unmasked;
+    alignment  advantages  penalised   arrays that are swapped or shifted; how advantages are taken
     cases  comparing  shrinking        the battery beside the reference
     naming  progress                   findings; the line on a terminal
     identifying  command               what the readings add up to; ``grpo-fast identify``

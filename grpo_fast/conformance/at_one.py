@@ -146,7 +146,7 @@ def _opposite(tokens: Tokens, first: tuple[float, float]) -> Finding:
     elif abs(first[1] / first[0] * tokens.far - 1) < 1e-3:
         what = "the ratio is of log-probabilities, log π_θ/log π_old, not of probabilities: the exp is missing"
     amount = f"s/A = {number(first[0])} and its gradient {number(first[1])}, instead of the same number"
-    return Finding("differs", what, "A = 1, ρ = 1", amount, tokens.at(0.0, 1.0))
+    return Finding("differs", what, "A = 1, ρ = 1", amount, tokens.at(0.0, 1.0), "steep")
 
 
 # --- the advantage ----------------------------------------------------------------------------------------------------
@@ -181,9 +181,8 @@ def _without_gradient(tokens: Tokens) -> AtOne | None:
     which = f"A {'>' if sign > 0 else '<'} 0"
     where = " and ".join(ends) or "at any ρ"
     what = f"tokens with {which} have no gradient at ρ = 1: their policy term is {number(tidy(s, 1e-6))}·A, {where}"
-    finding = Finding(
-        "differs", what, which, f"those with {which[:2]}{'<' if sign > 0 else '>'} 0 have one", tokens.at(0.0, sign)
-    )
+    others = f"those with A {'<' if sign > 0 else '>'} 0 have one"
+    finding = Finding("differs", what, which, others, tokens.at(0.0, sign), "no gradient")
     return AtOne(scale, 0.0, (*_sign(tokens, scale), finding), False)
 
 
@@ -200,7 +199,7 @@ def _other_sign(tokens: Tokens) -> tuple[float, list[Finding]]:
     elif abs(factor + 1) <= 1e-4:
         what = "the sign of A does not matter"
     amount = f"{number(negative[which])} at A = −1, {number(positive[which])} at A = 1"
-    return factor, [Finding("differs", what, "at ρ = 1", amount, tokens.at(0.0, -1.0))]
+    return factor, [Finding("differs", what, "at ρ = 1", amount, tokens.at(0.0, -1.0), "other sign")]
 
 
 def _linearity(tokens: Tokens) -> tuple[float, list[Finding]]:
@@ -230,7 +229,9 @@ def _linearity(tokens: Tokens) -> tuple[float, list[Finding]]:
                 continue
         told = " and ".join(map(number, dict.fromkeys(x / unit for x in factors(sign * at))))
         amount = f"A = {sign * at:g} counts {told} times as much as A = {sign * unit:g}"
-        finding = Finding("differs", "is not linear in the advantage", "at ρ = 1", amount, tokens.at(0.0, sign * at))
+        finding = Finding(
+            "differs", "is not linear in the advantage", "at ρ = 1", amount, tokens.at(0.0, sign * at), "nonlinear"
+        )
         return 1.0, [finding]
     findings = []
     for limits, what in (
@@ -242,5 +243,5 @@ def _linearity(tokens: Tokens) -> tuple[float, list[Finding]]:
             bounds = f"±{number(limits[1])}" if both else " and ".join(map(number, limits.values()))
             A = 2 * next(iter(limits.values()))
             amount = f"A = {number(A)} counts as {number(A / 2)}"
-            findings.append(Finding("differs", what.format(bounds), "at ρ = 1", amount, tokens.at(0.0, A)))
+            findings.append(Finding("differs", what.format(bounds), "at ρ = 1", amount, tokens.at(0.0, A), "clamped"))
     return min(1.0, clamped.get(1, 1.0)), findings

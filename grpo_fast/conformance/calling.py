@@ -264,7 +264,7 @@ def _written(loss: Callable[..., Any]) -> Callable[..., Any]:
     """The function whose parameters are those of the loss: ``forward`` of a module, bound as a partial binds it."""
     if isinstance(loss, functools.partial):
         return functools.partial(_written(loss.func), *loss.args, **loss.keywords)
-    return loss.forward if hasattr(loss, "forward") and not inspect.isroutine(loss) else loss  # type: ignore[no-any-return]
+    return loss.forward if hasattr(loss, "forward") and not inspect.isroutine(loss) else loss
 
 
 def _taken_by(loss: Callable[..., Any], theirs: Mapping[str, str]) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ def read(loss: Loss) -> list[Finding]:
     text = f"rows with A = 0 are left out: it divides by the number of {_of(loss, factor)}"
     where = "a row with A = 0 beside others, as in dynamic sampling"
     amount = f"a token of 7, in one of 3 rows, weighs {number(factor)} times as much where the other rows have A = 0"
-    return [Finding("differs", text, where, amount, batch([[LOGP], [LOGP]], advantages=[1.0, 0.0]))]
+    return [Finding("differs", text, where, amount, batch([[LOGP], [LOGP]], advantages=[1.0, 0.0]), "denominator")]
 
 
 def beside_dropped(loss: Loss, region: Any, of_tokens: bool) -> list[Finding]:

@@ -54,7 +54,9 @@ def read(tokens: Tokens) -> tuple[float, list[Finding]]:
         text = f"{which} below {bound} are clamped: there is no gradient, and the ratio does not change"
     else:
         text = f"{which} of π_θ alone below {bound} are clamped: there is no gradient, and the ratio is not π_θ/π_old"
-    return edge, [Finding(_severity(edge), text, f"log π < {bound}", amount, tokens.at(0.0, 1.0, edge - 1.0))]
+    return edge, [
+        Finding(_severity(edge), text, f"log π < {bound}", amount, tokens.at(0.0, 1.0, edge - 1.0), "clamped")
+    ]
 
 
 def _severity(edge: float) -> Severity:
@@ -77,7 +79,7 @@ def _constant(tokens: Tokens, usual: float, edge: float) -> Finding | None:
     to = "π_old" if abs(tokens.of(0.0, 1.0, at)[0] / tokens.of(0.0, 1.0, -0.5)[0] - 1) > 0.1 else "π within the log"
     text = f"a constant of {number(c)} is added to {to}: improbable tokens count less"
     amount = f"half as much at log π = {number(at)}"
-    return Finding(_severity(math.log(c)), text, f"log π < {number(edge)}", amount, tokens.at(0.0, 1.0, at))
+    return Finding(_severity(math.log(c)), text, f"log π < {number(edge)}", amount, tokens.at(0.0, 1.0, at), "clamped")
 
 
 def _value(tokens: Tokens, logp: float, old: float) -> float:

@@ -38,7 +38,7 @@ def read(loss: Loss, found: Weights) -> Weights:
             one_more = math.ceil(constant) + 1
             example = of_policy(ragged([one_more] if name == "tokens" else [1] * one_more))
             amount = f"{one_more} {name} are not divided by {number(constant)}"
-            finding = Finding("differs", text, f"more than {number(constant)} {name}", amount, example)
+            finding = Finding("differs", text, f"more than {number(constant)} {name}", amount, example, "denominator")
             aggregation, normalizer = nearest or (found.aggregation, found.normalizer)
             findings = (*found.findings, finding)
             return found._replace(aggregation=aggregation, normalizer=normalizer, findings=findings, notes=())

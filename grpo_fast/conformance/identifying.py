@@ -24,7 +24,7 @@ from . import (
 from .calling import Batch, CallFailed, Loss, batch
 from .comparing import checked
 from .progress import Progress
-from .report import Finding, number
+from .report import Finding, about, number
 
 #: What `grpo_loss` does when it is told nothing.
 _DEFAULTS: dict[str, Any] = {
@@ -87,7 +87,7 @@ def _read(loss: Loss, progress: Progress) -> Reading:
     progress.stage("KL term")
     term = kl.read(loss, found.scale, found.width)
     findings += term.findings
-    if not any("is to the reference" in finding.what for finding in found.findings):
+    if not about("to reference", found.findings):
         findings += kl.of_advantages(loss, found.scale, found.width)
     findings += remainder.read(loss, found.scale, found.width, term)
 
@@ -98,7 +98,8 @@ def _read(loss: Loss, progress: Progress) -> Reading:
     findings += more
     if term.there:
         kl_applied, more = masking.effective(loss, measuring.of_kl, "KL term")
-        findings += more if applied or not _same_text(findings, more) else []
+        told = {finding.what.partition(" (")[0] for finding in findings}
+        findings += [x for x in more if applied or x.what.partition(" (")[0] not in told]
         applied = applied and kl_applied
     if applied:
         shifted = alignment.read(loss, masking.base, taken.per_token)
@@ -113,7 +114,7 @@ def _read(loss: Loss, progress: Progress) -> Reading:
         found_weights = weights.read(loss, measuring.of_policy, unit)
         if unit_of_kl and np.isfinite(unit_of_kl) and term.there:
             findings += _kl_aggregation(loss, found_weights, unit_of_kl, term.findings)
-    elif not unit and not any("no gradient" in x.what for x in found.findings):
+    elif not unit and not about("no gradient", found.findings):
         notes.append("its policy term has no gradient, so that the weights of tokens could not be read")
     elif not applied:
         guessed = _aggregation_without_mask(loss, unit)
@@ -125,15 +126,13 @@ def _read(loss: Loss, progress: Progress) -> Reading:
     if one is not None and np.isfinite(one).all() and one.sum() > 0:
         levels = level.read(loss, found, one[0], taken.per_token)
         if isinstance(levels.surrogate, GMPO):  # of which that of a token is the shadow
-            findings = [
-                x for x in findings if not x.what.startswith(("clips ρ on both", "takes the larger of the clip"))
-            ]
+            findings = [x for x in findings if x.topic != "both bounds"]
         findings += levels.findings
         found_weights = weights.for_values(loss, found_weights, measuring.of_policy, levels.divisor)
         surrogate, of_level = levels.surrogate, levels.level or ""
-        if applied and not levels.findings and not any("times that of its value" in x.what for x in findings):
+        if applied and not levels.findings and not about("steep", findings):
             found_values = valued.read(loss, found.width, of_level == "token")
-            findings = [x for x in findings if not (found_values and "sequence's mean" in x.what)] + found_values
+            findings = [x for x in findings if not (found_values and x.topic == "masked advantages")] + found_values
         findings += counted.beside_dropped(loss, found.trust_region, of_level == "token")
         option, more = kl_ratio(loss, term.option, of_level, float(one[0].mean()))
         term = term._replace(option=option)
@@ -160,12 +159,12 @@ def _read(loss: Loss, progress: Progress) -> Reading:
 
 def _follows(finding: Finding, others: list[Finding], surrogate: Any) -> bool:
     """Whether a finding about the weights is only what another one looks like there."""
-    if "none of the usual ones" in finding.what and any("padding leaks" in other.what for other in others):
-        return True
-    unclear = surrogate is None or any("not linear in the advantage" in other.what for other in others)
-    if unclear and ("besides (such as" in finding.what or "times as large" in finding.what):
-        return True
-    return "in no simple way" in finding.what and any("rows are mixed" in other.what for other in others)
+    unclear = surrogate is None or about("nonlinear", others)
+    return (
+        (finding.topic == "irregular" and about("leak", others))
+        or (finding.topic == "factor" and unclear)
+        or (finding.topic == "empty sequence" and about("mixed rows", others))
+    )
 
 
 def _answer(loss: Loss, at: Batch) -> tuple[float, Any]:
@@ -202,11 +201,6 @@ def _unit(loss: Loss, at: Batch, scale: float) -> float:
     return float(grad.sum()) / scale
 
 
-def _same_text(findings: list[Finding], more: list[Finding]) -> bool:
-    texts = {finding.what.partition(" (")[0] for finding in findings}
-    return all(finding.what.partition(" (")[0] in texts for finding in more)
-
-
 def _aggregation_without_mask(loss: Loss, unit: float) -> measuring.Weights | None:
     """What it divides by where nothing is masked, for a loss whose mask is wrong."""
     kept, loss.takes = loss.takes, tuple(name for name in loss.takes if name != "mask")
@@ -224,7 +218,7 @@ def _kl_aggregation(
     found = weights.read(loss, measuring.of_kl, unit, " in the KL term")
     if found.powers == policy_weights.powers:
         return []
-    if found.powers is None and (policy_weights.powers is None or any("digits only" in x.what for x in of_kl)):
+    if found.powers is None and (policy_weights.powers is None or about("digits", of_kl)):
         return []
     how, other = (
         f"a token's weight is {weights.formula(x)}" if x.powers is not None else "in another way"

@@ -38,15 +38,16 @@ def read(loss: Loss, made: Any, unit: float, rows: Any, what: str) -> Weights:
     chunk = _chunks(loss, made, unit)
     if chunk:
         text = f"micro-batches do not add{what}: mean of means over {chunk} rows at a time"
-        return none._replace(
-            findings=(Finding("differs", text, f"more than {chunk} rows", "", made(ragged([1, 2, 4, 3]))),)
-        )
+        where = f"more than {chunk} rows; or it is a mean over prompts of {chunk} rows each, as by prompt_mean_weights"
+        return none._replace(findings=(Finding("differs", text, where, "", made(ragged([1] * chunk + [2] * chunk))),))
     offset = _offset(loss, made, unit)
     if offset is not None:
         return offset._replace(findings=tuple(x._replace(what=x.what + what) for x in offset.findings))
     rest = _table(rows)
     return none._replace(
-        findings=(Finding("differs", f"the weights of tokens{what} are none of the usual ones", "", rest),)
+        findings=(
+            Finding("differs", f"the weights of tokens{what} are none of the usual ones", "", rest, None, "irregular"),
+        )
     )
 
 
@@ -68,7 +69,9 @@ def _floor(made: Any, rows: Any, what: str) -> Weights | None:
             of = "the batch" if name == "N" else "a sequence"
             text = f"divides{what} by {number(constant)} where {of} has fewer tokens: a floor, as by clamp(min=…)"
             amount = f"1/max({name}, {number(constant)})"
-            finding = Finding("differs", text, f"fewer than {number(constant)} tokens", amount, made(ragged([1])))
+            finding = Finding(
+                "differs", text, f"fewer than {number(constant)} tokens", amount, made(ragged([1])), "denominator"
+            )
             return Weights(aggregation, None, None, 1.0, (finding,))
     return None
 

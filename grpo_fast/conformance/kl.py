@@ -5,7 +5,6 @@ the one of ρ, and the gradient is compared with those that a KL term has been g
 """
 
 import math
-import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -18,7 +17,7 @@ from . import kl_weights
 from .calling import Batch, CallFailed, Loss
 from .kl_weights import NEAR, Floats, token
 from .numbers import bisect, is_round, tidy
-from .report import Finding, number
+from .report import Finding, Topic, about, number
 
 _FAR = np.array([2.5, 3, 3.5, 4, 4.5, 5, 6, 8, 9, 11, 14, 16, 19, 21, 24, 30])
 #: log ρ, near 0 so that no clip is met.
@@ -110,14 +109,12 @@ def read(loss: Loss, scale: float, width: int) -> KLTerm:
     if max(np.ptp(x, axis=1).max() for x in (value, slope)) <= tol * np.abs(table).max():
         return KLTerm(None, False)  # nothing of the reference: `remainder` tells what it is
     term = _named(loss, of, ratios, value, slope, tol, width, rest)
-    if tol < 1e-4 and any(
-        re.search("none that grpo_loss|other than ρ|not that of its value", x.what) for x in term.findings
-    ):
+    if tol < 1e-4 and about("unclear", term.findings):
         rough = _named(loss, of, ratios, value, slope, 1e-4, width, rest)
         if len(rough.findings) < len(term.findings) or (rough.option and not term.option):
             text = "the KL term agrees to some digits only: it is computed in float32, or holds a small constant"
             return rough._replace(
-                findings=(*rough.findings, Finding("fragile", text, "A = 0", "", term.findings[0].example))
+                findings=(*rough.findings, Finding("fragile", text, "A = 0", "", term.findings[0].example, "digits"))
             )
     return term
 
@@ -189,7 +186,7 @@ def _named(
         findings += more
     if gradient == "score" and len(ratios) == 1:  # where ρ is 1, that is what the weight makes of the gradient
         weighted, gradient = True, "own"
-    if weighted is not None and len(ratios) > 1 and not any("as in a reward" in x.what for x in findings):
+    if weighted is not None and len(ratios) > 1 and not about("reward", findings):
         findings += kl_weights.far_away(of, beta * float(k(np.float64(1.0))), weighted, tol, width)
     findings += _clamps(of, beta, name, k, tol, width, -loss.least)
     return KLTerm(option(tidy(beta, tol / 1000), bool(weighted), gradient), True, tuple(findings))
@@ -222,19 +219,22 @@ def _gradient(
     i = (len(slope) // 2, 6)
     amount = f"∂(βk)/∂logp = {number(slope[i])} instead of {number(float((beta * (rho * (dk + weighted * k)))[i]))}"
     example = token(0.0, float(NEAR[6]), 0.0, width)
+    topic: Topic = ""
     if not slope.any():
         what = "the KL term has no gradient: it is detached (a stop-gradient too many)"
     elif weighted and is_(ratio * dk):
         what = "KL gradient without the sampling term: its ratio is held constant"
     elif is_(ratio * k) or is_(k + 0 * ratio):
         what = "KL gradient is the sampling term alone: the KL is held constant within the advantage, as in a reward"
+        topic = "reward"
     elif is_(-(rho * (dk + weighted * k))):
         what = "the KL term's gradient has the wrong sign"
     elif is_(np.broadcast_to(ratio * (k + dk), slope.shape)):
         what = "KL gradient with the sampling term, where the value has no ratio"
     else:
         what = f"the gradient of the KL term is not that of its value, {name}"
-    return "own", [Finding("differs", what, "A = 0, l = 1, ρ = 1", amount, example)]
+        topic = "unclear"
+    return "own", [Finding("differs", what, "A = 0, l = 1, ρ = 1", amount, example, topic)]
 
 
 def _clamps(of: Any, beta: float, name: str, k: Any, tol: float, width: int, depth: float) -> list[Finding]:
@@ -267,7 +267,7 @@ def _clamps(of: Any, beta: float, name: str, k: Any, tol: float, width: int, dep
         what = f"the KL estimate is clamped at {number(tidy(most, 1e-3))}: no gradient beyond{lone}"
     where = ", ".join(f"l {'>' if b[0] > 0 else '<'} {number(b[0])}" for b in bounds)
     amount = f"{number(most)} where {name} is {number(abs(float(k(np.float64(1.2 * edge)))))}"
-    findings.append(Finding(severity, what, where, amount, token(0.0, round(1.2 * edge, 1), 0.0, width)))
+    findings.append(Finding(severity, what, where, amount, token(0.0, round(1.2 * edge, 1), 0.0, width), "clamped"))
     return findings
 
 
@@ -279,4 +279,4 @@ def _rows(value: Floats) -> str:
 
 def _unknown(value: Floats, width: int) -> Finding:
     what = "the KL term is none that grpo_loss has"
-    return Finding("differs", what, "A = 0, ρ = 1", _rows(value), token(0.0, 1.0, 0.0, width))
+    return Finding("differs", what, "A = 0, ρ = 1", _rows(value), token(0.0, 1.0, 0.0, width), "unclear")

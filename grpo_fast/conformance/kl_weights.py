@@ -9,11 +9,12 @@ from numpy.typing import NDArray
 
 from .calling import Batch, batch
 from .numbers import bisect, tidy
-from .report import Finding, number
+from .report import Finding, Topic, number
 
 Floats = NDArray[np.float64]
 #: log π_θ − log π_ref, and log ρ where a clip may be.
 NEAR = np.array([-2.0, -1.0, -0.5, -0.1, 0.1, 0.5, 1.0, 2.0])
+_UNCLEAR: Topic = "unclear"
 _FAR_RATIOS = (-1.0, 1.0, -3.0, 3.0)
 
 
@@ -37,15 +38,16 @@ def otherwise(k_found: Floats, ratios: Floats, k: Any, tol: float, width: int) -
     """What weighs the KL term, near ρ = 1, if it is not ρ."""
     x = ratios[:, None]
     i = 6  # l = 1
-    what = "the KL term is weighted by something other than ρ"
+    what, topic = "the KL term is weighted by something other than ρ", _UNCLEAR
     if np.allclose(k_found, np.exp(-x) * k(NEAR), rtol=tol, atol=tol):
-        what = "the KL term is weighted by 1/ρ, not by ρ"
+        what, topic = "the KL term is weighted by 1/ρ, not by ρ", ""
     elif np.allclose(k_found, k(NEAR - x), rtol=tol, atol=tol):
         what = "the KL term is of π_old, not of π_θ: it holds log π_old − log π_ref, and has no gradient"
+        topic = "of old"
     amount = (
         f"{number(k_found[0, i] / k_found[len(ratios) // 2, i])} times as large at ρ = {number(math.exp(ratios[0]))}"
     )
-    return Finding("differs", what, "A = 0, l = 1", amount, token(float(ratios[0]), 1.0, 0.0, width))
+    return Finding("differs", what, "A = 0, l = 1", amount, token(float(ratios[0]), 1.0, 0.0, width), topic)
 
 
 def far_away(of: Any, at_one: float, weighted: bool, tol: float, width: int) -> list[Finding]:

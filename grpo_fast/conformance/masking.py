@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .calling import Batch, CallFailed, Loss
-from .report import Finding, number, rounded
+from .report import Finding, Topic, number, rounded
 
+_LEAK: Topic = "leak"
 _MASK = np.array([[1, 1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 1, 0]], bool)
 _WHAT = {
     "logps": "log-probabilities",
@@ -52,7 +53,7 @@ def effective(loss: Loss, made: Callable[[NDArray[np.bool_]], Batch], what: str)
         text = f"padding leaks: log-ratios of masked tokens enter the ratio of their sequence ({what})"
         at = made(np.array([[True, False]]))
         grad = loss(at).grad
-        return False, [Finding("differs", text, "a mask with zeros", f"∂loss/∂logps = {_rows(grad)}", at)]
+        return False, [Finding("differs", text, "a mask with zeros", f"∂loss/∂logps = {_rows(grad)}", at, "leak")]
     text = next(
         (
             text
@@ -144,11 +145,12 @@ def leaks(loss: Loss, per_token: bool, known: Collection[str]) -> list[Finding]:
             if not _reacts(loss, at, name):
                 continue
             term = " into the KL term" if A == 0 else ""
-            text = f"padding leaks{term}: {_WHAT[name]} at masked places change the result"
+            text, topic = f"padding leaks{term}: {_WHAT[name]} at masked places change the result", _LEAK
             if name == "advantages":
+                topic = "masked advantages"
                 text = "advantages of masked tokens enter the sequence's mean"
             small, amount = _small_leak(loss, at, name)
-            findings.append(Finding("differs", text, "finite values where the mask is 0", amount, small))
+            findings.append(Finding("differs", text, "finite values where the mask is 0", amount, small, topic))
             break
     return findings
 
@@ -203,7 +205,7 @@ def rows_mixed(loss: Loss) -> list[Finding]:
                 moved[name] = f"moves by {number(off)} of {number(np.abs(before).max())} with the {name}"
         if moved:
             text = f"rows are mixed: the gradient of a row depends on the {' and the '.join(moved)} of another"
-            return [Finding("differs", text, "two rows or more", ", ".join(moved.values()), at)]
+            return [Finding("differs", text, "two rows or more", ", ".join(moved.values()), at, "mixed rows")]
     return []
 
 

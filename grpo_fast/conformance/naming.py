@@ -12,7 +12,7 @@ from . import shrinking
 from .calling import Batch, CallFailed, Loss, batch
 from .cases import Case
 from .comparing import Miss, checked, compare, expected
-from .report import Finding, Severity, number
+from .report import Finding, Severity, about, number
 
 
 def of_misses(
@@ -36,14 +36,14 @@ def of_misses(
     empty = take(lambda m: m.case.kind in ("empty", "empty sequence") and m.how in ("raises", "is not finite"))
     findings += _of_empty(empty)
     small = take(lambda m: m.how == "differs slightly")
-    told = any("digits" in finding.what or "clamped" in finding.what for finding in named)
+    told = about("digits", named) or about("clamped", named)
     if not told and not any(m.how == "differs" and m.case.severity == "differs" for m in rest):
         findings += _of_small(loss, options, small)
     if any(finding.severity == "differs" for finding in named):
         raised = [m for m in rest if m.how == "raises"]
         return findings + _raising(loss, raised)
     findings += _raising(loss, take(lambda m: m.how == "raises"))
-    clamped = any("clamped" in finding.what for finding in named)
+    clamped = about("clamped", named)
     far = take(lambda m: m.case.kind == "far")
     if far and not clamped and not any(m.case.severity == "differs" for m in rest):
         findings.append(_one(loss, options, far, "fragile", "is another formula, or overflows, at log-ratios above 20"))
@@ -191,7 +191,7 @@ def of_options(
             example, amount = _example(asked, dict(asked) | {name: value}, found, takes, cases)
             findings.append(Finding("differs", text, "", amount, example))
     texts = _of_mean(asked, found)
-    if texts and not any(finding.what.startswith(_OF_WEIGHTS) for finding in named):
+    if texts and not about("denominator", named):
         other = {name: x for name, x in asked.items() if name not in _MEAN}
         other |= {name: found[name] for name in _MEAN if name in found}
         example, amount = _example(asked, other, found, takes, cases)
@@ -200,8 +200,6 @@ def of_options(
 
 
 _MEAN = ("aggregation", "normalizer")
-#: How findings begin that tell of a denominator.
-_OF_WEIGHTS = ("divides", "the denominator", "rows with A = 0", "sequences without a token are not counted")
 _DEFAULTS: dict[str, Any] = {
     "surrogate": DEFAULT_SURROGATE,
     "trust_region": None,

@@ -75,7 +75,7 @@ def read(loss: Loss) -> Policy:
     factor = _too_steep(tokens)
     if factor != 1:
         what = f"the gradient of the policy term is {number(factor)} times that of its value"
-        findings.append(Finding("differs", what, "at ρ = 1", "", tokens.at(0.0, 1.0)))
+        findings.append(Finding("differs", what, "at ρ = 1", "", tokens.at(0.0, 1.0), "steep"))
         tokens.scale = {sign: x / factor for sign, x in tokens.scale.items()}
         tokens.slope_scale = 1 / factor
         found = found._replace(scale=found.scale / factor)
@@ -83,7 +83,7 @@ def read(loss: Loss) -> Policy:
     named = _named(tokens, read, found)
     tau = _missing_temperature(named.surrogate, tokens)
     if tau:
-        findings = [x for x in findings if "times as much as those" not in x.what]
+        findings = [x for x in findings if x.topic != "other sign"]
         what = "SAPO's factor 1/τ is missing: the slope at ρ = 1 is A·τ, and not A"
         findings.append(Finding("differs", what, "everywhere", "", tokens.at(0.0, -1.0)))
         named = named._replace(scale=named.scale / tau)
@@ -216,7 +216,9 @@ def _constant(tokens: Tokens, read: dict[int, Curve], policy: Policy) -> Policy:
         if abs(value - math.exp(0.05)) < 1e-4:
             what = "the ratio is to the reference: π_θ/π_ref in place of π_θ/π_old, and old_logps is not used"
             example = at._replace(ref_logps=at.logps - 0.05)
-            finding = Finding("differs", what, "π_ref is not π_old", f"s/A = {number(value)} = π_θ/π_ref", example)
+            finding = Finding(
+                "differs", what, "π_ref is not π_old", f"s/A = {number(value)} = π_θ/π_ref", example, "to reference"
+            )
             return policy._replace(kind="constant", findings=(finding,))
     what = "the ratio is against its own detached self: it is 1 always, and never clips; old_logps is not used"
     amount = f"s/A = {number(read[1].value[0])} at ρ = {number(math.exp(3))} as at ρ = 1"
@@ -235,4 +237,5 @@ def _clamped(tokens: Tokens, clamp: tuple[float, float]) -> Finding:
         where or f"|log ρ| > {min(abs(low), abs(high)):g}",
         "",
         tokens.at(beyond, A),
+        "clamped",
     )

@@ -35,7 +35,7 @@ def read(tokens: Tokens) -> tuple[list[Finding], tuple[str, ...]]:
         return [], ("the ratio is computed in float32: about 7 digits of the policy term mean something",)
     text = f"the ratio is computed in {name}: it has {decimals} digits, so that what it bounds cannot be told"
     amount = f"s/A = {found[10] / (one or 1.0):.8g} at ρ = {np.exp(_X[5]):.8g}"
-    return [Finding("differs", text, "everywhere", amount, tokens.at(float(_X[5]), 1.0))], ()
+    return [Finding("differs", text, "everywhere", amount, tokens.at(float(_X[5]), 1.0), "digits")], ()
 
 
 def _short(digits: int, values: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]") -> int:

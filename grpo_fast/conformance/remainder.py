@@ -12,7 +12,7 @@ from ..terms import K1, K2, K3
 from .calling import Batch, CallFailed, Loss, batch
 from .kl import KLTerm, estimate
 from .numbers import tidy
-from .report import Finding, number
+from .report import Finding, about, number
 
 Floats = NDArray[np.float64]
 _X = np.array([-0.5, -0.2, 0.0, 0.1, 0.4])
@@ -22,7 +22,7 @@ _LOGPS = np.array([-1.0, -2.0, -0.3, -4.0])
 def read(loss: Loss, scale: float, width: int, term: KLTerm) -> list[Finding]:
     """What is left, in units of the policy term, beside this KL term."""
     option = term.option
-    if any("π_old" in finding.what for finding in term.findings):
+    if about("of old", term.findings):
         return []
 
     def at(x: float, logp: float) -> Batch:

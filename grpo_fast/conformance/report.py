@@ -1,7 +1,7 @@
 """What is told of a loss: findings, and the report that holds them."""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -13,6 +13,30 @@ _WIDTH = 100
 _LETTERS = (
     "s: a token's policy term, ρ = π_θ/π_old; k: its KL estimate, l = log π_θ − log π_ref; c: its weight in the mean"
 )
+
+
+#: What findings are about on which it depends what is probed, or told, beside them.
+Topic: TypeAlias = Literal[
+    "",
+    "no gradient",
+    "steep",  # a gradient that is a multiple of its value's
+    "other sign",  # A < 0 counts otherwise
+    "nonlinear",
+    "both bounds",  # what GMPO looks like for one token, with both bounds or the wrong one
+    "clamped",
+    "digits",
+    "to reference",
+    "of old",  # a KL term of the old policy
+    "reward",  # a KL that is held constant, as in a reward
+    "unclear",
+    "leak",
+    "masked advantages",
+    "mixed rows",
+    "denominator",
+    "factor",
+    "irregular",
+    "empty sequence",
+]
 
 
 class Finding(NamedTuple):
@@ -31,6 +55,8 @@ class Finding(NamedTuple):
         How much: numbers, found and expected.
     example : Batch or None
         The smallest input found that shows it: float64 arrays by the names of the arguments, the mask of bools.
+    topic : str
+        What it is about, where another reading depends on that.
     """
 
     severity: Severity
@@ -38,6 +64,7 @@ class Finding(NamedTuple):
     where: str = ""
     amount: str = ""
     example: Batch | None = None
+    topic: Topic = ""
 
     def __str__(self) -> str:
         lines = [self.what]
@@ -48,6 +75,11 @@ class Finding(NamedTuple):
         if self.example is not None:
             lines.append(f"smallest input: {shown(self.example)}")
         return "\n".join(lines)
+
+
+def about(topic: Topic, findings: Iterable[Finding]) -> bool:
+    """Whether one of the findings is about this."""
+    return any(finding.topic == topic for finding in findings)
 
 
 class Report(NamedTuple):

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from .. import reference
 from .curves import Bounds, Curve, Floats, Tokens
 from .numbers import bisect, tidy
-from .report import Finding, Severity, number
+from .report import Finding, Severity, Topic, number
 
 Mask = NDArray[np.bool_]
 
@@ -59,6 +59,7 @@ def _named(
     example = tokens.at(float(curve.x[i]), float(sign))
     what = "the policy term's gradient is not that of its value"
     severity: Severity = "differs"
+    topic: Topic = ""
     if not np.any(curve.slope):
         return none(tokens)
     if tokens.kind == "weight":
@@ -73,18 +74,18 @@ def _named(
             what = "tokens whose weight is at its bound lose their gradient: they are dropped, not bounded"
     elif smooth and not np.any(curve.slope[off]) and abs(curve.x[i]) > 4:  # where the value is flat anyway
         edge = bisect(lambda x: tokens.relative(x, sign)[1] == 0, float(curve.x[i] * 0.8), float(curve.x[i]))
-        what = f"the log-ratio is clamped at {number(tidy(edge, 1e-6)).replace('-', '−')}: no gradient beyond"
-        severity = "fragile" if abs(edge) > 19.99 else "differs"
+        what = f"the log-ratio is clamped at {number(tidy(edge, 1e-6))}: no gradient beyond"
+        severity, topic = "fragile" if abs(edge) > 19.99 else "differs", "clamped"
     elif free[off].all() and not np.any(curve.slope[off]):
         what = "tokens lose their gradient within the bounds of the value"
     elif not free[off].any():
         rho = np.exp(curve.x)
         if np.all(np.abs(curve.slope - rho)[off] <= 10 * tol * rho[off] * (1 + np.abs(curve.x[off]))):
             what = "clipped tokens keep their gradient: the clip is of the value alone (straight-through)"
-    return Finding(severity, what, where, amount, example)
+    return Finding(severity, what, where, amount, example, topic)
 
 
 def none(tokens: Tokens) -> Finding:
     """That there is no gradient at all."""
     what = "the policy term has no gradient: the ratio is detached (a stop-gradient too many)"
-    return Finding("differs", what, "everywhere", "∂s/∂logp = 0 where s = ρA", tokens.at(0.0, 1.0))
+    return Finding("differs", what, "everywhere", "∂s/∂logp = 0 where s = ρA", tokens.at(0.0, 1.0), "no gradient")

@@ -11,9 +11,12 @@ from .. import reference
 from ..terms import CISPO, SAPO, VESPO, Clip, Unclipped
 from .curves import Bounds, Curve, Tokens
 from .numbers import tidy
-from .report import Finding, number
+from .report import Finding, Topic, number
 
 Mask = NDArray[np.bool_]
+
+
+_BOTH: Topic = "both bounds"
 
 
 # --- by bounds --------------------------------------------------------------------------------------------------------
@@ -28,7 +31,7 @@ def bounded(tokens: Tokens, bounds: dict[int, Bounds]) -> tuple[Any, list[Findin
     if up.low == 0 and up.high >= 1 and down.low <= 1 < down.high:
         return _clip(tokens, up, down, error)
     low, high = max(up.low, down.low), min(up.high, down.high)
-    option = Clip(_below(low, error), _above(high, error))
+    option, topic = Clip(_below(low, error), _above(high, error)), _BOTH
     if up.low > 0 and up.high == math.inf and down.low == 0 and down.high < math.inf:
         what = (
             "takes the larger of the clipped and the unclipped term (max for min): it clips where it should not, and "
@@ -40,10 +43,10 @@ def bounded(tokens: Tokens, bounds: dict[int, Bounds]) -> tuple[Any, list[Findin
         what = "clips ρ on both sides whatever the sign of A: the minimum with the unclipped term is missing"
         amount = f"flat for A > 0 below ρ = {number(up.low)} as above {number(up.high)}"
     else:
-        what = "is bounded otherwise than a clipped surrogate"
+        what, topic = "is bounded otherwise than a clipped surrogate", ""
         amount = f"A > 0: {number(up.low)} ≤ ρ ≤ {number(up.high)}; A < 0: {number(down.low)} ≤ ρ ≤ {number(down.high)}"
     x = -1.0 if up.low > 0 else 1.0
-    return option, [Finding("differs", what, "outside of the clip's range", amount, tokens.at(x, 1.0))]
+    return option, [Finding("differs", what, "outside of the clip's range", amount, tokens.at(x, 1.0), topic)]
 
 
 def _below(b: float, error: float) -> float:

@@ -61,7 +61,7 @@ def read(loss: Loss, made: Callable[[NDArray[np.bool_]], Batch], unit: float, wh
     if whole is None and len(rows) > len(full):
         example = made(ragged([0, 2]))
         finding = f"a sequence without a token changes the weights of the others{what} in no simple way"
-        findings.append(Finding("differs", finding, "beside an empty sequence", "", example))
+        findings.append(Finding("differs", finding, "beside an empty sequence", "", example, "empty sequence"))
     elif whole is not None:
         powers = whole
     return _named(loss, made, powers, constant, findings, what)
@@ -168,26 +168,30 @@ def _wrong(made: Any, rest: dict[str, float], mean: bool, scale: float, formula:
     if rest.get("T"):
         text = f"divides{what} by the padded width, not by the number of tokens: masked places are counted"
         example = made(np.array([[True, False]]))
-        findings.append(Finding("differs", text, "every batch with padding", amount, example))
+        findings.append(Finding("differs", text, "every batch with padding", amount, example, "denominator"))
     if rest.get("max n"):
         text = f"divides{what} by the length of the longest sequence, not by the number of tokens"
-        findings.append(Finding("differs", text, "sequences of unequal length", amount, made(ragged([1, 2]))))
+        findings.append(
+            Finding("differs", text, "sequences of unequal length", amount, made(ragged([1, 2])), "denominator")
+        )
     if rest.get("B′"):
         text = f"sequences without a token are not counted{what}: divides by the number of the others"
-        findings.append(Finding("differs", text, "beside an empty sequence", amount, made(ragged([0, 1]))))
+        findings.append(
+            Finding("differs", text, "beside an empty sequence", amount, made(ragged([0, 1])), "denominator")
+        )
     usual = rest in ({"B": 1}, {"N": 1}, {}, {"B": 1, "T": 1}, {"B": 1, "max n": 1}, {"B′": 1}, {"T": 1})
     if (not usual and not findings) or (mean and rest.get("N")):
         text = f"the denominator{what} is none of the usual ones"
         if mean and rest.get("N") == 1 and len(rest) == 1:
             text = f"divides{what} by the tokens of the sequence and by those of the batch"
-        findings.append(Finding("differs", text, "", amount, made(ragged([1, 2]))))
+        findings.append(Finding("differs", text, "", amount, made(ragged([1, 2])), "denominator"))
     elif scale != 1 and (rest == {"N": 1} or (rest == {"B": 1} and mean) or rest == {"B′": 1}):
         text = (
             f"the loss is {number(1 / scale)} times as large{what} as the mean it is"
             if scale < 1
             else (f"divides{what} by {number(scale)} besides (such as gradient accumulation steps)")
         )
-        findings.append(Finding("differs", text, "every batch", amount, made(np.ones((1, 1), bool))))
+        findings.append(Finding("differs", text, "every batch", amount, made(np.ones((1, 1), bool)), "factor"))
     return findings
 
 
