@@ -274,6 +274,13 @@ def test_cu_seqlens(bad):
         refuses(arguments | one_each | {"cu_seqlens": bad}, "cu_seqlens must", "got")
 
 
+def test_padding_behind_the_last_sequence_has_a_remedy():
+    packed = call(shape=6) | {"advantages": np.ones(1)}
+    refuses(packed | {"cu_seqlens": [0, 4]}, "cu_seqlens must go from 0 to 6", "without padding at the end: logps[:4]")
+    with pytest.raises(ValueError, match=r"got 0 to 8$"):
+        grpo_loss(**packed | {"cu_seqlens": [0, 8]})
+
+
 def test_where_cu_seqlens_fall():
     for bounds, where in (([0, 4, 3, 6], "[2] = 3 after 4"), ([0, 1, 5, 2, 1, 6], "[3] = 2 after 5")):
         refuses(call(shape=6) | {"advantages": np.ones(6), "cu_seqlens": bounds}, "cu_seqlens must not fall", where)
