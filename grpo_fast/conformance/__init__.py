@@ -79,9 +79,12 @@ def identify(
     Raises
     ------
     TypeError
-        ``loss`` is not callable, takes other arguments, or fails with all forms of these.
+        ``loss`` is not callable, takes other arguments, fails with all forms of these, answers in a format of 16 bits,
+        or returns a gradient of another shape.
     ValueError
-        ``framework`` is none of the three.
+        ``framework`` is none of the three, or a key of ``names`` none of the arguments.
+    ImportError
+        ``framework`` is not installed.
     """
     called = Loss(loss, framework, device, names)
     with progress_line(f"identify {called.name}", lambda: called.calls, progress) as line:

@@ -271,12 +271,14 @@ def _taken_by(loss: Callable[..., Any], theirs: Mapping[str, str]) -> tuple[str,
     """Those of `NAMES` that the loss takes, or the TypeError for what it takes besides."""
     if inspect.isclass(loss):
         raise TypeError(f"the loss must be a function, got the class {loss.__name__}: make an object of it, or wrap it")
+    if hasattr(loss, "schema"):  # of TorchScript
+        return tuple(argument.name for argument in loss.schema.arguments)
     try:
         parameters = inspect.signature(_written(loss)).parameters.values()
     except (TypeError, ValueError):  # of no Python function
         return NAMES
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return tuple(a.name for a in loss.schema.arguments) if hasattr(loss, "schema") else NAMES  # of TorchScript
+        return NAMES
     known = {p.name for p in parameters if p.kind is not p.VAR_POSITIONAL}
     ours = {theirs.get(name, name): name for name in NAMES}
     allowed = ", ".join(NAMES)

@@ -66,6 +66,12 @@ class Finding(NamedTuple):
     example: Batch | None = None
     topic: Topic = ""
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Finding) and (self.severity, str(self)) == (other.severity, str(other))
+
+    def __hash__(self) -> int:
+        return hash((self.severity, str(self)))
+
     def __str__(self) -> str:
         lines = [self.what]
         if self.where:
@@ -203,7 +209,7 @@ def _call(options: Mapping[str, Any]) -> str:
 
 
 def shown(at: Batch) -> str:
-    """A batch as it is written in Python, without what is as it is when left out."""
+    """A batch as it is written in Python, but for nan and inf, without what is as it is when left out."""
     parts = [f"logps={_array(at.logps)}"]
     parts.append("old_logps=logps" if np.array_equal(at.old_logps, at.logps) else f"old_logps={_array(at.old_logps)}")
     parts.append(f"advantages={_array(at.advantages)}")
