@@ -171,6 +171,7 @@ def is_flattening(node: ast.AST) -> bool:
 PROBABILITIES = "test_example test_bad_input test_against_reference test_same_bits test_adding test_arrays"
 LOSS = "test_loss test_loss_bad_input test_loss_same_bits"
 CORRECTION = "test_rollout test_rollout_same_bits test_rollout_bad_input"
+CONFORMANCE = "test_conformance_battery test_conformance_calling test_conformance"
 FILES = "test_files test_files_bad_input test_files_edges test_by test_files_rollout test_bounded_memory test_executors"
 #: For each file the recorded cases that show what it computes, by their first words, and the tests of what it promises.
 KILLERS = {
@@ -240,7 +241,7 @@ KILLERS = {
     "_writer.py": ((), "test_writer test_whole_way"),
     "_atomic.py": ((), "test_writer test_whole_way test_run_pictures"),
     **{
-        f"conformance/{path.name}": ((), "test_conformance_battery test_conformance_calling test_conformance")
+        f"conformance/{path.name}": ((), f"{CONFORMANCE} test_conformance_planted")
         for path in sorted((PACKAGE / "conformance").glob("*.py"))
         if path.name != "progress.py"
     },
