@@ -24,9 +24,13 @@ _NEVER = {TV: 1.0, BinaryKL: 1000.0}
 
 def read(tokens: Tokens, far: Edges, near: Edges) -> tuple[Any, list[Finding]]:
     """The trust region with these bounds: ``far`` are those of improbable tokens, ``near`` those of probable ones."""
-    if not any(math.isfinite(x) for bounds in near.values() for x in bounds):
-        near = _edges_at(tokens, _ANCHORS[-1])  # is there one of a δ that is larger than those are probable?
-        if not any(math.isfinite(x) for bounds in near.values() for x in bounds):
+    if not _is_bounded(near):
+        # Is there one of a δ that is larger than those are probable?
+        places = [(x, A) for x in (-30.0, -5.0, -1.0, 1.0, 5.0, 30.0) for A in (1.0, -1.0)]
+        if all(tokens.of(x, A, _ANCHORS[-1]) != (0.0, 0.0) for x, A in places):
+            return None, []
+        near = _edges_at(tokens, _ANCHORS[-1])
+        if not _is_bounded(near):
             return None, []
     error = max(tokens.loss.exactness, 1e-8)
     if all(np.allclose(near[s], far[1], rtol=10 * error, atol=10 * error) for s in near):
@@ -50,6 +54,10 @@ def read(tokens: Tokens, far: Edges, near: Edges) -> tuple[Any, list[Finding]]:
     what = "drops tokens outside of a region that is none of grpo_loss' trust regions"
     amount = _described(near, moved, other, error)
     return None, [Finding("differs", what, "", amount, tokens.at(1.1 * edge, float(sign), NEAR))]
+
+
+def _is_bounded(edges: Edges) -> bool:
+    return any(math.isfinite(x) for bounds in edges.values() for x in bounds)
 
 
 def _edges_at(tokens: Tokens, anchor: float) -> Edges:
