@@ -93,7 +93,8 @@ examples:
   grpo-fast worst run --rank mismatch --show step,reward --json
 """
 _EXAMPLE_IDENTIFY = """
-The exit code is 0 if grpo_loss has options that compute the same, 1 where nothing it has does, 2 for bad input.
+The exit code is 0 if grpo_loss has options that compute the same, 1 where nothing it has does (with --strict, where it
+is fragile, too), 2 for bad input.
 
 examples:
   grpo-fast identify mypackage.losses:dapo_loss

@@ -10,7 +10,6 @@ from grpo_fast import CISPO, GMPO, K1, K2, K3, SAPO, TV, VESPO, Band, BinaryKL, 
 from grpo_fast.conformance import check, comparing, identify
 from grpo_fast.conformance.calling import Loss, batch
 from grpo_fast.conformance.cases import cases
-from grpo_fast.terms import Options
 
 EPS = np.finfo(float).eps
 DUAL = {"surrogate": Clip(0.2, 0.28, 3.0), "kl": K3(0.04), "aggregation": "token-mean"}
@@ -236,7 +235,3 @@ def test_what_grpo_loss_refuses_is_told_as_such():
     assert report.options is None
     assert re.search("grpo_loss refuses what it computes", report.differs[-1].what)
     assert report.parts["trust_region"] == TV(0.2)
-
-
-def test_the_options_of_all_edges_are_options():
-    assert all(Options(**options) for options in EDGES)

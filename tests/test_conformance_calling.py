@@ -3,6 +3,7 @@
 import functools
 import importlib
 import json
+import re
 import warnings
 
 import numpy as np
@@ -31,6 +32,10 @@ def test_other_names_of_arguments():
     assert check(loss, names=names, **DAPO).ok
     with pytest.raises(TypeError, match=r"got 'log_prob', 'old_log_prob', 'response_mask'; say what it calls them"):
         identify(loss)
+    with pytest.raises(ValueError, match="names must give each argument one meaning, got 'a' twice"):
+        identify(loss, names={"logps": "a", "ref_logps": "a"})
+    with pytest.raises(TypeError, match="names must map logps"):
+        identify(loss, names=["log_prob"])
     with pytest.raises(ValueError, match=r"a key of names must be one of .*'log_probs'"):
         identify(loss, names={"log_probs": "log_prob"})
 
@@ -100,14 +105,18 @@ def test_what_cannot_be_called_is_told_with_all_reasons():
 
 # --- answers ----------------------------------------------------------------------------------------------------------
 def test_the_state_of_torch_does_not_matter():
-    before = torch.is_grad_enabled(), torch.get_default_dtype(), torch.random.get_rng_state()
-    for context in (torch.inference_mode(), torch.no_grad(), torch.autocast("cpu", enabled=False)):
+    def state():
+        return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype()
+
+    random_state = torch.random.get_rng_state()
+    for context in (torch.inference_mode(), torch.no_grad(), torch.autocast("cpu")):
         with context:
+            before = state()
             report = identify(dapo)
+            assert state() == before
         assert report.ok, report
         assert report.options == DAPO
-    assert (torch.is_grad_enabled(), torch.get_default_dtype()) == before[:2]
-    assert torch.equal(torch.random.get_rng_state(), before[2])
+    assert torch.equal(torch.random.get_rng_state(), random_state)
 
 
 def test_a_number_of_torch_is_the_sum_of_nothing():
@@ -136,6 +145,46 @@ def test_an_error_is_told_with_its_place():
 
     with pytest.raises(CallFailed, match=r"RuntimeError: too many \(test_conformance_calling.py, line \d+\)"):
         Loss(loss)(batch(np.full((2, 2), -1.0)))
+
+
+@pytest.mark.parametrize(("limit", "severity"), [(25, "fragile"), (4, "differs")])
+def test_an_error_far_from_1_leaves_the_rest_readable(limit, severity):
+    def loss(logps, old_logps, advantages, mask):
+        if ((logps - old_logps) * mask).abs().max() > limit:
+            raise RuntimeError("too far")
+        return dapo(logps, old_logps, advantages, mask)
+
+    report = identify(loss)
+    assert report.options == DAPO, report
+    assert [x.severity for x in report.findings if "too far" in x.what] == [severity]
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "words"),
+    [
+        (lambda x, A: torch.where(x > 1, x.exp() * float("nan"), x.exp()), "the gradient is NaN or infinite"),
+        (lambda x, A: torch.where(A < 0, float("nan"), x.exp()), "is NaN or infinite .* advantage of -1"),
+        (lambda x, A: x.exp() + 0 * (1 / A), "is NaN or infinite .* advantage of 0"),
+    ],
+)
+def test_what_is_not_finite_is_told_as_such(spoilt, words):
+    def loss(logps, old_logps, advantages, mask):
+        A = advantages[:, None]
+        return token_mean(-spoilt(logps - old_logps, A) * A, mask)
+
+    (finding,) = identify(loss).differs
+    assert re.search(words, finding.what), finding
+
+
+def test_a_loss_that_raises_for_losses_is_not_told_as_one_of_masks():
+    def loss(logps, old_logps, advantages, mask):
+        if (advantages < 0).any():
+            raise RuntimeError("only gains")
+        return dapo(logps, old_logps, advantages, mask)
+
+    whats = [finding.what for finding in check(loss, **DAPO).findings]
+    assert any("only gains" in what for what in whats)
+    assert not any("masked position" in what or "without a token" in what for what in whats)
 
 
 def test_a_denominator_is_at_least_one():

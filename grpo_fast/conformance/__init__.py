@@ -73,8 +73,8 @@ def identify(
     -------
     Report
         Its ``options`` are what the loss computes, ``findings`` what it does otherwise, ``ok`` whether nothing differs;
-        it prints as a page. Numbers are read to seven digits or so, in batches of at most 65 rows and 130 tokens (more
-        where a denominator is a constant): what a loss does beyond is not seen.
+        it prints as a page. Numbers are read to seven digits or so, in batches of at most 65 rows, and of at most 130
+        tokens in a row (more where a denominator is a constant): what a loss does beyond is not seen.
 
     Raises
     ------
@@ -179,8 +179,11 @@ def _checked_report(loss: Loss, asked: dict[str, Any], strict: bool, line: Progr
     findings: list[Finding] = []
     notes: list[str] = []
     if missed:
+        eps = loss.eps
         try:
             read = identifying.read(loss, line)
+            if loss.eps != eps:  # it is computed in float32, whatever it answers in
+                missed, compared = misses(loss, asked, cases(asked, loss, per_token), line.tick)
         except CallFailed as error:
             findings.append(Finding("differs", f"raises {error}", "ordinary numbers", "", error.at))
         else:

@@ -58,8 +58,15 @@ def no_reaction(tokens: Tokens) -> Finding:
     tokens.width = 3
     where = "one sequence, A = 1 beside A = 0, at ρ = 1"
     example = tokens.at(0.0, 1.0)
-    if not math.isfinite(tokens.loss(example).loss):
-        return Finding("differs", "is NaN or infinite for one sequence with an advantage of 1", where, "", example)
+    for A in (1.0, -1.0, 0.0):
+        at = example._replace(advantages=np.array([A]))
+        found = tokens.loss(at)
+        assert found.grad is not None
+        for what, value in (("", found.loss), ("the gradient ", np.sum(found.grad))):
+            if not math.isfinite(value):
+                text = f"{what}is NaN or infinite for one sequence with an advantage of {A:g}"
+                amount = "as of 0·∞ in the branch that is not taken" if what else ""
+                return Finding("differs", text, "ρ = 1", amount, at)
     if "mask" in tokens.loss.takes:
         masked = [tokens.loss(tokens.at(0.0, A)._replace(mask=np.zeros((1, 3), bool))) for A in (1.0, 0.0)]
         if all(math.isfinite(x.loss) for x in masked) and masked[0].loss != masked[1].loss:

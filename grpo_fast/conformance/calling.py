@@ -90,9 +90,7 @@ class Loss:
     ) -> None:
         if not callable(loss):
             raise TypeError(f"loss must be a function of {', '.join(NAMES)} or some of them, got {loss!r}")
-        theirs = dict(names or {})
-        for name in theirs:
-            one_of("a key of names", name, NAMES)
+        theirs = _checked_names(names)
         self._loss = _renamed(loss, theirs) if theirs else loss
         self._device = device
         self.name = name_of(loss)
@@ -253,6 +251,21 @@ def message_of(error: Exception) -> str:
 
 
 _PACKAGES = re.compile(r"site-packages|dist-packages|[/\\]grpo_fast[/\\]|<frozen|<__array_function__")
+
+
+def _checked_names(names: Mapping[str, str] | None) -> dict[str, str]:
+    """What the loss calls its arguments, or the error for what cannot be that."""
+    if names is None:
+        return {}
+    if not isinstance(names, Mapping) or not all(isinstance(name, str) for name in names.values()):
+        raise TypeError(f"names must map {', '.join(NAMES)} to names of arguments of the loss, got {names!r}")
+    for name in names:
+        one_of("a key of names", name, NAMES)
+    all_of_them = [names.get(name, name) for name in NAMES]
+    twice = sorted({name for name in all_of_them if all_of_them.count(name) > 1})
+    if twice:
+        raise ValueError(f"names must give each argument one meaning, got {twice[0]!r} twice in {dict(names)!r}")
+    return dict(names)
 
 
 def _renamed(loss: Callable[..., Any], theirs: Mapping[str, str]) -> Callable[..., Any]:

@@ -29,11 +29,16 @@ def of_misses(
         rest = [miss for miss in rest if not wanted(miss)]
         return taken
 
+    ordinary = [m for m in misses if m.case.kind == "ordinary" and m.case.severity == "differs"]
     masked = take(lambda m: m.case.kind == "masked")
+    if any(m.how in ("raises", "is not finite") for m in ordinary):  # it is so without padding, too
+        masked = [m for m in masked if not any(m.how == x.how for x in ordinary)]
     # What finite padding does is told already where it does something, and an ordinary miss is no matter of NaN.
     explained = {id(miss) for miss in masked if miss.how in ("differs", "differs slightly")}
     findings += _of_masked(loss, options, [miss for miss in masked if id(miss) not in explained])
     empty = take(lambda m: m.case.kind in ("empty", "empty sequence") and m.how in ("raises", "is not finite"))
+    if any(m.how in ("raises", "is not finite") for m in ordinary):
+        empty = [m for m in empty if not any(m.how == x.how for x in ordinary)]
     findings += _of_empty(empty)
     small = take(lambda m: m.how == "differs slightly")
     told = about("digits", named) or about("clamped", named)
@@ -156,8 +161,8 @@ def _one(loss: Loss, options: Mapping[str, Any], misses: Sequence[Miss], severit
     miss = min(misses, key=lambda m: m.case.at.logps.size)
 
     def again(at: Batch) -> Miss | None:
-        if miss.case.kind == "masked" and not at.mask.any():
-            return None  # that is a matter of empty batches
+        if miss.case.kind == "masked" and (not at.mask.any() or np.isfinite(_masked_numbers(at)).all()):
+            return None  # that is a matter of empty batches, or of ordinary ones
         if not np.isfinite(expected(options, at, loss.takes)[0]):
             return None  # what is not finite would have come out from under the mask
         found = compare(loss, options, miss.case._replace(at=at))
@@ -167,6 +172,10 @@ def _one(loss: Loss, options: Mapping[str, Any], misses: Sequence[Miss], severit
     found = again(at) or miss
     amount = f"{found.where} {number(found.found)} instead of {number(found.expected)}"
     return Finding(severity, text, miss.case.name, amount, at)
+
+
+def _masked_numbers(at: Batch) -> Any:
+    return np.concatenate([x[~at.mask] for x in (at.logps, at.old_logps, at.ref_logps)])
 
 
 # --- what was asked for, beside what was found ------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def read(loss: Loss) -> Policy:
     nothing = Policy(1.0, 1.0, None, None, "none", 1, (-0.1, 0.1))
     for tokens.width in (1, 3, 6):
         first = tokens.of(0.0, 1.0, _PROBABLE)
-        if all(map(math.isfinite, first)) and any(first):
+        if all(map(math.isfinite, (*first, *tokens.of(0.0, -1.0, _PROBABLE)))) and any(first):
             break
     else:
         return _padded(loss, tokens) or nothing._replace(findings=(at_one.no_reaction(tokens),))

@@ -7,7 +7,7 @@ import numpy as np
 
 from .. import reference
 from ..terms import TV, Band, BinaryKL
-from .calling import batch
+from .calling import CallFailed, batch
 from .curves import NEAR, Tokens, dropped, pair
 from .numbers import bisect, tidy
 from .report import Finding, number
@@ -27,7 +27,7 @@ def read(tokens: Tokens, far: Edges, near: Edges) -> tuple[Any, list[Finding]]:
     if not _is_bounded(near):
         # Is there one of a δ that is larger than those are probable?
         places = [(x, A) for x in (-30.0, -5.0, -1.0, 1.0, 5.0, 30.0) for A in (1.0, -1.0)]
-        if all(tokens.of(x, A, _ANCHORS[-1]) != (0.0, 0.0) for x, A in places):
+        if not any(_is_gone(tokens, x, A) for x, A in places):
             return None, []
         near = _edges_at(tokens, _ANCHORS[-1])
         if not _is_bounded(near):
@@ -54,6 +54,14 @@ def read(tokens: Tokens, far: Edges, near: Edges) -> tuple[Any, list[Finding]]:
     what = "drops tokens outside of a region that is none of grpo_loss' trust regions"
     amount = _described(near, moved, other, error)
     return None, [Finding("differs", what, "", amount, tokens.at(1.1 * edge, float(sign), NEAR))]
+
+
+def _is_gone(tokens: Tokens, x: float, A: float) -> bool:
+    """Whether nothing is left of a token of the most probable ones; False where the loss raises an error."""
+    try:
+        return tokens.of(x, A, _ANCHORS[-1]) == (0.0, 0.0)
+    except CallFailed:
+        return False
 
 
 def _is_bounded(edges: Edges) -> bool:

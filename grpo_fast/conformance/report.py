@@ -69,6 +69,9 @@ class Finding(NamedTuple):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Finding) and (self.severity, str(self)) == (other.severity, str(other))
 
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
     def __hash__(self) -> int:
         return hash((self.severity, str(self)))
 
@@ -143,13 +146,14 @@ class Report(NamedTuple):
         return tuple(x for x in self.findings if x.severity == "fragile")
 
     def as_dict(self) -> dict[str, Any]:
-        """The report in strings, numbers and lists, as JSON has them; options as they are written in Python."""
+        """The report in strings, numbers and lists, as JSON has them; options as they are printed."""
         return {
             "loss": self.name,
             "framework": self.framework,
             "dtype": self.dtype,
             "ok": self.ok,
             "options": None if self.options is None else {name: repr(x) for name, x in self.options.items()},
+            "parts": {name: repr(x) for name, x in self.parts.items()},
             "findings": [
                 {name: getattr(x, name) for name in ("severity", "what", "where", "amount")}
                 | {"example": None if x.example is None else shown(x.example)}
@@ -209,9 +213,13 @@ def _call(options: Mapping[str, Any]) -> str:
 
 
 def shown(at: Batch) -> str:
-    """A batch as it is written in Python, but for nan and inf, without what is as it is when left out."""
+    """A batch as in Python, with nan and inf, without what is as it is when left out; of large arrays the shape."""
     parts = [f"logps={_array(at.logps)}"]
-    parts.append("old_logps=logps" if np.array_equal(at.old_logps, at.logps) else f"old_logps={_array(at.old_logps)}")
+    parts.append(
+        "old_logps=logps"
+        if np.array_equal(at.old_logps, at.logps, equal_nan=True)
+        else f"old_logps={_array(at.old_logps)}"
+    )
     parts.append(f"advantages={_array(at.advantages)}")
     if not np.array_equal(at.ref_logps, at.logps, equal_nan=True):
         parts.append(f"ref_logps={_array(at.ref_logps)}")

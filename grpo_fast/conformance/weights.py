@@ -45,6 +45,8 @@ def read(loss: Loss, made: Callable[[NDArray[np.bool_]], Batch], unit: float, wh
             mask = np.ones_like(mask)
         weights = measured(loss, made(mask), unit)
         if weights is None or not np.isfinite(weights).all():
+            if weights is None and mask.any(axis=1).all():
+                loss(made(mask))  # raises what it raised
             finite = finite and not mask.any(axis=1).all()
             continue
         rows.append((mask, weights))
