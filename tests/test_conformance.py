@@ -424,6 +424,19 @@ def test_a_report_is_a_page():
     assert text.splitlines()[-1].startswith("1 differ, 1 fragile; ")
 
 
+def test_the_examples_of_a_loss_with_swapped_arrays_are_as_it_is_called():
+    def loss(logps, old_logps, advantages, ref_logps, mask):
+        ratio, d = (logps - ref_logps).exp(), old_logps - logps
+        s = torch.min(ratio * advantages[:, None], ratio.clamp(0.8, 1.2) * advantages[:, None])
+        return ((-s - 0.04 * (d.exp() - d - 1)) * mask).sum() / mask.sum().clamp(min=1)
+
+    of_arrays, of_sign = identify(loss).differs
+    assert "are swapped" in of_arrays.what
+    assert "sign of the KL term is reversed" in of_sign.what
+    at = of_sign.example
+    assert loss(*map(torch.tensor, (*at[:4], at.mask.astype(float)))).item() < -1e-3  # what is to be at least 0
+
+
 def test_reports_are_equal_if_they_say_the_same():
     one, two = identify(padded_width), identify(padded_width)
     assert one == two

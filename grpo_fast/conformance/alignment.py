@@ -63,7 +63,7 @@ def swapped(loss: Loss) -> list[Finding]:
         return []
     what = "old_logps and ref_logps are swapped: the ratio is π_θ/π_ref, and the KL term is to the old policy"
     amount = f"s/A = {number(of_ref / one)} = π_θ/π_ref where π_θ = π_old"
-    return [Finding("differs", what, "π_ref is not π_old", amount, at._replace(ref_logps=down))]
+    return [Finding("differs", what, "π_ref is not π_old", amount, at._replace(ref_logps=down), "other arrays")]
 
 
 # --- shifted ----------------------------------------------------------------------------------------------------------

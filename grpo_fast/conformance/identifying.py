@@ -59,11 +59,22 @@ def read(loss: Loss, progress: Progress) -> Reading:
         return Reading(None, tuple(random), (), False)
     try:
         reading = _read(loss, progress)
+        reading = reading._replace(findings=tuple(_as_called(loss, finding) for finding in reading.findings))
     finally:
         loss.padded = loss.tied = loss.swapped = False
     if any(finding.severity == "differs" for finding in reading.findings):  # is it chance that it looks so?
         random = is_random(loss, 10)
     return Reading(None, tuple(random), (), False) if random else reading
+
+
+def _as_called(loss: Loss, finding: Finding) -> Finding:
+    """The finding with its example as the loss was called, where that was with other arrays in their places."""
+    at = finding.example
+    if at is None or finding.topic == "other arrays":
+        return finding
+    if loss.swapped:
+        at = at._replace(old_logps=at.ref_logps, ref_logps=at.old_logps)
+    return finding._replace(example=at._replace(ref_logps=at.old_logps) if loss.tied else at)
 
 
 def _read(loss: Loss, progress: Progress) -> Reading:

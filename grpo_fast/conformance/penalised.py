@@ -38,7 +38,9 @@ def read(loss: Loss) -> list[Finding]:
                     "weighted as they are; grpo_loss is given such advantages, and no kl"
                 )
                 amount = f"A = 0 counts as {number(-cost / scale)} at log π_old − log π_ref = 0.5"
-                return [Finding("differs", what, "π_ref is not π_old", amount, _tokens(0.0, 0.5, 0.0, 1))]
+                return [
+                    Finding("differs", what, "π_ref is not π_old", amount, _tokens(0.0, 0.5, 0.0, 1), "other arrays")
+                ]
     except CallFailed:
         pass
     return []

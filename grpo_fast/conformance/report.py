@@ -26,6 +26,7 @@ Topic: TypeAlias = Literal[
     "clamped",
     "digits",
     "to reference",
+    "other arrays",  # π_ref in place of π_old, or a KL within the advantages
     "of old",  # a KL term of the old policy
     "reward",  # a KL that is held constant, as in a reward
     "unclear",
