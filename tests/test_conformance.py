@@ -100,7 +100,7 @@ def test_numbers_that_are_not_short_are_no_fault(name):
         found = report.options[field]
         if isinstance(value, tuple):  # up to the last digits of its numbers
             assert type(found) is type(value)
-            rounded = [(float(f"{x:.9g}") if isinstance(x, float) else x) for x in (*found, *value)]
+            rounded = [(float(f"{x:.6g}") if isinstance(x, float) else x) for x in (*found, *value)]
             assert rounded[: len(found)] == rounded[len(found) :]
         else:
             assert found == value

@@ -56,6 +56,12 @@ def beside_dropped(loss: Loss, region: Any, of_tokens: bool) -> list[Finding]:
         factor = _factor(loss, at, at._replace(old_logps=at.logps.copy()))
         if factor == 0:
             text = "a whole sequence is dropped where one of its tokens is outside of the region"
+            balanced = _drifted(np.array([[_BEYOND, -_BEYOND]]), np.ones((1, 2), bool))
+            if _of_advantages(loss, balanced):
+                text = (
+                    "a whole sequence is dropped where the geometric mean of its ratios is outside of the region, and "
+                    "the ratio is each token's own"
+                )
             amount = f"no gradient for a token with ρ = 1 beside one with ρ = {number(np.exp(x[0, 1]))}"
             found.append(Finding("differs", text, "tokens outside of the trust region", amount, at))
     return found

@@ -151,10 +151,15 @@ def _read(loss: Loss, progress: Progress) -> Reading:
     if applied:
         found_weights = floors.read(loss, found_weights)
     findings += [x for x in found_weights.findings if not _follows(x, findings, surrogate)]
+    if about("temperature", findings) and found_weights.constant and np.isclose(found_weights.constant, 0.25):
+        of_4 = (x._replace(what=x.what.replace("1/τ", "4/τ")) if x.topic == "temperature" else x for x in findings)
+        findings = [x for x in of_4 if x.topic != "factor"]
     notes += found_weights.notes
     parts = _parts(surrogate, found.trust_region, term, of_level, found_weights)
     if any(part is None for part in parts.values()):
         known = {name: x for name, x in _told(parts).items() if x is not None}
+        if surrogate is None and "normalizer" in known:  # whose unit is not known
+            known = {name: x for name, x in known.items() if name not in ("aggregation", "normalizer")}
         return Reading(None, tuple(findings), tuple(notes), taken.per_token, known)
     options = {name: x for name, x in parts.items() if x is not _NONE}
     try:

@@ -158,7 +158,7 @@ def _gmpo(loss: Loss, weight: Floats) -> LevelFound | None:
         return 3 * math.log(value) if 0 < value < math.inf else math.nan
 
     bounds: dict[float, tuple[float, float]] = {}
-    error = 300 * loss.exactness
+    error = loss.exactness
     for A in (1.0, -1.0):
         two, three = (A * mean(A * _WIDE * np.array(x), A) for x in ([1, -1, 0], [1, -0.5, -0.5]))
         if math.isnan(two) or math.isnan(three):

@@ -58,7 +58,8 @@ def of_misses(
     ties = take(lambda m: m.case.kind == "tie")
     if ties and not rest:
         only = "has another gradient exactly" if all(m.where == "gradient" for m in ties) else "differs exactly"
-        findings.append(_one(loss, options, ties, "differs", f"{only} at a bound, and nowhere else"))
+        text = f"{only} at a bound, and nowhere else: it compares otherwise there, or rounds the ratio otherwise"
+        findings.append(_one(loss, options, ties, "fragile", text))
     nothing = take(lambda m: m.case.kind == "empty")
     if nothing and not rest:
         findings.append(_one(loss, options, nothing, "fragile", "is not 0 where no token counts"))

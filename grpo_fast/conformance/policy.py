@@ -85,7 +85,7 @@ def read(loss: Loss) -> Policy:
     if tau:
         findings = [x for x in findings if x.topic != "other sign"]
         what = "SAPO's factor 1/τ is missing: the slope at ρ = 1 is A·τ, and not A"
-        findings.append(Finding("differs", what, "everywhere", "", tokens.at(0.0, -1.0)))
+        findings.append(Finding("differs", what, "everywhere", "", tokens.at(0.0, -1.0), "temperature"))
         named = named._replace(scale=named.scale / tau)
     return named._replace(findings=(*findings, *named.findings), notes=(*notes, *named.notes))
 

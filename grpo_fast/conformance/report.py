@@ -35,6 +35,7 @@ Topic: TypeAlias = Literal[
     "mixed rows",
     "denominator",
     "factor",
+    "temperature",  # of SAPO, missing as a factor
     "irregular",
     "empty sequence",
 ]

@@ -118,7 +118,7 @@ def _sapo(curves: dict[int, Curve], kept: dict[int, Mask], tol: float) -> Any:
         room = 10 * tol * expected + curve.noise
         if not np.all(np.abs(curve.value - expected)[kept[sign]] <= room[kept[sign]]):
             return None
-        taus.append(tidy(tau, tol))
+        taus.append(tidy(tau, tol / 100))
     return SAPO(*taus)
 
 
@@ -133,7 +133,7 @@ def _vespo(curves: dict[int, Curve], kept: dict[int, Mask], tol: float) -> Any:
         (k, lam), *_ = np.linalg.lstsq(system, log_value, rcond=None)
         if np.abs(system @ (k, lam) - log_value).max() > 1e3 * tol or lam < -1e-6 or k < -1e-6:
             return None
-        found += [tidy(x, 1e3 * tol) if x > 1e-6 else 0.0 for x in (k, lam)]
+        found += [tidy(x, tol) if x > 1e-6 else 0.0 for x in (k, lam)]
     trivial = [(k, lam) in ((0.0, 0.0), (1.0, 0.0)) for k, lam in (found[:2], found[2:])]  # φ = 1, and φ = ρ
     return None if all(trivial) else VESPO(*found)
 
@@ -160,6 +160,8 @@ def _other_function(curve: Curve) -> str:
         powers = np.log(value / value[x == 0])[x != 0] / x[x != 0]
     power = tidy(float(np.median(powers)), 1e-6)
     if (np.abs(powers - power) <= 1e-5).sum() >= 4 and power > 0 and power != 1:
+        if power == 2 and np.allclose(curve.slope[near][x == 0], value[x == 0], rtol=1e-4):
+            return "the policy term is multiplied by ρ once more, which is held constant"
         return f"the ratio is ρ^{number(power)}: log-probabilities are divided by {number(tidy(1 / power, 1e-5))} in it"
     return ""
 

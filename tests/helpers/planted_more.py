@@ -69,6 +69,22 @@ def sapo_without_its_factor(logps, old_logps, advantages, mask):
     return token_mean(-4 * torch.sigmoid(tau * ((logps - old_logps).exp() - 1)) * A, mask)
 
 
+def sapo_without_its_factors(logps, old_logps, advantages, mask):
+    A = _columns(advantages)
+    tau = torch.where(A > 0, torch.tensor(1.3).double(), torch.tensor(1.7).double())
+    return token_mean(-torch.sigmoid(tau * ((logps - old_logps).exp() - 1)) * A, mask)
+
+
+def ratio_twice(logps, old_logps, advantages, mask):
+    ratio = (logps - old_logps).exp()
+    return token_mean(ratio.detach() * clipped(ratio, advantages), mask)
+
+
+def band_of_the_mean(logps, old_logps, advantages, mask):
+    mean = mean_log_ratio(logps, old_logps, mask).exp().detach()
+    return token_mean(-(logps - old_logps).exp() * _columns(advantages) * ((mean >= 0.5) & (mean <= 2)), mask)
+
+
 def straight_through_sum(logps, old_logps, advantages, mask):
     A, ratio = _columns(advantages), (logps - old_logps).exp()
     return token_mean(-torch.min(ratio * A, (ratio + (ratio.clamp(0.8, 1.2) - ratio).detach()) * A), mask)
@@ -223,6 +239,9 @@ PLANTED_MORE: dict[str, tuple[Any, str, dict[str, Any] | None]] = {
         "SAPO's factor 1/τ is missing",
         {"surrogate": SAPO(1.3, 1.7), **MEAN},
     ),
+    "SAPO without 4/τ": (sapo_without_its_factors, "SAPO's factor 4/τ is missing", None),
+    "ratio twice": (ratio_twice, "multiplied by ρ once more, which is held constant", None),
+    "Band of the mean": (band_of_the_mean, "where the geometric mean of its ratios is outside", None),
     "straight-through sum": (straight_through_sum, "clipped tokens keep their gradient", None),
     "TV of both signs": (tv_of_both_signs, "drops tokens outside of a region", None),
     "not of logps": (not_of_logps, "does not depend on logps", None),
@@ -328,6 +347,18 @@ def single(logps, old_logps, advantages, mask):
     return token_mean(clipped(ratio, advantages.float(), 0.17, 0.17), mask.float()).double()
 
 
+def band_of_thirds(logps, old_logps, advantages, mask):
+    ratio = (logps - old_logps).exp()
+    return token_mean(-ratio * _columns(advantages) * ((ratio >= 1 / 3) & (ratio <= 2.5)), mask)
+
+
+def gmpo_of_thirds(logps, old_logps, advantages, mask):
+    sign, x = _columns(advantages).sign(), logps - old_logps
+    x = sign * torch.min(sign * x, sign * x.clamp(-1 / 3, 2 / 3))
+    n = mask.sum(1)
+    return -(((x * mask).sum(1) / n.clamp(min=1)).exp() * advantages * (n > 0)).mean()
+
+
 def gspo_of_tokens(logps, old_logps, advantages, mask):
     x = mean_log_ratio(logps, old_logps, mask).detach() + logps - logps.detach()
     return token_mean(clipped(x.exp(), advantages, 0.1, 0.15), mask)
@@ -338,6 +369,14 @@ EXACT: dict[str, tuple[Any, dict[str, Any]]] = {
     "thirds": (third, {"surrogate": Clip(1 / 3, 1 / 7), "kl": K3(0.1 / 3, False), **MEAN}),
     "clip of the log": (log_clip, {"surrogate": Clip(-math.expm1(-0.2), math.expm1(0.2)), **MEAN}),
     "float32 within": (single, {"surrogate": Clip(0.17), **MEAN}),
+    "Band of thirds": (
+        band_of_thirds,
+        {"surrogate": Unclipped(), "trust_region": Band(1 / 3, 2.5), **MEAN},
+    ),
+    "GMPO of thirds": (
+        gmpo_of_thirds,
+        {"surrogate": GMPO(1 / 3, 2 / 3), "importance_sampling_level": "sequence", **SEQ},
+    ),
     "GSPO-token": (
         gspo_of_tokens,
         {"surrogate": Clip(0.1, 0.15), "importance_sampling_level": "sequence_token", **MEAN},
