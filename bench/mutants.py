@@ -268,6 +268,7 @@ HARMLESS = [
     ("elif name.endswith(_TEMPORARY) and", "<"),  # a day to the nanosecond
     ("print(_LINE, file=sys.stderr, flush=True)", "True"),  # it is written line by line anyway
     ("_LEAST_BYTES = 2 << 20", ""),  # how much is read at once
+    ("if any(tokens.of(0.0, -1.0)):", "0.0"),  # at any other ratio it shows as well
     ("prefetch_if_given(", ""),  # the same numbers, later
     ("if careful or lane_max(ratio_max) >= 1.0 / form.safe_least", ""),  # the more careful of two ways, sooner
     ("ln2_low=9.0580006145e-06", ""),  # of float32, whose logs move by 0.02 ulp at most

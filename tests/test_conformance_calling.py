@@ -54,6 +54,15 @@ def test_every_form_of_advantages(form):
     assert Loss(loss).form == form
 
 
+def test_advantages_of_tokens_that_are_mixed_over_rows_are_a_note():
+    def loss(logps, old_logps, advantages, mask):
+        return token_mean(-(logps - old_logps).exp() * advantages[:, None], mask)
+
+    report = identify(loss)
+    assert report.ok, report
+    assert any("mixed over rows" in note for note in report.notes)
+
+
 @pytest.mark.parametrize("dtype", ["float64", "bool", "int64"])
 def test_every_dtype_of_masks(dtype):
     def loss(logps, old_logps, advantages, mask):

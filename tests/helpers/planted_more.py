@@ -49,6 +49,10 @@ def advantages_clamped(logps, old_logps, advantages, mask):
     return token_mean(clipped((logps - old_logps).exp(), advantages.clamp(-0.5, 0.5)), mask)
 
 
+def losses_only(logps, old_logps, advantages, mask):
+    return token_mean(clipped((logps - old_logps).exp(), advantages.clamp(max=0)), mask)
+
+
 def dual_clip_of_gains(logps, old_logps, advantages, mask):
     A, loss = _columns(advantages), clipped((logps - old_logps).exp(), advantages)
     return token_mean(torch.where(A > 0, torch.min(loss, -2.9 * A), loss), mask)
@@ -232,6 +236,7 @@ PLANTED_MORE: dict[str, tuple[Any, str, dict[str, Any] | None]] = {
     "term clamped": (term_clamped, "the policy term is clamped at ±50, as a whole", None),
     "loss clamped": (loss_clamped, "the policy term is clamped at ±200, as a whole", None),
     "advantages ±½": (advantages_clamped, "advantages are clamped at ±0.5", {"surrogate": Clip(0.2), **MEAN}),
+    "A > 0 left out": (losses_only, "tokens with A > 0 are left out", None),
     "dual clip of A > 0": (dual_clip_of_gains, r"A > 0 have no gradient at ρ = 1: .* 2\.9·A, at any ρ", None),
     "dual clip turned": (dual_clip_turned, r"A < 0 have no gradient at ρ = 1: .* 3·A, up to ρ = 3", None),
     "SAPO without 1/τ": (
