@@ -144,7 +144,10 @@ def test_the_bounds_of_tokens_are_found_where_no_mean_reaches_them(region):
 
 # --- what is not ------------------------------------------------------------------------------------------------------
 def test_a_loss_that_is_no_policy_gradient_is_told_what_it_is():
-    whats = [finding.what for finding in identify(squared).differs]
+    report = identify(squared)
+    whats = [finding.what for finding in report.differs]
+    A = report.differs[0].example.advantages.item()
+    assert f"A = {A:g} counts" in report.differs[0].amount
     assert whats[0] == "is not linear in the advantage"
     assert "a KL term to the old policy" in whats[1]
     assert len(whats) == 2
