@@ -268,6 +268,9 @@ HARMLESS = [
     ("elif name.endswith(_TEMPORARY) and", "<"),  # a day to the nanosecond
     ("print(_LINE, file=sys.stderr, flush=True)", "True"),  # it is written line by line anyway
     ("_LEAST_BYTES = 2 << 20", ""),  # how much is read at once
+    ("for shape in ((1, 5), (4, 1), (3, 3), (2, 7)):", ""),  # of random batches
+    ("self.width = 1", "1"),  # set before it is asked for
+    ("at = batch(np.full(shape, -1.0), advantages=0.0 if name", "0.0"),  # with A = 1 the example shows it as well
     ("if any(tokens.of(0.0, -1.0)):", "0.0"),  # at any other ratio it shows as well
     ("prefetch_if_given(", ""),  # the same numbers, later
     ("if careful or lane_max(ratio_max) >= 1.0 / form.safe_least", ""),  # the more careful of two ways, sooner

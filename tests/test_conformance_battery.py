@@ -73,6 +73,19 @@ def test_every_kind_of_input_is_there():
     assert sum(name == "a micro-batch of it" for name in names) > 1
 
 
+@pytest.mark.parametrize(
+    ("options", "ratios"),
+    [
+        ({"surrogate": SAPO(1.0, 1.05), "trust_region": Band(0.5, 2.0)}, (0.5, 2.0)),
+        ({"surrogate": CISPO(5.0, 0.7)}, (0.7, 5.0)),
+        ({"surrogate": GMPO(0.4, 0.3), "importance_sampling_level": "sequence"}, (math.exp(-0.4), math.exp(0.3))),
+    ],
+)
+def test_every_bound_of_the_ratio_is_a_tie(options, ratios):
+    names = {case.name for case in battery(options) if case.kind == "tie"}
+    assert names == {f"a tie at log ρ = {math.log(ratio):.6g}" for ratio in ratios}
+
+
 @pytest.mark.parametrize("options", VARIOUS, ids=lambda options: type(options.get("surrogate")).__name__)
 def test_what_is_right_agrees_in_every_case(options):
     loss = Loss(right(**options))
