@@ -117,7 +117,7 @@ def _other_ratio(tokens: Tokens, first: tuple[float, float]) -> Iterable[Finding
         return
     at = values[0]
     with np.errstate(all="ignore"):
-        of_new, of_old = np.log([at / s(-0.08, -0.05), s(-0.05, -0.08) / at]) / 0.03
+        of_new, of_old = np.log(np.divide([at, s(-0.05, -0.08)], [s(-0.08, -0.05), at])) / 0.03
         fits = abs(s(-0.1, -0.07) / at - math.exp(-0.05 * of_new + 0.02 * of_old)) <= 10 * error
     example = batch([[-0.2]], [[-0.2]], [1.0])
     amount = ", ".join(
@@ -197,6 +197,8 @@ def _other_sign(tokens: Tokens) -> tuple[float, list[Finding]]:
     """How much A = −1 counts beside A = 1, which should be as much."""
     positive, negative = (tokens.of(0.0, A) for A in (1.0, -1.0))
     which = 1 if positive[1] else 0
+    if not positive[which]:  # which it was: it is another number every time
+        return 0.0, []
     factor = -negative[which] / positive[which] + 0.0
     if abs(factor - 1) <= 1e-4:
         return 1.0, []

@@ -76,7 +76,8 @@ def _constant(tokens: Tokens, usual: float, edge: float) -> Finding | None:
     c = tidy(found[-1], 1e-3)
     tokens.loss.rough = 1e-6  # what it changes at the edge
     at = round(math.log(c), 1)
-    to = "π_old" if abs(tokens.of(0.0, 1.0, at)[0] / tokens.of(0.0, 1.0, -0.5)[0] - 1) > 0.1 else "π within the log"
+    value, usual_value = tokens.of(0.0, 1.0, at)[0], tokens.of(0.0, 1.0, -0.5)[0]
+    to = "π_old" if abs(value - usual_value) > 0.1 * abs(usual_value) else "π within the log"
     text = f"a constant of {number(c)} is added to {to}: improbable tokens count less"
     amount = f"half as much at log π = {number(at)}"
     return Finding(_severity(math.log(c)), text, f"log π < {number(edge)}", amount, tokens.at(0.0, 1.0, at), "clamped")

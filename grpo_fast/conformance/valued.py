@@ -29,7 +29,7 @@ def read(loss: Loss, width: int, of_tokens: bool) -> list[Finding]:
         ragged = per_gradient(_RAGGED) / one if "mask" in loss.takes and of_tokens and one else 1.0
     except CallFailed:
         return []
-    if not np.isfinite([full, ragged]).all():
+    if not np.isfinite([full, ragged]).all() or not full:
         return []
     if abs(full - 1) > 1e-4:
         what = (
