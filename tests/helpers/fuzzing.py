@@ -171,7 +171,7 @@ def judge_loss(arguments):
     logps = real("logps", arguments["logps"])
     if logps.ndim not in (1, 2):
         raise Refused("logps")
-    dtype, shape = (np.float32 if logps.dtype == np.float32 else np.float64), logps.shape
+    dtype, shape = (np.float32 if logps.dtype in (np.float32, np.float16) else np.float64), logps.shape
     bounds = judge_bounds(arguments["cu_seqlens"], shape)
     sequences = np.repeat(np.arange(bounds.size - 1), np.diff(bounds)).reshape(shape)  # of each token
     found = arguments | {"logps": logps.astype(dtype)}
