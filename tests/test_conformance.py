@@ -15,10 +15,12 @@ from grpo_fast.conformance import check, identify
 from grpo_fast.terms import Options
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-from planted import PLANTED, RIGHT, dapo, gspo, padded_width  # noqa: E402 - they need torch
-from planted_more import EXACT, PLANTED_MORE, squared  # noqa: E402
+from planted import PLANTED  # noqa: E402 - they need torch
+from planted_means import padded_width  # noqa: E402 - as it does
+from planted_policy import squared  # noqa: E402 - as it does
+from right_losses import EXACT, RIGHT, dapo, gspo  # noqa: E402 - as it does
 
-DEFAULTS = {"trust_region": None, "kl": None, "importance_sampling_level": "token", "normalizer": None}
+DEFAULTS = Options()._asdict()
 
 
 def as_called(options):
@@ -207,7 +209,7 @@ def test_a_short_list_of_the_worst_first():
 
 
 def test_without_options_there_is_a_finding():
-    for loss, _, _ in (PLANTED["random"], PLANTED_MORE["temperature"], PLANTED_MORE["no exp"]):
+    for loss, _, _ in (PLANTED["random"], PLANTED["temperature"], PLANTED["no exp"]):
         report = identify(loss)
         assert report.options is None
         assert report.differs
@@ -413,9 +415,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
 
 def test_the_exit_code_says_that_it_differs(capsys):
-    import planted
+    import planted_means
 
-    assert main(["identify", f"{planted.__file__}:padded_width"]) == 1
+    assert main(["identify", f"{planted_means.__file__}:padded_width"]) == 1
     assert "divides by the padded width" in capsys.readouterr().out
 
 

@@ -15,7 +15,7 @@ from grpo_fast.conformance import Normalizer, check, identify
 from grpo_fast.conformance.calling import CallFailed, Loss, batch
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-from planted import clipped, dapo, token_mean  # noqa: E402 - they need torch
+from right_losses import clipped, dapo, token_mean  # noqa: E402 - they need torch
 
 DAPO = {"surrogate": Clip(0.2, 0.28), "aggregation": "token-mean"}
 

@@ -5,13 +5,12 @@ import re
 import pytest
 
 from grpo_fast.conformance import check, identify
+from grpo_fast.terms import Options
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 from planted import FRAGILE, PLANTED  # noqa: E402 - they need torch
-from planted_more import FRAGILE_MORE, PLANTED_MORE  # noqa: E402
 
-PLANTED, FRAGILE = PLANTED | PLANTED_MORE, FRAGILE | FRAGILE_MORE
-DEFAULTS = {"trust_region": None, "kl": None, "importance_sampling_level": "token", "normalizer": None}
+DEFAULTS = Options()._asdict()
 #: Those that are tried every time; all others take three minutes and are slow.
 FAST = {
     "padded width",

@@ -70,8 +70,8 @@ def read(loss: Loss) -> Advantages:
     text = "advantages one per token, (B, T), are taken without an error and are not those of the tokens"
     if first_only:
         text = "of advantages one per token, (B, T), only that of the first is used, without an error"
-    elif own is not None:
-        text = alignment.text_of(own, at.logps.shape, "advantages") or text
+    elif own is not None and (shift := alignment.shift_of(own, at.logps.shape)) is not None:
+        text = alignment.told("advantages", shift)
     severity: Severity = "fragile" if loss.form == "(B,)" else "differs"
     findings.append(Finding(severity, text, "advantages of shape (B, T)", amount, at))
     return Advantages(False, tuple(findings), tuple(notes))

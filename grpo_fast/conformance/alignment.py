@@ -27,9 +27,9 @@ class Shifted(NamedTuple):
     findings: tuple[Finding, ...]
 
 
-def _two(name: str, text: str) -> Batch:
+def _two(name: str, over_rows: bool) -> Batch:
     """Two tokens that differ in this array alone, in one row or in two."""
-    shape = (2, 1) if "of the row" in text else (1, 2)
+    shape = (2, 1) if over_rows else (1, 2)
     values = np.array([1.0, 2.0] if name == "advantages" else [-1.0, -1.2]).reshape(shape)
     at = batch(np.full(shape, -1.0), advantages=0.0 if name == "ref_logps" else 1.0)
     return at._replace(**{name: values})
@@ -43,14 +43,13 @@ def swapped(loss: Loss) -> list[Finding]:
     at = batch(np.full((1, 3), -1.5))
     down = at.logps - 0.05
 
-    def s(other: Batch) -> float:
-        return loss.value(other._replace(advantages=np.zeros(1))) - loss.value(other)
-
     def kl(other: Batch) -> float:
         return loss.value(other._replace(advantages=np.zeros(1)))
 
     try:
-        one, of_ref, of_old = s(at), s(at._replace(ref_logps=down)), s(at._replace(old_logps=down))
+        one, of_ref, of_old = (
+            loss.policy_value(x) for x in (at, at._replace(ref_logps=down), at._replace(old_logps=down))
+        )
         costs = kl(at), kl(at._replace(ref_logps=down)), kl(at._replace(old_logps=down))
     except CallFailed:
         return []
@@ -76,12 +75,12 @@ def read(loss: Loss, made: Any, per_token: bool) -> Shifted:
             continue
         at = made(np.ones((3, 4), bool), name == "advantages", 0.0 if name == "ref_logps" else 1.0)
         found = depends(loss, at, name)
-        text = None if found is None else text_of(found, at.logps.shape, name)
-        if text is None:
+        shift = None if found is None else shift_of(found, at.logps.shape)
+        if shift is None:
             continue
         names.append(name)
         amount = f"the gradient of one token moves as {name} of another do"
-        findings.append(Finding("differs", text, "", amount, _two(name, text)))
+        findings.append(Finding("differs", told(name, shift), "", amount, _two(name, over_rows=shift[0] != 0)))
     return Shifted(tuple(names), tuple(findings))
 
 
@@ -103,8 +102,18 @@ def depends(loss: Loss, at: Batch, name: str) -> NDArray[np.bool_] | None:
     return np.array(moved).T
 
 
-def text_of(found: NDArray[np.bool_], shape: tuple[int, ...], name: str) -> str | None:
-    """What is to be told of an array of which each token has that of one other, as `depends` shows it, or None."""
+#: Rows and columns from a token to the one whose number it has, and how that is told.
+_SHIFTS = {
+    (0, -1): "that of the one before it in its row (shifted by one)",
+    (0, 1): "that of the one behind it in its row (shifted by one)",
+    (-1, 0): "that of the row before it",
+    (1, 0): "that of the row behind it",
+    (0, 0): "that of another",
+}
+
+
+def shift_of(found: NDArray[np.bool_], shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """The shift of an array of which each token has that of one other, as `depends` shows it; (0, 0) if it is none."""
     if found.sum(axis=1).max() > 1:
         return None
 
@@ -114,20 +123,12 @@ def text_of(found: NDArray[np.bool_], shape: tuple[int, ...], name: str) -> str 
     places = {place(token): place(row.argmax()) for token, row in enumerate(found) if row.any()}
     if sum(token != other for token, other in places.items()) <= len(found) // 2:
         return None
-    of = next(
-        (
-            text
-            for text, (rows, columns) in _SHIFTS.items()
-            if sum((i + rows, t + columns) == other for (i, t), other in places.items()) > len(places) / 2
-        ),
-        "that of another",
-    )
-    return f"{_WHAT[name]} are not those of their token: each has {of}"
+    for rows, columns in _SHIFTS:
+        if sum((i + rows, t + columns) == other for (i, t), other in places.items()) > len(places) / 2:
+            return rows, columns
+    return 0, 0
 
 
-_SHIFTS = {
-    "that of the one before it in its row (shifted by one)": (0, -1),
-    "that of the one behind it in its row (shifted by one)": (0, 1),
-    "that of the row before it": (-1, 0),
-    "that of the row behind it": (1, 0),
-}
+def told(name: str, shift: tuple[int, int]) -> str:
+    """What is told of an array with this shift."""
+    return f"{_WHAT[name]} are not those of their token: each has {_SHIFTS[shift]}"

@@ -107,11 +107,7 @@ def _other_ratio(tokens: Tokens, first: tuple[float, float]) -> Iterable[Finding
                 yield Finding("differs", what, "A = 1, ρ = 1", amount, tokens.at(0.0, 1.0))
                 return
 
-    def s(logp: float, old: float) -> float:
-        shape = (1, tokens.width)
-        at = batch(np.full(shape, logp), np.full(shape, old), [1.0])
-        return tokens.loss(at._replace(advantages=np.zeros(1))).loss - tokens.loss(at).loss
-
+    s = tokens.value_at
     values = [s(logp, logp) for logp in (-0.05, -0.1, -0.2)]
     if not all(values) or max(abs(value / values[0] - 1) for value in values[1:]) <= error:
         return

@@ -189,6 +189,16 @@ class Loss:
         except Exception as error:
             raise CallFailed(at, error) from error
 
+    def policy_value(self, at: Batch) -> float:
+        """What the advantages of a batch take from the loss: Σ c·s.
+
+        Raises
+        ------
+        CallFailed
+            The loss raised an error.
+        """
+        return self.value(at._replace(advantages=np.zeros_like(at.advantages))) - self.value(at)
+
     def _raw(self, at: Batch) -> Answer:
         self.calls += 1
         arrays: dict[str, NDArray[Any]] = at._asdict()

@@ -21,7 +21,9 @@ class Case(NamedTuple):
     name: str
     at: Batch
     severity: Severity = "differs"
-    kind: str = "ordinary"  # or tie, masked, empty sequence, empty, far, tiny
+    kind: str = "ordinary"  # or A = 0, per token, many, ratios, tie, masked, empty sequence, empty, far, tiny
+    array: str = ""  # the one that is not finite where masked; none where all are
+    value: float = 0.0  # what it holds there
 
 
 def cases(options: Mapping[str, Any], loss: Loss, per_token: bool) -> Iterator[Case]:
@@ -36,19 +38,25 @@ def cases(options: Mapping[str, Any], loss: Loss, per_token: bool) -> Iterator[C
             yield Case("one token", _single(x, 0.3, A))
     for shape in ((1, 5), (4, 1), (3, 3), (2, 7)):
         yield Case(f"{shape[0]} × {shape[1]} without padding", made(rng, np.ones(shape, bool)))
-        yield Case(f"{shape[0]} × {shape[1]}, ratios far apart", made(rng, np.ones(shape, bool), 1.2, 1.0))
-    yield Case("many rows", made(rng, np.ones((65, 2), bool), 0.3))
-    yield Case("many tokens in a row", made(rng, np.ones((2, 130), bool), 0.3))
+        yield Case(
+            f"{shape[0]} × {shape[1]}, ratios far apart", made(rng, np.ones(shape, bool), 1.2, 1.0), kind="ratios"
+        )
+    yield Case("many rows", made(rng, np.ones((65, 2), bool), 0.3), kind="many")
+    yield Case("many tokens in a row", made(rng, np.ones((2, 130), bool), 0.3), kind="many")
     yield Case("A = 0", made(rng, np.ones((2, 3), bool))._replace(advantages=np.zeros(2)))
-    yield Case("a row with A = 0", made(rng, np.ones((3, 2), bool))._replace(advantages=np.array([0.7, 0.0, -1.2])))
+    yield Case(
+        "a row with A = 0",
+        made(rng, np.ones((3, 2), bool))._replace(advantages=np.array([0.7, 0.0, -1.2])),
+        kind="A = 0",
+    )
     yield Case("log-probabilities of 0", batch(np.zeros((1, 2)), [[-0.1, -0.4]], 1.0, [[-0.2, 0.0]]))
     yield Case("improbable tokens", batch([[-41.0, -37.5]], [[-41.2, -37.6]], -1.0, [[-40.5, -37.9]]))
     if masked:
         yield from _masked(rng, right, left, holes)
     if per_token and not isinstance(options.get("surrogate"), GMPO):
         for mask in (np.ones((2, 3), bool), *([right, holes] if masked else [])):
-            yield Case("advantages one per token", made(rng, mask, per_token=True))
-            yield Case("advantages one per token, ratios far apart", made(rng, mask, 0.8, per_token=True))
+            for drift, far in ((0.1, ""), (0.8, ", ratios far apart")):
+                yield Case(f"advantages one per token{far}", made(rng, mask, drift, per_token=True), kind="per token")
     for x in kinks(options):
         for A in (1.0, -1.0):
             yield Case(f"a tie at log ρ = {x:.6g}", _single(x, 0.1, A), "fragile", "tie")
@@ -58,7 +66,7 @@ def cases(options: Mapping[str, Any], loss: Loss, per_token: bool) -> Iterator[C
 def _masked(rng: Any, right: Mask, left: Mask, holes: Mask) -> Iterator[Case]:
     for name, mask in (("right", right), ("left", left), ("holes", holes)):
         yield Case(f"padding: {name}", made(rng, mask))
-        yield Case(f"padding: {name}, ratios far apart", made(rng, mask, 0.8, 0.8))
+        yield Case(f"padding: {name}, ratios far apart", made(rng, mask, 0.8, 0.8), kind="ratios")
     at = made(rng, right, 0.3)
     order = [2, 0, 3, 1]
     yield Case("rows permuted", each(at, itemgetter(order)))
@@ -75,8 +83,10 @@ def _masked(rng: Any, right: Mask, left: Mask, holes: Mask) -> Iterator[Case]:
         for value in (math.nan, math.inf, -math.inf):
             at = made(rng, right)
             values = np.where(at.mask, getattr(at, name), value)
-            yield Case(f"{name} = {value} where masked", at._replace(**{name: values}), "fragile", "masked")
-    yield Case("−inf in all where masked", _everywhere(made(rng, right), -math.inf), "fragile", "masked")
+            yield Case(
+                f"{name} = {value} where masked", at._replace(**{name: values}), "fragile", "masked", name, value
+            )
+    yield Case("−inf in all where masked", _everywhere(made(rng, right), -math.inf), "fragile", "masked", "", -math.inf)
 
 
 def _everywhere(at: Batch, value: float) -> Batch:
@@ -94,11 +104,11 @@ def _scales(with_old: bool) -> Iterator[Case]:
         for sign in (1, -1):
             far = size > 20
             severity: Severity = "fragile" if far else "differs"
-            kind = "far" if far else "ordinary"
+            of_kl, of_ratio = ("far", "far") if far else ("ordinary", "ratios")
             for A in (1.0, -1.0) if with_old else ():
-                yield Case(f"log ρ = {sign * size:g}", _single(sign * size, 0.1, A), severity, kind)
+                yield Case(f"log ρ = {sign * size:g}", _single(sign * size, 0.1, A), severity, of_ratio)
             if size <= 30:
-                yield Case(f"log π_θ − log π_ref = {sign * size:g}", _single(0.01, sign * size, 1.0), severity, kind)
+                yield Case(f"log π_θ − log π_ref = {sign * size:g}", _single(0.01, sign * size, 1.0), severity, of_kl)
 
 
 def _single(x: float, l: float, A: float) -> Batch:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from .. import reference
 from ..reference import shared, times
-from ..terms import DEFAULT_SURROGATE, SAPO, VESPO, Options
+from ..terms import SAPO, VESPO, Options
 from .calling import Batch, CallFailed, Loss
 from .cases import Case
 
@@ -37,6 +37,10 @@ def checked(options: Mapping[str, Any]) -> Options:
     return Options(**dict(options) | {"normalizer": None if callable(normalizer) else normalizer})
 
 
+#: What `grpo_loss` does when it is told nothing.
+DEFAULTS: dict[str, Any] = Options()._asdict()
+
+
 def with_numbers(options: Mapping[str, Any], mask: NDArray[np.bool_]) -> dict[str, Any]:
     """The options for a batch with this mask: a normalizer that is a function of it, called."""
     normalizer = options.get("normalizer")
@@ -62,15 +66,14 @@ def sizes(options: Mapping[str, Any], at: Batch, takes: Iterable[str]) -> tuple[
     small multiple of eps times it. The log-ratio itself is rounded, by eps·|log ρ|, and by eps·|log π_θ| more where
     log π_θ is added and taken away, as in the ratio of GSPO-token: relative to ρ that is as much.
     """
-    given = with_numbers(options, at.mask)
+    given = DEFAULTS | with_numbers(options, at.mask)
     mask = at.mask if "mask" in takes else np.ones_like(at.mask)
     tokens = reference._Tokens.of(at.logps, mask, None)
-    level = given.get("importance_sampling_level", "token")
+    level, surrogate, kl = given["importance_sampling_level"], given["surrogate"], given["kl"]
     logp = tokens.each("logps", at.logps)
     A = tokens.each("advantages", at.advantages, True)
     x = logp - tokens.each("old_logps", at.old_logps) if "old_logps" in takes else 0 * logp
     rho = np.exp(shared(x, tokens, level))
-    surrogate = given.get("surrogate", DEFAULT_SURROGATE)
     parts = reference.policy_term(surrogate, x, A, logp, tokens, level)
     size = np.sum([np.abs(part) for part in parts], axis=0)
     if isinstance(surrogate, SAPO):
@@ -78,15 +81,13 @@ def sizes(options: Mapping[str, Any], at: Batch, takes: Iterable[str]) -> tuple[
     if isinstance(surrogate, VESPO):
         size = size * (1 + sum(surrogate) * np.minimum(1 + rho, 20))
     size = size * (1 + (np.abs(x) + np.abs(logp)) / ROUNDING)
-    kl = given.get("kl")
     if kl is not None:
         l = logp - tokens.each("ref_logps", at.ref_logps)
         weight = np.maximum(1.0, np.exp(x)) if kl.importance_weighted or kl.gradient == "score" else np.ones_like(x)
         if kl.importance_weighted == "sequence":
             weight = np.maximum(weight, rho)
         size = size + times(kl.beta, weight * (np.exp(-l) + l * l + np.abs(l) + 1))
-    aggregation = given.get("aggregation", "seq-mean-token-mean")
-    c = reference.aggregation_weights(aggregation, tokens.counts, given.get("normalizer"))
+    c = reference.aggregation_weights(given["aggregation"], tokens.counts, given["normalizer"])
     of_rows = c * tokens.sums(size)
     spread = np.zeros(at.logps.shape)
     spread[tokens.keep] = tokens.spread(of_rows)

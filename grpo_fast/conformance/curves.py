@@ -92,6 +92,10 @@ class Tokens:
             self._without[key] = found.loss, found.grad
         return self._without[key]
 
+    def value_at(self, logp: float, old: float) -> float:
+        """c·s of tokens with these log-probabilities, A = 1."""
+        return self.loss.policy_value(batch(np.full((1, self.width), logp), np.full((1, self.width), old)))
+
     def relative(self, x: float, sign: int, anchor: float | None = None) -> tuple[float, float]:
         """Value and slope as in a `Curve`."""
         value, slope = self.of(x, float(sign), anchor)

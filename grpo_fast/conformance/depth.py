@@ -43,7 +43,7 @@ def read(tokens: Tokens) -> tuple[float, list[Finding]]:
     amount = f"the gradient at ρ = 1 is {number(gradient / usual)} times that of probable tokens"
     which = "log-probabilities"
     if gradient == 0 and value == 0:
-        of_old, of_new = (_value(tokens, *pair) == 0 for pair in ((edge + 0.1, edge - 0.1), (edge - 0.1, edge + 0.1)))
+        of_old, of_new = (tokens.value_at(*pair) == 0 for pair in ((edge + 0.1, edge - 0.1), (edge - 0.1, edge + 0.1)))
         whose = "log π_θ or log π_old" if of_old and of_new else "log π_old" if of_old else "log π_θ"
         text = f"tokens whose {whose} is below {bound} are dropped: they have neither value nor gradient"
     elif gradient != 0 and abs(tokens.of(0.0, 1.0, edge - 3.0)[1] / gradient - 1) < 1e-6:
@@ -81,12 +81,6 @@ def _constant(tokens: Tokens, usual: float, edge: float) -> Finding | None:
     text = f"a constant of {number(c)} is added to {to}: improbable tokens count less"
     amount = f"half as much at log π = {number(at)}"
     return Finding(_severity(math.log(c)), text, f"log π < {number(edge)}", amount, tokens.at(0.0, 1.0, at), "clamped")
-
-
-def _value(tokens: Tokens, logp: float, old: float) -> float:
-    """s, A = 1, of tokens with these log-probabilities."""
-    at = batch(np.full((1, tokens.width), logp), np.full((1, tokens.width), old))
-    return tokens.loss(at._replace(advantages=np.zeros(1))).loss - tokens.loss(at).loss
 
 
 def _old_too(tokens: Tokens, edge: float) -> bool:

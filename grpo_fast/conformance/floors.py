@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .calling import Batch, CallFailed, Loss
+from .calling import CallFailed, Loss
 from .measuring import Normalizer, Weights, of_policy, ragged, sizes
 from .report import Finding, number
 
@@ -59,7 +59,7 @@ def _floor(loss: Loss, found: Weights, mask: NDArray[np.bool_], constant: float,
     if "mask" not in loss.takes:  # every token counts
         small, mask = np.ones_like(small), np.ones_like(mask)
     try:
-        one, many = _value(loss, of_policy(small)), _value(loss, of_policy(mask))
+        one, many = loss.policy_value(of_policy(small)), loss.policy_value(of_policy(mask))
     except CallFailed:
         return "", None
     if not one or not np.isfinite([one, many]).all():
@@ -87,11 +87,6 @@ def _floor(loss: Loss, found: Weights, mask: NDArray[np.bool_], constant: float,
         if abs(relative / expected - 1) <= error:
             return f"{floor}: with more {name} it is {text}, as by clamp(min={number(constant)})", nearest
     return f"the denominator {number(constant)} is a constant for few {name} only", None
-
-
-def _value(loss: Loss, at: Batch) -> float:
-    """What the policy term of a batch takes from the loss."""
-    return loss.value(at._replace(advantages=0 * at.advantages)) - loss.value(at)
 
 
 def _sum(found: Weights, mask: NDArray[np.bool_]) -> float:

@@ -22,17 +22,9 @@ from . import (
     weights,
 )
 from .calling import Batch, CallFailed, Loss, batch
-from .comparing import checked
+from .comparing import DEFAULTS, checked
 from .progress import Progress
 from .report import Finding, about, number
-
-#: What `grpo_loss` does when it is told nothing.
-_DEFAULTS: dict[str, Any] = {
-    "trust_region": None,
-    "kl": None,
-    "importance_sampling_level": "token",
-    "normalizer": None,
-}
 
 
 class Reading(NamedTuple):
@@ -110,13 +102,13 @@ def _read(loss: Loss, progress: Progress) -> Reading:
     progress.stage("mask")
     unit = _unit(loss, batch(np.full((1, found.width), measuring.LOGP)), found.scale)
     unit_of_kl = _unit(loss, measuring.of_kl(np.ones((1, found.width), bool)), found.scale) if term.there else 0.0
-    applied, more = masking.effective(loss, measuring.of_policy, "policy term")
-    findings += more
-    if term.there:
-        kl_applied, more = masking.effective(loss, measuring.of_kl, "KL term")
-        told = {finding.what.partition(" (")[0] for finding in findings}
-        findings += [x for x in more if applied or x.what.partition(" (")[0] not in told]
-        applied = applied and kl_applied
+    of_policy = masking.effective(loss, measuring.of_policy)
+    of_kl = masking.effective(loss, measuring.of_kl) if term.there else None
+    applied = of_policy is None and of_kl is None
+    if of_policy is not None:
+        findings.append(of_policy._replace(what=f"{of_policy.what} (policy term)"))
+    if of_kl is not None and (of_policy is None or of_kl.what != of_policy.what):
+        findings.append(of_kl._replace(what=f"{of_kl.what} (KL term)"))
     if applied:
         shifted = alignment.read(loss, masking.base, taken.per_token)
         findings += shifted.findings
@@ -284,5 +276,6 @@ def _parts(surrogate: Any, region: Any, term: kl.KLTerm, of_level: str, found: m
 
 
 def _told(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts without what is as it is when left out."""
-    return {name: x for name, x in parts.items() if x is not _NONE and (name not in _DEFAULTS or x != _DEFAULTS[name])}
+    """The parts without what is as it is when left out, but for the first that anybody asks about."""
+    always = ("surrogate", "aggregation")
+    return {name: x for name, x in parts.items() if x is not _NONE and (name in always or x != DEFAULTS[name])}

@@ -105,7 +105,7 @@ def _whose(fits: list[str]) -> str:
 
 
 def _value(loss: Loss, x: Floats, mask: Any = None, A: float = 1.0) -> float:
-    return loss(sequence_of(loss, x, 0.0, mask=mask)).loss - loss(sequence_of(loss, x, A, mask=mask)).loss
+    return loss.policy_value(sequence_of(loss, x, A, mask=mask))
 
 
 def _total(loss: Loss, surrogate: Any, x: Floats) -> float:
@@ -204,7 +204,7 @@ def _divisor(loss: Loss, surrogate: Any, ratio: str, low: float) -> list[Finding
         return []
     mask = np.array([True, True, False, False])
     x = low * np.array([0.9, 0.5, 0.0, 0.0])
-    one = loss(sequence_of(loss, 0 * x, 0.0, mask=mask)).loss - loss(sequence_of(loss, 0 * x, mask=mask)).loss
+    one = _value(loss, 0 * x, mask)
     value = _value(loss, x, mask)
     at = sequence_of(loss, x)
     scale = _s(surrogate, 0 * x, at)[:2].sum()

@@ -32,28 +32,28 @@ def base(mask: NDArray[np.bool_] = _MASK, per_token: bool = False, A: float = 1.
     return Batch(old + x, old, advantages, old + x - rng.uniform(-0.8, 0.8, mask.shape), mask)
 
 
-def effective(loss: Loss, made: Callable[[NDArray[np.bool_]], Batch], what: str) -> tuple[bool, list[Finding]]:
-    """Whether the tokens that count are those of the mask, and what is wrong if not."""
+def effective(loss: Loss, made: Callable[[NDArray[np.bool_]], Batch]) -> Finding | None:
+    """What is wrong if the tokens that count, in what is ``made`` of a mask, are not those of the mask; or None."""
     if "mask" not in loss.takes:
-        return True, []
+        return None
     patterns = []
     masks = [_MASK, np.array([[1, 1, 1, 0], [1, 0, 0, 0]], bool), np.array([[0, 1, 1], [1, 1, 1]], bool)]
     for mask in masks:
         try:
             grad = loss(made(mask)).grad
         except CallFailed:
-            return True, []
+            return None
         assert grad is not None
         patterns.append(np.isnan(grad) | (np.abs(grad) > 1e-9 * np.nanmax(np.abs(grad), initial=1e-300)))
     if not any(pattern.any() for pattern in patterns):
-        return True, []  # without a gradient, which is told elsewhere
+        return None  # without a gradient, which is told elsewhere
     if all(map(np.array_equal, patterns, masks)):
-        return True, []
+        return None
     if all(pattern.all() for pattern in patterns) and _through_others(loss, made):
-        text = f"padding leaks: log-ratios of masked tokens enter the ratio of their sequence ({what})"
+        text = "padding leaks: log-ratios of masked tokens enter the ratio of their sequence"
         at = made(np.array([[True, False]]))
         grad = loss(at).grad
-        return False, [Finding("differs", text, "a mask with zeros", f"∂loss/∂logps = {_rows(grad)}", at, "leak")]
+        return Finding("differs", text, "a mask with zeros", f"∂loss/∂logps = {_rows(grad)}", at, "leak")
     text = next(
         (
             text
@@ -68,7 +68,7 @@ def effective(loss: Loss, made: Callable[[NDArray[np.bool_]], Batch], what: str)
     grad = loss(at).grad
     assert grad is not None
     amount = f"∂loss/∂logps = {_rows(grad)}"
-    return False, [Finding("differs", f"{text} ({what})", "a mask with zeros", amount, at)]
+    return Finding("differs", text, "a mask with zeros", amount, at)
 
 
 def _rows(grad: Any) -> str:

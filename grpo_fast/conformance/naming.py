@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ..terms import DEFAULT_SURROGATE
 from . import shrinking
 from .calling import Batch, CallFailed, Loss, batch
 from .cases import Case
-from .comparing import Miss, checked, compare, expected
+from .comparing import DEFAULTS, Miss, checked, compare, expected
 from .report import Finding, Severity, about, number
 
 
@@ -29,7 +28,7 @@ def of_misses(
         rest = [miss for miss in rest if not wanted(miss)]
         return taken
 
-    ordinary = [m for m in misses if m.case.kind == "ordinary" and m.case.severity == "differs"]
+    ordinary = [m for m in misses if m.case.severity == "differs" and m.case.kind != "empty sequence"]
     masked = take(lambda m: m.case.kind == "masked")
     if any(m.how in ("raises", "is not finite") for m in ordinary):  # it is so without padding, too
         masked = [m for m in masked if not any(m.how == x.how for x in ordinary)]
@@ -68,30 +67,31 @@ def of_misses(
     return findings
 
 
+#: What is told of misses that are all of one kind.
+_OF_KIND = {
+    "per token": "differs where advantages are one per token",
+    "A = 0": "rows with A = 0 count otherwise",
+    "many": "differs where there are many rows or tokens, and not where there are few",
+    "empty sequence": "a sequence without a token changes the result: it counts otherwise",
+    "ratios": "differs where ratios are far from 1, in a way that has no name here",
+}
+
+
 def _text(misses: Sequence[Miss]) -> str:
     if all(m.how == "is not finite" for m in misses):
         return "is not finite on finite inputs"
     if all(m.where == "gradient" for m in misses):
         return "the loss agrees, its gradient does not"
-    if all("per token" in m.case.name for m in misses):
-        return "differs where advantages are one per token"
-    if all(m.case.name == "a row with A = 0" for m in misses):
-        return "rows with A = 0 count otherwise"
-    if all(m.case.name.startswith("many") for m in misses):
-        return "differs where there are many rows or tokens, and not where there are few"
-    if all(m.case.kind == "empty sequence" for m in misses):
-        return "a sequence without a token changes the result: it counts otherwise"
-    if all("far apart" in m.case.name or m.case.name.startswith("log ρ") for m in misses):
-        return "differs where ratios are far from 1, in a way that has no name here"
-    return "differs in a way that has no name here"
+    kinds = {m.case.kind for m in misses}
+    return _OF_KIND.get(kinds.pop() if len(kinds) == 1 else "", "differs in a way that has no name here")
 
 
 def _of_masked(loss: Loss, options: Mapping[str, Any], misses: Sequence[Miss]) -> list[Finding]:
     if not misses:
         return []
-    names = sorted({m.case.name.split(" ")[0] for m in misses if not m.case.name.startswith("−inf")}, key=_order)
-    values = {m.case.name.split(" ")[2] for m in misses if not m.case.name.startswith("−inf")} or {"-inf"}
-    which = "NaN" if values == {"nan"} else "NaN or infinity" if "nan" in values else "infinity"
+    names = sorted({m.case.array for m in misses if m.case.array}, key=("logps", "old_logps", "ref_logps").index)
+    are_nan = [math.isnan(m.case.value) for m in misses if m.case.array]
+    which = "infinity" if not any(are_nan) else "NaN" if all(are_nan) else "NaN or infinity"
     of = "loss" if any(m.where == "loss" for m in misses) else "gradient"
     text = f"{which} at a masked position makes the {of} NaN"
     if all(m.how == "raises" for m in misses):
@@ -99,10 +99,6 @@ def _of_masked(loss: Loss, options: Mapping[str, Any], misses: Sequence[Miss]) -
     where = f"where the mask is 0, in {', '.join(names)}" if names else "where the mask is 0"
     finding = _one(loss, options, misses, "fragile", text)
     return [finding._replace(where=where)]
-
-
-def _order(name: str) -> int:
-    return ("logps", "old_logps", "ref_logps").index(name)
 
 
 def _of_empty(misses: Sequence[Miss]) -> list[Finding]:
@@ -193,7 +189,9 @@ def of_options(
     """
     findings: list[Finding] = []
     cases = sorted(cases, key=lambda case: case.at.logps.size)
-    for name, default in _DEFAULTS.items():
+    for name, default in DEFAULTS.items():
+        if name in _MEAN:
+            continue
         wanted, has = asked.get(name, default), found.get(name, default)
         if wanted == has:
             continue
@@ -210,12 +208,6 @@ def of_options(
 
 
 _MEAN = ("aggregation", "normalizer")
-_DEFAULTS: dict[str, Any] = {
-    "surrogate": DEFAULT_SURROGATE,
-    "trust_region": None,
-    "kl": None,
-    "importance_sampling_level": "token",
-}
 
 
 def _example(
@@ -250,7 +242,7 @@ def _example(
 def _of_mean(asked: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """What differs in the mean over tokens and sequences."""
     texts: list[str] = []
-    wanted, has = (options.get("aggregation", "seq-mean-token-mean") for options in (asked, found))
+    wanted, has = (options.get("aggregation", DEFAULTS["aggregation"]) for options in (asked, found))
     norms = asked.get("normalizer"), found.get("normalizer")
     if norms[0] is not None and not callable(norms[0]) and (norms[1] is None or callable(norms[1])):
         counted = "tokens" if has == "token-mean" else "sequences" if norms[1] is None else repr(norms[1])

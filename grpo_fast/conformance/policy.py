@@ -211,8 +211,7 @@ def _constant(tokens: Tokens, read: dict[int, Curve], policy: Policy) -> Policy:
     if "ref_logps" in tokens.loss.takes:
         at = tokens.at(0.0, 1.0)
         moved = at._replace(ref_logps=at.logps - 0.05)
-        without = tokens.loss(moved._replace(advantages=np.zeros(1))).loss
-        value = (without - tokens.loss(moved).loss) / tokens.scale[1]
+        value = tokens.loss.policy_value(moved) / tokens.scale[1]
         if abs(value - math.exp(0.05)) < 1e-4:
             what = "the ratio is to the reference: π_θ/π_ref in place of π_θ/π_old, and old_logps is not used"
             example = at._replace(ref_logps=at.logps - 0.05)

@@ -121,7 +121,7 @@ def _of_sequences(tokens: Tokens, near: Edges, moved: Edges) -> float:
         return 0.0
     for x in (np.array([[1.5 * low, 0.2 * low]]), np.array([[2.5 * low, 0.1 * low]])):  # their means: within, beyond
         at = batch(NEAR + x, np.full_like(x, NEAR), [-1.0])
-        kept = tokens.loss(at).loss - tokens.loss(at._replace(advantages=np.zeros(1))).loss != 0
+        kept = tokens.loss.policy_value(at) != 0
         if kept != (x.mean() > low):  # of a mask of tokens the second one is kept
             return 0.0
     return tidy(-low, error)
