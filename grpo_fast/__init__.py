@@ -3,7 +3,7 @@
 How the data flows, file by file; each imports only from lines below its own::
 
     __main__                      the command: over files (_command, _tables, _pictures, _run_pictures), its
-    _parser                       demonstration (_demonstration, _measure); its arguments
+    _parser  _option_groups       demonstration (_demonstration, _measure); its arguments
     trl                           `FastGRPOTrainer`: TRL's, with the loss below (_trl_metrics, _trl_options)
     torch                         `grpo_loss`, `rollout_correction` for tensors (_torch_rollout, _tensors)
     conformance                   `identify`, `check`: what does another loss compute?

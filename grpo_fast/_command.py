@@ -23,7 +23,7 @@ from ._jobs import Work
 from ._kernels.notices import untold
 from ._kernels.threads import WORTH_SHARING
 from ._measure import read
-from ._parser import PICTURES
+from ._option_groups import PICTURES
 from ._pictures import draw_sweep
 from ._run_pictures import draw_run
 from ._summing import Reading, evaluated

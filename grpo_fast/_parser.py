@@ -1,7 +1,7 @@
 """The arguments of the command: a parser for each subcommand, whose options are named as the functions' arguments.
 
-What they make of files is in `_command`, what single words mean in `_words`; here is what may be written, and the
-help.
+Options that several of them have are in `_option_groups`; what they make of files is in `_command`, what single words
+mean in `_words`.
 """
 
 import argparse
@@ -10,35 +10,23 @@ from collections.abc import Sequence
 from typing import Any, Never
 
 from . import __version__
+from . import _option_groups as groups
 from ._advice import flag_of
 from ._checks import did_you_mean
 from ._warm_up import DTYPES
 from ._words import (
     KL_TERMS,
     SURROGATES,
-    arguments_and_columns,
     count,
-    count_or_none,
     floats,
     names,
-    rollout_correction_of,
-    trust_region_of,
 )
 from ._worst import RANKS, SHOWN
-from .rollout_terms import LOWER, UPPER, WEIGHT_LEVELS, WEIGHT_MODES
 from .terms import (
-    AGGREGATIONS,
     BETA,
-    CISPO,
     EPSILON,
-    GMPO,
-    KL_GRADIENTS,
-    LEVELS,
-    SAPO,
-    VESPO,
 )
 
-PICTURES = (".png", ".svg", ".pdf")
 EPSILONS = [0.1, 0.2, 0.3]
 
 _DESCRIPTION = """\
@@ -109,20 +97,6 @@ examples:
   NUMBA_CACHE_DIR=/opt/kernels grpo-fast compile --surrogate cispo --kl k3
   grpo-fast compile --kl k3 --no-importance-weighted
 """
-#: What the arguments of the surrogates are, for their help.
-_ABOUT = {
-    "epsilon": f"how far the ratio may fall below 1 ({EPSILON}), or its log below 0 ({GMPO().epsilon:g})",
-    "epsilon_high": "how far it may rise above 1 (as --epsilon)",
-    "delta": "hard bound of the ratio where A < 0 (none)",
-    "ratio_max": f"upper bound of the weight ({CISPO().ratio_max:g})",
-    "ratio_min": f"its lower bound ({CISPO().ratio_min:g})",
-    "tau_pos": f"temperature where A > 0 ({SAPO().tau_pos:g})",
-    "tau_neg": f"temperature elsewhere ({SAPO().tau_neg:g})",
-    "k_pos": f"power of the sequence's ratio where A >= 0 ({VESPO().k_pos:g})",
-    "lambda_pos": f"its decay ({VESPO().lambda_pos:g})",
-    "k_neg": f"power of the sequence's ratio where A < 0 ({VESPO().k_neg:g})",
-    "lambda_neg": f"its decay ({VESPO().lambda_neg:g})",
-}
 
 
 class Parser(argparse.ArgumentParser):
@@ -211,20 +185,20 @@ def _subparser(subparsers: Any, name: str, about: str, usage: str, epilog: str =
 def _add_evaluate(subparsers: Any) -> None:
     about = "the objective and every diagnostic over rollouts in files"
     parser = _subparser(subparsers, "evaluate", about, "FILE… [OPTION…]", _COLUMNS + _EXAMPLE_EVALUATE)
-    _add_files(parser)
-    _add_policy_term(parser)
-    _add_kl_term(parser)
-    _add_aggregation(parser)
-    _add_rollout_correction(parser)
-    _add_reading(parser)
-    _add_by(parser)
-    _add_plot(parser, "draw diagnostics over the column of --by, and the distributions of log-ratios")
+    groups.add_files(parser)
+    groups.add_policy_term(parser)
+    groups.add_kl_term(parser)
+    groups.add_aggregation(parser)
+    groups.add_rollout_correction(parser)
+    groups.add_reading(parser)
+    groups.add_by(parser)
+    groups.add_plot(parser, "draw diagnostics over the column of --by, and the distributions of log-ratios")
 
 
 def _add_worst(subparsers: Any) -> None:
     about = "the sequences that stand out most over rollouts in files"
     parser = _subparser(subparsers, "worst", about, "FILE… [OPTION…]", _COLUMNS + _EXAMPLE_WORST)
-    _add_files(parser)
+    groups.add_files(parser)
     parser.add_argument(
         "--rank",
         choices=RANKS,
@@ -235,13 +209,13 @@ def _add_worst(subparsers: Any) -> None:
     parser.add_argument(
         "--show", type=names, metavar="COLUMN,…", help=f"columns to show beside ({', '.join(SHOWN)}, if there)"
     )
-    _add_reading(parser)
+    groups.add_reading(parser)
 
 
 def _add_sweep(subparsers: Any) -> None:
     about = "the objective for every epsilon and beta over rollouts in files"
     parser = _subparser(subparsers, "sweep", about, "FILE… [OPTION…]", _COLUMNS + _EXAMPLE_SWEEP)
-    _add_files(parser)
+    groups.add_files(parser)
     grid = parser.add_argument_group("grid")
     grid.add_argument("--epsilons", "--epsilon", type=floats, default=EPSILONS, metavar="E,E,…", help="(0.1,0.2,0.3)")
     grid.add_argument(
@@ -249,14 +223,14 @@ def _add_sweep(subparsers: Any) -> None:
     )
     fixed = parser.add_argument_group("the same over the grid, of log-probabilities")
     for name in ("epsilon_high", "delta"):
-        fixed.add_argument(flag_of(name), type=float, metavar="X", help=_ABOUT[name])
+        fixed.add_argument(flag_of(name), type=float, metavar="X", help=groups.ABOUT[name])
     fixed.add_argument("--kl", choices=tuple(KL_TERMS), help="estimator of the KL term (k3)")
-    _add_importance_weighted(fixed)
-    _add_kl_gradient(fixed)
-    _add_aggregation(parser)
-    _add_reading(parser)
-    _add_by(parser)
-    _add_plot(parser, "draw it")
+    groups.add_importance_weighted(fixed)
+    groups.add_kl_gradient(fixed)
+    groups.add_aggregation(parser)
+    groups.add_reading(parser)
+    groups.add_by(parser)
+    groups.add_plot(parser, "draw it")
 
 
 def _add_compile(subparsers: Any) -> None:
@@ -264,9 +238,9 @@ def _add_compile(subparsers: Any) -> None:
     parser = _subparser(subparsers, "compile", about, "[OPTION…]", _EXAMPLE_COMPILE)
     parser.add_argument("--surrogate", choices=tuple(SURROGATES), help="(clip)")
     parser.add_argument("--kl", choices=tuple(KL_TERMS), help="(none)")
-    _add_importance_weighted(parser)
-    _add_kl_gradient(parser)
-    _add_level(parser)
+    groups.add_importance_weighted(parser)
+    groups.add_kl_gradient(parser)
+    groups.add_level(parser)
     for name in ("old-logps", "mask"):
         flags = {"action": "store_false", "help": f"for calls without {name.replace('-', '_')}"}
         parser.add_argument(f"--no-{name}", dest=name.replace("-", "_"), **flags)
@@ -306,114 +280,3 @@ def _add_demo(subparsers: Any) -> None:
     parser.add_argument("--epsilon", type=float, default=EPSILON, metavar="E", help="(%(default)s)")
     parser.add_argument("--beta", type=float, default=BETA, metavar="B", help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
-
-
-# --- groups of options ------------------------------------------------------------------------------------------------
-def _add_files(parser: Any) -> None:
-    parser.add_argument("files", nargs="+", metavar="FILE", help="a file, folder, glob or URI (s3://…)")
-    parser.add_argument(
-        "--columns",
-        action="append",
-        type=arguments_and_columns,
-        default=[],
-        metavar="NAME=COLUMN,…",
-        help="what other columns than those below are called; may be given again",
-    )
-
-
-def _add_policy_term(parser: Any) -> None:
-    group = parser.add_argument_group("policy term (of probabilities: --epsilon)")
-    group.add_argument("--surrogate", choices=tuple(SURROGATES), help="(clip)")
-    for name, about in _ABOUT.items():
-        kinds = ", ".join(kind for kind, surrogate in SURROGATES.items() if name in surrogate._fields)
-        group.add_argument(flag_of(name), type=float, metavar="X", help=f"{kinds}: {about}")
-    _add_level(group)
-    _add_trust_region(group)
-
-
-def _add_trust_region(group: Any) -> None:
-    group.add_argument(
-        "--trust-region",
-        type=trust_region_of,
-        metavar="NAME,X,…",
-        help="which tokens keep their policy term: tv,DELTA or binary-kl,DELTA, also with a DELTA_LOW; "
-        "band,RATIO_MIN,RATIO_MAX (all)",
-    )
-
-
-def _add_level(group: Any) -> None:
-    group.add_argument(
-        "--importance-sampling-level",
-        "--level",
-        choices=LEVELS,
-        help="one ratio for each token, or for each sequence, in whose gradient tokens may be their own (token)",
-    )
-
-
-def _add_kl_term(parser: Any) -> None:
-    group = parser.add_argument_group(
-        "KL term (of probabilities: k3; of log-probabilities: none, unless --kl or --beta)"
-    )
-    group.add_argument("--kl", choices=("none", *KL_TERMS), help="estimator (with --beta: k3)")
-    group.add_argument("--beta", type=float, metavar="B", help=f"its weight ({BETA}); 0: no KL term, unless --kl")
-    _add_importance_weighted(group)
-    _add_kl_gradient(group)
-
-
-def _add_importance_weighted(group: Any) -> None:
-    group.add_argument(
-        "--importance-weighted",
-        action=argparse.BooleanOptionalAction,
-        help="whether the ratio multiplies the KL term; not in DeepSeekMath (it does)",
-    )
-
-
-def _add_kl_gradient(group: Any) -> None:
-    group.add_argument(
-        "--kl-gradient", choices=KL_GRADIENTS, help="of a term that is not importance-weighted: another one (own)"
-    )
-
-
-def _add_aggregation(parser: Any) -> None:
-    group = parser.add_argument_group("aggregation, of log-probabilities")
-    group.add_argument("--aggregation", choices=AGGREGATIONS, metavar="HOW", help=", ".join(AGGREGATIONS))
-    group.add_argument("--normalizer", type=float, metavar="X", help="what to divide by instead of what is counted")
-    if parser.prog.endswith("sweep"):
-        _add_level(group)
-        _add_trust_region(group)
-
-
-def _add_rollout_correction(parser: Any) -> None:
-    group = parser.add_argument_group("between trainer and sampler, of log-probabilities")
-    group.add_argument(
-        "--rollout-correction",
-        type=rollout_correction_of,
-        metavar="NAME=X,…",
-        help="weigh the policy term by old_logps over rollout_logps: "
-        f"level={'|'.join(WEIGHT_LEVELS)}, mode={'|'.join(WEIGHT_MODES)}, lower=X, upper=X "
-        f"({WEIGHT_LEVELS[0]}, {WEIGHT_MODES[0]}, {LOWER:g}, {UPPER:g}); and by 0 what is outside of "
-        "reject=STATISTIC:LEVEL:LOWER:UPPER, as often as you like, where a bound may be empty: of ratio, k2 or k3, at "
-        "level token, or of a sequence (ratio: sequence, geometric, seq_min, seq_max; else seq_sum, seq_mean, seq_max)",
-    )
-
-
-def _add_reading(parser: Any) -> None:
-    group = parser.add_argument_group("reading and printing")
-    group.add_argument("--batch-size", type=count, metavar="ROWS", help="rows read at a time (about 16 MiB)")
-    group.add_argument("--workers", type=count_or_none, default=0, metavar="N", help="processes (this one)")
-    group.add_argument("--no-progress", dest="progress", action="store_false", help="no bar on stderr")
-    form = group.add_mutually_exclusive_group()
-    form.add_argument(
-        "--json", action="store_true", help="print JSON, in which infinity, and a mean over nothing, is null"
-    )
-    form.add_argument("--csv", action="store_true", help="print CSV, with a line of names first")
-
-
-def _add_by(parser: Any) -> None:
-    parser.add_argument(
-        "--by", metavar="COLUMN", help="a result for each value of a column of ints or strings, or of run/COLUMN=…/"
-    )
-
-
-def _add_plot(parser: Any, what: str) -> None:
-    parser.add_argument("--plot", metavar="PICTURE", help=f"{what}, into a file: {', '.join(PICTURES)}")

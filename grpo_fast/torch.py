@@ -2,7 +2,8 @@
 
 First the loss, and what it is when it is called, an `autograd.Function`; then what it is in a graph, an operator,
 of which a schema takes tensors, strings and numbers; last, what goes in and out of that: options as a kind and its
-numbers, `Stats` as bytes. (Tensors as arrays are in `_tensors`, trainer and sampler in `_torch_rollout`.)
+numbers, `Stats` as bytes. (Tensors as arrays are in `_tensors`, trainer and sampler in `_torch_rollout`.) One file,
+though a long one: function and operator are the same thing twice, and are read side by side.
 """
 
 import pickle

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import mutants
 import pytest
-from mutants import KILLERS, sample
+from killers import KILLERS
+from mutants import sample
 
 EVERY = {file: list(mutants.mutants(file)) for file in KILLERS}
 ALL = [mutant for found in EVERY.values() for mutant in found]

@@ -4,7 +4,7 @@ The loss is called, not read: its policy term is measured along the ratio, its K
 reference, its weights over batches of many shapes, and then everything is compared with
 `grpo_fast.reference.grpo_loss`. Which file does what, each importing only from those above it::
 
-    frameworks  calling                a loss of NumPy, PyTorch or JAX → its value and gradient
+    frameworks  signature  calling     a loss of NumPy, PyTorch or JAX → its value and gradient
     numbers  report                    numbers as they were meant; findings
     measuring  curves                  batches to measure weights with; one token along log ρ, value and gradient apart
     depth  precision  at_one           improbable tokens; few digits; where π_θ = π_old →

@@ -12,7 +12,7 @@ from .._checks import did_you_mean
 from .._tables import as_json
 from .._words import UsageError
 from . import identify
-from .calling import NAMES, message_of
+from .signature import NAMES, message_of
 
 
 def run(arguments: argparse.Namespace) -> tuple[str, int]:
